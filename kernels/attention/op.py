@@ -1,0 +1,251 @@
+"""`transfusion_attention`: exact softmax attention under an `IntervalMask`, its contract, dispatch and autograd.
+
+`op -> {reference | kernel | torch_paths}`, which never import each other; triton loads at the first call that runs it.
+"""
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from transfusion.kernels import tuning
+from transfusion.kernels.attention import torch_paths
+from transfusion.kernels.interval_mask import IntervalMask
+from transfusion.kernels.registry import (
+    Implementation,
+    Op,
+    backend,
+    choose,
+    refuse_forward_mode,
+    register,
+    triton_reasons,
+)
+
+
+def _triton_reasons(*, head_dim: int, **call: Any) -> list[str]:
+    reasons = triton_reasons(**call)
+    if not 16 <= head_dim <= 256:
+        reasons.append(f"head dimension {head_dim} is outside 16..256")
+    return reasons
+
+
+def _no_lse(*, return_lse: bool, **call: Any) -> list[str]:
+    return ["it returns no log-sum-exp (return_lse=True)"] if return_lse else []
+
+
+OP = register(
+    Op(
+        "transfusion_attention",
+        {
+            "triton": Implementation("transfusion.kernels.attention.kernel", _triton_reasons),
+            "reference": Implementation("transfusion.kernels.attention.reference"),
+            "sdpa": Implementation("transfusion.kernels.attention.torch_paths", _no_lse),
+            "flex": Implementation("transfusion.kernels.attention.torch_paths", _no_lse),
+        },
+        cuda_order=("triton", "sdpa", "reference"),
+        other_order=("sdpa", "reference"),
+    )
+)
+
+
+@overload
+def transfusion_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: IntervalMask,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    impl: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def transfusion_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: IntervalMask,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def transfusion_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: IntervalMask,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out_i = Σ_j softmax_j(scale·q_i·k_j) v_j over the keys j with query_start[j] <= i < query_end[j].
+
+    Args:
+        q: (B, H, N, D) float16, bfloat16 or float32 (the reference takes float64 too).
+        k: (B, H_kv, M, D), H a multiple of H_kv: query head h reads key head h // (H / H_kv).
+        v: like k. Any strides; a last stride other than 1 costs a copy.
+        mask: N queries by M keys, of B rows or of one row for the whole batch.
+        scale: default 1/√D.
+        return_lse: also return lse (B, H, N) float32, the natural log of each query's sum of exponentials.
+        impl: "auto", "triton", "reference", "sdpa" or "flex"; an explicit request is honoured or raises.
+
+    Returns:
+        out like q, or (out, lse). A query that sees no key gives 0 and lse -inf. Differentiable in q, k, v, through
+        lse too; the backward is bitwise deterministic for "triton". Under autocast q, k, v are cast to its dtype.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, with the offending value.
+        RuntimeError: an explicit `impl` that cannot run here, with every reason.
+        NotImplementedError: forward-mode differentiation.
+
+    Source: arXiv 2408.11039 section 3.1 (the mask); FlashAttention-2, arXiv 2307.08691 (the tiling).
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _check(q, k, v, mask)
+    refuse_forward_mode("transfusion_attention", q, k, v)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    name = choose(OP, impl, device=q.device, dtype=q.dtype, head_dim=q.shape[3], return_lse=return_lse)
+    if name in ("sdpa", "flex"):
+        return (torch_paths.sdpa if name == "sdpa" else torch_paths.flex)(q, k, v, mask, scale)
+    if name == "triton":
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    tiles = _tiles(q, mask) if name == "triton" else (None, None, None)
+    out, lse = torch.ops.transfusion.attention(q, k, v, mask.query_start, mask.query_end, *tiles, scale, name)
+    return (out, lse) if return_lse else out
+
+
+def _tiles(q: Tensor, mask: IntervalMask) -> tuple[Tensor, Tensor, Tensor]:
+    """Tile bounds of the three kernels, built at the first layer and kept with the mask."""
+    table = tuning.table_name(q.device)
+    stages = ("forward", "backward_query", "backward_key")
+    forward, query, key = (tuning.launch("attention", stage, table, q.dtype, q.shape[3]) for stage in stages)
+    return (
+        mask.query_tiles(forward.block_q, forward.block_k),
+        mask.query_tiles(query.block_q, query.block_k),
+        mask.key_tiles(key.block_k, key.block_q),
+    )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must be (B, H, N, D), got shape {tuple(tensor.shape)}")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"q, k and v must share one dtype, got {q.dtype} and {name} {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"q is on {q.device}, {name} on {tensor.device}")
+    batch, heads, num_queries, head_dim = q.shape
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head dimension")
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(f"{heads} query heads are not a multiple of {k.shape[1]} key heads")
+    _check_mask(mask, batch, num_queries, k.shape[2], q.device)
+
+
+def _check_mask(mask: IntervalMask, batch: int, num_queries: int, num_keys: int, device: torch.device) -> None:
+    if not isinstance(mask, IntervalMask):
+        raise TypeError(f"mask must be an IntervalMask, got {type(mask).__name__}")
+    if (mask.num_queries, mask.num_keys) != (num_queries, num_keys):
+        raise ValueError(
+            f"the mask is {mask.num_queries} queries by {mask.num_keys} keys, q and k are {num_queries} by {num_keys}"
+        )
+    if mask.batch_size not in (1, batch):
+        raise ValueError(f"the mask has {mask.batch_size} rows for a batch of {batch}; give 1 or {batch}")
+    if mask.device != device:
+        raise ValueError(f"q is on {device}, the mask on {mask.device}; move it with mask.to(device)")
+
+
+# -------------------------------------------------------------------- registration
+
+_FORWARD = (
+    "(Tensor q, Tensor k, Tensor v, Tensor query_start, Tensor query_end, Tensor? forward_tiles, "
+    "Tensor? query_tiles, Tensor? key_tiles, float scale, str impl) -> (Tensor, Tensor)"
+)
+_BACKWARD = (
+    "(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor query_start, "
+    "Tensor query_end, Tensor? query_tiles, Tensor? key_tiles, float scale, str impl) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("transfusion::attention", mutates_args=(), schema=_FORWARD)
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_start: Tensor,
+    query_end: Tensor,
+    forward_tiles: Tensor | None,
+    query_tiles: Tensor | None,
+    key_tiles: Tensor | None,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    tiles = () if forward_tiles is None else (forward_tiles,)
+    result: tuple[Tensor, Tensor] = backend(OP, impl).forward(q, k, v, query_start, query_end, *tiles, scale)
+    return result
+
+
+@_attention.register_fake
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), _new_lse(q)
+
+
+def _new_lse(q: Tensor) -> Tensor:
+    return torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+
+
+@torch.library.custom_op("transfusion::attention_backward", mutates_args=(), schema=_BACKWARD)
+def _attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query_start: Tensor,
+    query_end: Tensor,
+    query_tiles: Tensor | None,
+    key_tiles: Tensor | None,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = backend(OP, impl).backward
+    if impl == "reference":
+        args: tuple[Any, ...] = (grad_out, grad_lse, q, k, v, query_start, query_end, scale)
+    else:
+        args = (grad_out, grad_lse, q, k, v, out, lse, query_start, query_end, query_tiles, key_tiles, scale)
+    grads: tuple[Tensor, Tensor, Tensor] = run(*args)
+    return grads
+
+
+@_attention_backward.register_fake
+def _(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, query_start, query_end, _, query_tiles, key_tiles, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(q, k, v, *output, query_start, query_end, query_tiles, key_tiles)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.transfusion.attention_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale, ctx.impl)
+    return (*grads, *[None] * 7)
+
+
+_attention.register_autograd(_differentiate, setup_context=_setup_context)

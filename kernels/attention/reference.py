@@ -1,0 +1,74 @@
+"""S_ij = scale·q_i·k_j where query_start[j] <= i < query_end[j], else -inf;  P = softmax(S);  out = P v.
+
+Derivative, with δ_i = dout_i·out_i - dlse_i:
+
+    dv = Pᵀ dout        dP = dout vᵀ        dS = P ∘ (dP - δ)        dq = scale·dS k        dk = scale·dSᵀ q
+
+The formula and nothing else: O(N·M) memory. It computes in float32 (float64 for float64 inputs) unless
+`compute_dtype` says otherwise; in the inputs' own dtype it is the eager baseline that bounds a kernel's error.
+"""
+
+import torch
+from torch import Tensor
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_start: Tensor,
+    query_end: Tensor,
+    scale: float,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q (B, H, N, D), k, v (B, H_kv, M, D) -> out like q, lse (B, H, N) float32 (float64 for float64 inputs)."""
+    dtype = compute_dtype or _wide(q.dtype)
+    probabilities, lse = _softmax(q, k, query_start, query_end, scale, dtype)
+    value = v[:, :, None].to(dtype)
+    out = torch.empty_like(q)
+    out.copy_((probabilities @ value).flatten(1, 2))
+    return out, lse.flatten(1, 2).to(_wide(q.dtype))
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_start: Tensor,
+    query_end: Tensor,
+    scale: float,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients like q, k, v."""
+    dtype = compute_dtype or _wide(q.dtype)
+    heads = (k.shape[1], q.shape[1] // k.shape[1])
+    query, d_out, d_lse = (t.to(dtype).unflatten(1, heads) for t in (q, grad_out, grad_lse))
+    key, value = k[:, :, None].to(dtype), v[:, :, None].to(dtype)
+    probabilities, _ = _softmax(q, k, query_start, query_end, scale, dtype)
+    delta = (d_out * (probabilities @ value)).sum(-1) - d_lse
+    d_scores = probabilities * (d_out @ value.mT - delta[..., None])
+    results = (
+        (d_scores @ key * scale).flatten(1, 2),
+        (d_scores.mT @ query * scale).sum(2),
+        (probabilities.mT @ d_out).sum(2),
+    )
+    return tuple(torch.empty_like(like).copy_(x) for like, x in zip((q, k, v), results, strict=True))  # type: ignore[return-value]
+
+
+def _softmax(
+    q: Tensor, k: Tensor, query_start: Tensor, query_end: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """P (B, H_kv, H / H_kv, N, M) and its log-sum-exp; a query that sees no key has P = 0 and lse = -inf."""
+    query = q.to(dtype).unflatten(1, (k.shape[1], -1))
+    index = torch.arange(q.shape[2], device=q.device)[:, None]
+    visible = (query_start[:, None, :] <= index) & (index < query_end[:, None, :])
+    visible = visible[:, None, None]
+    scores = (query @ k[:, :, None].to(dtype).mT * scale).masked_fill(~visible, -torch.inf)
+    probabilities = scores.softmax(-1).masked_fill(~visible, 0)
+    return probabilities, scores.logsumexp(-1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

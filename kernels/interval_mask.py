@@ -1,0 +1,322 @@
+"""Query i sees key j  iff  query_start[j] <= i < query_end[j].
+
+A text token sees every earlier token of its document; an image token sees that and the rest of its own
+image. Turned around, the queries that may see key j are one contiguous interval: from j itself (text) or
+from the start of j's image, to the end of j's document. So the whole mask is two int32 vectors.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Span = tuple[int, int]
+
+
+class IntervalMask:
+    """The mask as `query_start`, `query_end`: (B or 1, M) int32, one interval of queries per key.
+
+    A leading 1 broadcasts over the batch. Intervals are cut to [0, num_queries) and an empty one is stored
+    as (num_queries, 0). Immutable; what is derived from it (tile bounds, the dense form) is built once, on its
+    device and without a host sync, and kept with it.
+    """
+
+    def __init__(self, query_start: Tensor, query_end: Tensor, num_queries: int) -> None:
+        _check_vectors(query_start, query_end, num_queries)
+        start, end = query_start.clamp(min=0), query_end.clamp(max=num_queries)
+        empty = end <= start
+        self.query_start = start.masked_fill(empty, num_queries).to(torch.int32)
+        self.query_end = end.masked_fill(empty, 0).to(torch.int32)
+        self.num_queries = num_queries
+        self._derived: dict[object, Any] = {}
+
+    # ---------------------------------------------------------------- makers
+
+    @staticmethod
+    def from_spans(
+        length: int,
+        images: Sequence[Span] = (),
+        documents: Sequence[int] | None = None,
+        hidden_images: Sequence[int] = (),
+        device: torch.device | str | None = None,
+    ) -> "IntervalMask":
+        """One row of `length` tokens from Python lists.
+
+        `images`: half-open spans; `documents`: their lengths, which add up to `length` (default: one document);
+        `hidden_images`: indices into `images` of those that nothing outside themselves may see (noised copies).
+        Raises `ValueError` naming a span that overlaps, is empty, out of range, or crosses a document's end.
+        """
+        lengths = [length] if documents is None else list(documents)
+        _check_documents(length, lengths)
+        ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+        start = torch.arange(length)
+        end = torch.repeat_interleave(ends, torch.tensor(lengths, dtype=torch.int64))
+        _check_spans(length, images, end.tolist())
+        for first, last in images:
+            start[first:last] = first
+        for index in hidden_images:
+            if not 0 <= index < len(images):
+                raise ValueError(f"hidden_images: {index} is no index into the {len(images)} images")
+            first, last = images[index]
+            end[first:last] = last
+        return IntervalMask(start[None].to(device), end[None].to(device), length)
+
+    @staticmethod
+    def from_ids(image_ids: Tensor, document_ids: Tensor | None = None, hidden: Tensor | None = None) -> "IntervalMask":
+        """B rows from ids on the device, without a host sync.
+
+        image_ids (B, N) int: equal non-negative ids side by side are one image, -1 is text. document_ids (B, N)
+        int: equal ids side by side are one document (default: the row). hidden (B, N) bool: tokens of images
+        that nothing outside themselves may see.
+        """
+        for name, tensor in (("image_ids", image_ids), ("document_ids", document_ids), ("hidden", hidden)):
+            if tensor is not None and (tensor.ndim != 2 or tensor.shape != image_ids.shape):
+                raise ValueError(f"{name} must be (B, N) = {tuple(image_ids.shape)}, got {tuple(tensor.shape)}")
+        documents = torch.zeros_like(image_ids) if document_ids is None else document_ids
+        new_document = _changes(documents)
+        new_run = _changes(image_ids) | new_document
+        index = torch.arange(image_ids.shape[1], device=image_ids.device).expand_as(image_ids)
+        start = torch.where(image_ids >= 0, _run_start(new_run, index), index)
+        end = _run_end(new_document, index)
+        if hidden is not None:
+            end = torch.where(hidden & (image_ids >= 0), _run_end(new_run, index), end)
+        return IntervalMask(start, end, image_ids.shape[1])
+
+    @staticmethod
+    def causal(length: int, device: torch.device | str | None = None) -> "IntervalMask":
+        """Query i sees keys 0..i."""
+        index = torch.arange(length, device=device)[None]
+        return IntervalMask(index, torch.full_like(index, length), length)
+
+    @staticmethod
+    def full(num_queries: int, num_keys: int, device: torch.device | str | None = None) -> "IntervalMask":
+        """Every query sees every key."""
+        zero = torch.zeros(1, num_keys, dtype=torch.int64, device=device)
+        return IntervalMask(zero, zero + num_queries, num_queries)
+
+    @staticmethod
+    def prefix_lm(length: int, prefix: int, device: torch.device | str | None = None) -> "IntervalMask":
+        """Bidirectional over the first `prefix` tokens, causal after."""
+        if not 0 <= prefix <= length:
+            raise ValueError(f"prefix must be within 0..{length}, got {prefix}")
+        index = torch.arange(length, device=device)[None]
+        return IntervalMask(torch.where(index < prefix, 0, index), torch.full_like(index, length), length)
+
+    @staticmethod
+    def sliding_window(length: int, window: int, device: torch.device | str | None = None) -> "IntervalMask":
+        """Query i sees keys i - window + 1 .. i."""
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        index = torch.arange(length, device=device)[None]
+        return IntervalMask(index, index + window, length)
+
+    @staticmethod
+    def continuation(new: "IntervalMask", prefix_lengths: Tensor, num_keys: int) -> "IntervalMask":
+        """N new queries after a cached prefix: row b's keys are its prefix, then the new tokens, then unused room.
+
+        `new`: the mask among the new tokens themselves; `prefix_lengths` (B,) int on the device of `new`;
+        `num_keys`: the cache's capacity M. Key j < prefix_lengths[b] is seen by every new query, key
+        prefix_lengths[b] + i as new token i, the rest by none. Needs prefix_lengths[b] + N <= M.
+        """
+        if prefix_lengths.ndim != 1:
+            raise ValueError(f"prefix_lengths must be (B,), got shape {tuple(prefix_lengths.shape)}")
+        key = torch.arange(num_keys, device=new.query_start.device)[None]
+        offset = key - prefix_lengths[:, None]
+        inside = (offset >= 0) & (offset < new.num_keys)
+        batch = prefix_lengths.shape[0]
+        source = offset.clamp(0, new.num_keys - 1)
+        start = new.query_start.expand(batch, -1).gather(1, source).masked_fill(~inside, 0)
+        end = new.query_end.expand(batch, -1).gather(1, source)
+        end = torch.where(inside, end, torch.where(offset < 0, new.num_queries, 0))
+        return IntervalMask(start, end, new.num_queries)
+
+    @staticmethod
+    def stack(masks: Sequence["IntervalMask"]) -> "IntervalMask":
+        """The rows of several masks of one size as one batch."""
+        sizes = {(mask.num_queries, mask.num_keys) for mask in masks}
+        if len(sizes) != 1:
+            raise ValueError(f"stack needs masks of one (num_queries, num_keys), got {sorted(sizes)}")
+        starts, ends = [mask.query_start for mask in masks], [mask.query_end for mask in masks]
+        return IntervalMask(torch.cat(starts), torch.cat(ends), masks[0].num_queries)
+
+    # ---------------------------------------------------------------- facts
+
+    @property
+    def num_keys(self) -> int:
+        """M."""
+        return self.query_start.shape[1]
+
+    @property
+    def batch_size(self) -> int:
+        """B, or 1 where one row serves every batch element."""
+        return self.query_start.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors live."""
+        return self.query_start.device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "IntervalMask":
+        """The same mask on `device`."""
+        start, end = (t.to(device, non_blocking=non_blocking) for t in (self.query_start, self.query_end))
+        return self if start is self.query_start else IntervalMask(start, end, self.num_queries)
+
+    def area(self) -> Tensor:
+        """Σ_j |interval j|: visible (query, key) pairs of each row, (B or 1,) int64. FLOPs are counted from it."""
+        return (self.query_end.long() - self.query_start.long()).clamp(min=0).sum(1)
+
+    def to_dense(self) -> Tensor:
+        """(B or 1, N, M) bool: the definition spelled out, the oracle of every test."""
+        return self.once(("dense",), self._dense)
+
+    def _dense(self) -> Tensor:
+        query = torch.arange(self.num_queries, device=self.device)[None, :, None]
+        return (self.query_start[:, None, :] <= query) & (query < self.query_end[:, None, :])
+
+    # ---------------------------------------------------------------- tiles
+
+    def query_tiles(self, block_q: int, block_k: int) -> Tensor:
+        """(B or 1, ceil(N / block_q), 4) int32: for each query tile the key tiles [first, full_first, full_last, last).
+
+        Outside [first, last) every tile is empty; inside [full_first, full_last) every tile is full, so its
+        elements need no mask. Temporaries take one byte per tile pair.
+        """
+        return self.once(("query_tiles", block_q, block_k), lambda: self._query_tiles(block_q, block_k))
+
+    def _query_tiles(self, block_q: int, block_k: int) -> Tensor:
+        nonempty, full = self._tile_pairs(block_q, block_k)
+        index = torch.arange(full.shape[-1], dtype=torch.int32, device=self.device)
+        first = torch.where(nonempty, index, full.shape[-1]).amin(-1)
+        last = torch.where(nonempty, index + 1, 0).amax(-1)
+        # The run of full tiles that ends at the last full one: for packed text and images, all but a few at its ends.
+        full_last = torch.where(full, index + 1, 0).amax(-1)
+        full_first = torch.where(~full & (index < full_last[..., None]), index + 1, 0).amax(-1)
+        none = full_last == 0
+        full_first, full_last = torch.where(none, last, full_first), torch.where(none, last, full_last)
+        return torch.stack([first, full_first, full_last, last], dim=-1).to(torch.int32)
+
+    def key_tiles(self, block_k: int, block_q: int) -> Tensor:
+        """(B or 1, ceil(M / block_k), 4) int32: for each key tile the query tiles [first, full_first, full_last, last)."""
+        return self.once(("key_tiles", block_k, block_q), lambda: self._key_tiles(block_k, block_q))
+
+    def _key_tiles(self, block_k: int, block_q: int) -> Tensor:
+        start_min, start_max, end_min, end_max = self._tile_extremes(block_k)
+        first, last = start_min // block_q, -(-end_max // block_q)
+        full_first = -(-start_max // block_q)
+        reaches_end = end_min >= self.num_queries
+        full_last = torch.where(reaches_end, -(-self.num_queries // block_q), end_min // block_q)
+        none = full_first >= full_last
+        full_first, full_last = torch.where(none, last, full_first), torch.where(none, last, full_last)
+        return torch.stack([first, full_first, full_last, last], dim=-1).to(torch.int32)
+
+    def _tile_extremes(self, block_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Smallest and largest query_start and query_end of each key tile; keys past the end count as seen by none."""
+        padding = -self.num_keys % block_k
+        start = torch.nn.functional.pad(self.query_start, (0, padding), value=self.num_queries)
+        end = torch.nn.functional.pad(self.query_end, (0, padding), value=0)
+        start, end = start.unflatten(1, (-1, block_k)), end.unflatten(1, (-1, block_k))
+        return start.amin(-1), start.amax(-1), end.amin(-1), end.amax(-1)
+
+    def _tile_pairs(self, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
+        """(B or 1, query tiles, key tiles) bool: may hold a visible pair; holds nothing but visible pairs."""
+        start_min, start_max, end_min, end_max = (t[:, None, :] for t in self._tile_extremes(block_k))
+        tiles = -(-self.num_queries // block_q)
+        first_query = torch.arange(tiles, device=self.device)[None, :, None] * block_q
+        past_query = (first_query + block_q).clamp(max=self.num_queries)
+        nonempty = (start_min < past_query) & (end_max > first_query)
+        return nonempty, (start_max <= first_query) & (end_min >= past_query)
+
+    def to_block_mask(self, block_size: int = 128) -> "BlockMask":
+        """The same mask for FlexAttention, from tile extremes: no dense mask, no element evaluated."""
+        from torch.nn.attention.flex_attention import BlockMask
+
+        nonempty, full = self._tile_pairs(block_size, block_size)
+        start, end, rows = self.query_start, self.query_end, self.batch_size
+
+        def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            row = b if rows > 1 else b * 0
+            return (start[row, kv] <= q) & (q < end[row, kv])
+
+        return BlockMask.from_kv_blocks(
+            *_block_list(nonempty & ~full),
+            *_block_list(full),
+            BLOCK_SIZE=block_size,
+            mask_mod=mask_mod,
+            seq_lengths=(self.num_queries, self.num_keys),
+        )
+
+    def once(self, key: object, make: Callable[[], Any]) -> Any:
+        """`make()` at the first call with `key`, kept with the mask."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
+
+    def __repr__(self) -> str:
+        sizes = f"batch_size={self.batch_size}, num_queries={self.num_queries}, num_keys={self.num_keys}"
+        return f"IntervalMask({sizes}, device={str(self.device)!r})"
+
+
+def _block_list(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1, Tq) counts and (B, 1, Tq, Tk) indices, the wanted tiles first, as FlexAttention lists them."""
+    counts = tiles.sum(-1, dtype=torch.int32)
+    indices = tiles.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return counts[:, None].contiguous(), indices[:, None].contiguous()
+
+
+def _changes(ids: Tensor) -> Tensor:
+    """True where a run of equal ids begins."""
+    first = torch.ones_like(ids[:, :1], dtype=torch.bool)
+    return torch.cat([first, ids[:, 1:] != ids[:, :-1]], dim=1)
+
+
+def _run_start(begins: Tensor, index: Tensor) -> Tensor:
+    return torch.where(begins, index, 0).cummax(1).values
+
+
+def _run_end(begins: Tensor, index: Tensor) -> Tensor:
+    """One past the last token of each token's run: the next beginning, or the row's length."""
+    length = index.shape[1]
+    following = torch.where(begins, index, length)[:, 1:]
+    following = torch.nn.functional.pad(following, (0, 1), value=length)
+    return following.flip(1).cummin(1).values.flip(1)
+
+
+def _check_vectors(start: Tensor, end: Tensor, num_queries: int) -> None:
+    if start.ndim != 2 or start.shape != end.shape:
+        raise ValueError(
+            f"query_start and query_end must both be (B, M), got {tuple(start.shape)} and {tuple(end.shape)}"
+        )
+    for name, tensor in (("query_start", start), ("query_end", end)):
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
+    if start.device != end.device:
+        raise ValueError(f"query_start is on {start.device}, query_end on {end.device}")
+    if num_queries < 1 or start.shape[1] < 1:
+        raise ValueError(f"a mask needs at least one query and one key, got {num_queries} and {start.shape[1]}")
+
+
+def _check_documents(length: int, lengths: list[int]) -> None:
+    for index, size in enumerate(lengths):
+        if size < 1:
+            raise ValueError(f"document {index} has length {size}; a document holds at least one token")
+    if sum(lengths) != length:
+        raise ValueError(f"documents of lengths {lengths} add up to {sum(lengths)}, not to the row's length {length}")
+
+
+def _check_spans(length: int, images: Sequence[Span], document_end: list[int]) -> None:
+    previous = (0, 0)
+    for span in sorted(images):
+        first, last = span
+        if first >= last:
+            raise ValueError(f"image span {span} is empty")
+        if first < 0 or last > length:
+            raise ValueError(f"image span {span} is out of range for a row of {length} tokens")
+        if first < previous[1]:
+            raise ValueError(f"image spans {previous} and {span} overlap")
+        if document_end[first] < last:
+            raise ValueError(f"image span {span} crosses the end of its document at {document_end[first]}")
+        previous = span

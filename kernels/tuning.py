@@ -1,0 +1,57 @@
+"""`launch(op, stage, ...)` -> block sizes, warps and stages, read from the tables in `tables/`.
+
+A table is data: `{op: {stage: {bytes per element: {padded head dim or "any": [..launch..]}}}}`, one file per
+architecture (`sm_90.json`), `default.json` for the others and `interpret.json` for the Triton interpreter, whose
+tiles are small so that a test of a hundred tokens crosses several. Nothing is tuned at run time.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from transfusion.kernels.registry import TRITON_INTERPRET
+
+
+class Launch(NamedTuple):
+    """Tile of queries by tile of keys, warps of a program, stages of its software pipeline."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+_TABLES = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "tables").glob("*.json")}
+
+
+def table_name(device: torch.device) -> str:
+    """Which table serves `device`."""
+    if TRITON_INTERPRET or device.type != "cuda":
+        return "interpret"
+    if torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if f"sm_{major}{minor}" in _TABLES:
+            return f"sm_{major}{minor}"
+    return "default"
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two, at least 16, that a kernel's tile pads the head dimension to."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def launch(op: str, stage: str, table: str, dtype: torch.dtype, head_dim: int) -> Launch:
+    """The launch of `stage` of `op` for this dtype and head dimension from the named table."""
+    return Launch(*_TABLES[table][op][stage][str(dtype.itemsize)][str(padded_head_dim(head_dim))])
+
+
+def launches(table: str, op: str) -> list[tuple[str, int, int, Launch]]:
+    """Every (stage, bytes per element, padded head dim, launch) of one op in one table: what ships."""
+    return [
+        (stage, int(size), int(dim), Launch(*row))
+        for stage, sizes in _TABLES[table][op].items()
+        for size, dims in sizes.items()
+        for dim, row in dims.items()
+    ]

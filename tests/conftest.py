@@ -1,0 +1,8 @@
+"""Where no GPU is found the Triton kernels run under the interpreter, which must be chosen before triton is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,0 +1,308 @@
+"""transfusion_attention: every implementation against the float64 gold, on the layouts that broke others."""
+
+import random
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from transfusion.kernels import IntervalMask, transfusion_attention
+from transfusion.kernels.attention import reference
+from transfusion.kernels.registry import TRITON_INTERPRET
+from transfusion.kernels.testing import LAYOUTS, judge, poison_empty, random_layout
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter computes bfloat16 wrongly; on a device all three run.
+DTYPES = [torch.float32, torch.float16] + ([] if TRITON_INTERPRET else [torch.bfloat16])
+
+
+class Case(NamedTuple):
+    """Leaves to differentiate, the mask, and the gradients that come back from above."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: IntervalMask
+    grad_out: Tensor
+    grad_lse: Tensor
+
+
+def make_case(
+    mask: IntervalMask, dtype: torch.dtype, head_dim: int = 16, heads: tuple[int, int] = (2, 1), batch: int | None = None
+) -> Case:
+    batch = batch or mask.batch_size
+    seed = random.randrange(2**32)
+    print(f"input seed {seed}")
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, to: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, to)
+
+    q = normal(batch, heads[0], mask.num_queries, head_dim)
+    k, v = (normal(batch, heads[1], mask.num_keys, head_dim) for _ in range(2))
+    lse_grad = normal(*q.shape[:3], to=torch.float32)
+    return Case(q, k, v, mask.to(DEVICE), normal(*q.shape), lse_grad)
+
+
+def formula(case: Case, wide: torch.dtype, compute: torch.dtype) -> list[Tensor]:
+    """out, lse, dq, dk, dv by the reference's formulas on inputs of dtype `wide`, carried out in `compute`."""
+    q, k, v, grad_out, grad_lse = (t.to(wide) for t in (case.q, case.k, case.v, case.grad_out, case.grad_lse))
+    vectors = case.mask.query_start, case.mask.query_end
+    scale = case.q.shape[-1] ** -0.5
+    # A query that sees no key has lse = -inf whatever the inputs: no gradient comes through it.
+    forward = reference.forward(q, k, v, *vectors, scale, compute)
+    backward = reference.backward(grad_out, grad_lse, q, k, v, *vectors, scale, compute)
+    return [*forward, *backward]
+
+
+def eager_orders(case: Case, count: int = 8) -> list[list[Tensor]]:
+    """The formula in the inputs' own precision, `count` times with the head dimension (and so each sum) reordered."""
+
+    def one(order: Tensor) -> list[Tensor]:
+        def mixed(tensor: Tensor) -> Tensor:
+            return tensor[..., order]
+
+        shuffled = case._replace(q=mixed(case.q), k=mixed(case.k), v=mixed(case.v), grad_out=mixed(case.grad_out))
+        out, lse, *grads = formula(shuffled, case.q.dtype, case.q.dtype)
+        back = order.argsort()
+        return [out[..., back], lse, *(grad[..., back] for grad in grads)]
+
+    runs = [one(torch.randperm(case.q.shape[-1])) for _ in range(count)]
+    return [list(results) for results in zip(*runs, strict=True)]
+
+
+def run(case: Case, impl: str) -> list[Tensor]:
+    q, k, v = (t.detach().requires_grad_() for t in (case.q, case.k, case.v))
+    out, lse = transfusion_attention(q, k, v, case.mask, return_lse=True, impl=impl)
+    grads = torch.autograd.grad([out, lse], [q, k, v], [case.grad_out, case.grad_lse])
+    return [out.detach(), lse.detach(), *grads]
+
+
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+def check(case: Case, results: list[Tensor], names: tuple[str, ...] = NAMES) -> None:
+    gold = formula(case, torch.float64, torch.float64)
+    for name, actual, eager, exact in zip(NAMES, results, eager_orders(case), gold, strict=True):
+        verdict = judge(actual, eager, exact)
+        assert name not in names or verdict.passed, (name, verdict)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison_empty(monkeypatch.setattr)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_triton_on_the_layouts_that_broke_others(name: str, dtype: torch.dtype) -> None:
+    case = make_case(LAYOUTS[name].mask(), dtype)
+    before = [t.clone() for t in case if isinstance(t, Tensor)]
+    check(case, run(case, "triton"))
+    after = [t for t in case if isinstance(t, Tensor)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "an input was changed"
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 72, 80, 96, 128, 160, 256])
+def test_triton_head_dims(head_dim: int) -> None:
+    check(case := make_case(LAYOUTS["odd_length"].mask(), random.choice(DTYPES), head_dim), run(case, "triton"))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 2), (6, 2), (3, 1)], ids=str)
+def test_triton_grouped_heads_and_batch_varying_masks(heads: tuple[int, int]) -> None:
+    rng = random.Random(random.randrange(2**32))
+    mask = IntervalMask.stack([random_layout(rng, 50).mask() for _ in range(2)])
+    check(case := make_case(mask, torch.float32, heads=heads), run(case, "triton"))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("size", [(1, 1), (1, 65), (33, 7), (5, 100), (64, 64)], ids=str)
+def test_triton_any_number_of_queries_and_keys(size: tuple[int, int]) -> None:
+    """Random intervals, empty ones and queries that see nothing included; one mask row for the whole batch."""
+    start, end = torch.randint(-3, size[0] + 3, (2, 1, size[1]))
+    mask = IntervalMask(start, end, size[0])
+    check(case := make_case(mask, torch.float32), run(case, "triton"))
+
+
+def test_queries_that_see_nothing_give_zero() -> None:
+    mask = IntervalMask(torch.tensor([[4] * 20]), torch.tensor([[9] * 20]), 40)
+    for impl in ("triton", "reference"):
+        out, lse, dq, dk, dv = run(make_case(mask, torch.float32), impl)
+        seen = torch.zeros(40, dtype=torch.bool, device=DEVICE)
+        seen[4:9] = True
+        assert (out[:, :, ~seen] == 0).all()
+        assert (dq[:, :, ~seen] == 0).all()
+        assert lse[:, :, ~seen].isneginf().all()
+        assert all(t.isfinite().all() for t in (out, lse[:, :, seen], dq, dk, dv))
+    assert (transfusion_attention(*make_case(mask, torch.float32)[:4], impl="sdpa")[:, :, ~seen] == 0).all()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_other_implementations(name: str) -> None:
+    """sdpa's gradients are PyTorch's own; its result and theirs keep the same bound."""
+    case = make_case(LAYOUTS[name].mask(), torch.float32, heads=(4, 2))
+    check(case, run(case, "reference"))
+    q, k, v = (t.detach().requires_grad_() for t in case[:3])
+    out = transfusion_attention(q, k, v, case.mask, impl="sdpa")
+    grads = torch.autograd.grad(out, [q, k, v], case.grad_out)
+    silent = case._replace(grad_lse=torch.zeros_like(case.grad_lse))
+    check(silent, [out.detach(), case.grad_lse, *grads], ("out", "dq", "dk", "dv"))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_strides() -> None:
+    """BNHD views, slices of a fused projection, an expanded gradient: no assumption on strides."""
+    mask = LAYOUTS["odd_length"].mask()
+    n = mask.num_queries
+    fused = torch.randn(2, n, 3, 2, 32, device=DEVICE)
+    q, k, v = (fused[:, :, i].transpose(1, 2) for i in range(3))
+    contiguous = [t.contiguous() for t in (q, k, v)]
+    out = transfusion_attention(q, k, v, mask.to(DEVICE), impl="triton")
+    assert torch.equal(out, transfusion_attention(*contiguous, mask.to(DEVICE), impl="triton"))
+    assert out.shape == q.shape
+    leaf = fused.clone().requires_grad_()
+    transfusion_attention(*(leaf[:, :, i].transpose(1, 2) for i in range(3)), mask.to(DEVICE), impl="triton").sum().backward()
+    leaves = [t.clone().requires_grad_() for t in contiguous]
+    transfusion_attention(*leaves, mask.to(DEVICE), impl="triton").sum().backward()
+    assert leaf.grad is not None
+    for i, plain in enumerate(leaves):
+        assert plain.grad is not None
+        assert torch.equal(leaf.grad[:, :, i].transpose(1, 2), plain.grad)
+    transposed = q.mT.contiguous().mT  # last stride is not 1
+    assert torch.equal(transfusion_attention(transposed, k, v, mask.to(DEVICE), impl="triton"), out)
+
+
+def test_large_logits_stay_finite() -> None:
+    case = make_case(LAYOUTS["adjacent_images"].mask(), torch.float32)
+    scaled = case._replace(q=case.q * 300, k=case.k * 300)
+    results = run(scaled, "triton")
+    # exp(score - lse) rounds the difference of two numbers near 10^5: the gradients are finite, not as exact as softmax
+    check(scaled, results, ("out", "lse"))
+    assert all(t.isfinite().all() for t in results)
+
+
+def test_backward_is_bitwise_deterministic() -> None:
+    case = make_case(LAYOUTS["document_boundary_in_tile"].mask(), torch.float32, heads=(4, 2))
+    first, *others = [run(case, "triton") for _ in range(3)]
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def test_reference_gradients_in_float64() -> None:
+    mask = IntervalMask.stack([LAYOUTS["hidden_image"].mask(), LAYOUTS["hidden_image"].mask()])
+    small = IntervalMask(mask.query_start[:, ::10] // 10, mask.query_end[:, ::10] // 10, 13)
+    leaves = [torch.randn(2, h, 13, 4, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
+    seen = small.to_dense().any(-1)[:, None]
+
+    def outputs(*qkv: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = transfusion_attention(*qkv, small, return_lse=True, impl="reference")
+        return out, lse.masked_fill(~seen, 0)
+
+    assert torch.autograd.gradcheck(outputs, leaves)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_opcheck(impl: str) -> None:
+    case = make_case(LAYOUTS["adjacent_images"].mask(), torch.float32)
+    calls: list[tuple] = []  # type: ignore[type-arg]
+    original = torch.ops.transfusion.attention
+
+    class Recorder:
+        def __call__(self, *args: object) -> object:
+            calls.append(args)
+            return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.transfusion, "attention", Recorder())
+        transfusion_attention(*case[:4], impl=impl)
+    arguments = [t.requires_grad_() if i < 3 else t for i, t in enumerate(calls[0])]
+    torch.library.opcheck(original.default, tuple(arguments))
+    out, lse = (t.detach() for t in original(*arguments))
+    saved = [case.grad_out, case.grad_lse, *case[:3], out, lse, *arguments[3:5], *arguments[6:]]
+    torch.library.opcheck(
+        torch.ops.transfusion.attention_backward.default,
+        tuple(t.detach() if isinstance(t, Tensor) else t for t in saved),
+    )
+
+
+def test_compiles_without_graph_breaks_or_recompiling_per_mask() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def two_layers(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> Tensor:
+        hidden = transfusion_attention(q, k, v, mask, impl="triton")
+        return transfusion_attention(hidden, k, v, mask, impl="triton")
+
+    for length in (70, 71, 83, 97, 113, 150):
+        case = make_case(random_layout(random.Random(length), length).mask(), torch.float32)
+        q = case.q.requires_grad_()
+        eager = transfusion_attention(q, case.k, case.v, case.mask, impl="triton")
+        expected = transfusion_attention(eager, case.k, case.v, case.mask, impl="triton")
+        actual = two_layers(q, case.k, case.v, case.mask)
+        assert torch.equal(actual, expected)
+        assert all(map(torch.equal, *(torch.autograd.grad(x.sum(), q) for x in (actual, expected))))
+    # One graph with the first length, one with any; each again where the mask already holds its tiles.
+    assert counter.frame_count <= 4
+
+
+def test_compile_is_the_first_call_of_a_fresh_process() -> None:
+    program = """
+import torch
+from transfusion.kernels import IntervalMask, transfusion_attention
+q = torch.randn(1, 2, 40, 16)
+mask = IntervalMask.from_spans(40, [(3, 20)])
+f = torch.compile(lambda q: transfusion_attention(q, q, q, mask), fullgraph=True)
+assert torch.allclose(f(q), transfusion_attention(q, q, q, mask, impl="reference"), atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+def test_forward_mode_is_refused() -> None:
+    case = make_case(LAYOUTS["text_only"].mask(), torch.float32)
+    for impl in ("auto", "reference", "triton"):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(lambda q, impl=impl: transfusion_attention(q, *case[1:4], impl=impl), (case.q,), (case.q,))
+
+
+def test_autocast_casts_to_its_dtype() -> None:
+    case = make_case(LAYOUTS["text_only"].mask(), torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = transfusion_attention(case.q, case.k.bfloat16(), case.v, case.mask, impl="reference")
+    assert out.dtype == torch.bfloat16
+
+
+def test_bad_input_names_the_value() -> None:
+    q, k, v, mask = make_case(IntervalMask.causal(20), torch.float32, heads=(4, 2))[:4]
+    bad: list[tuple[type[Exception], str, tuple]] = [  # type: ignore[type-arg]
+        (ValueError, r"\(4, 20, 16\)", (q[0], k, v, mask)),
+        (ValueError, "3 query heads", (q[:, :3], k, v, mask)),
+        (ValueError, "one shape", (q, k, v[:, :, :5], mask)),
+        (ValueError, "batch or head dimension", (q, k[..., :8], v[..., :8], mask)),
+        (ValueError, "20 queries by 20 keys", (q[:, :, :7], k, v, mask)),
+        (ValueError, "2 rows for a batch of 1", (q, k, v, IntervalMask.stack([mask, mask]))),
+        (TypeError, "float16", (q, k.half(), v, mask)),
+        (TypeError, "int64", (q.long(), k, v, mask)),
+        (TypeError, "IntervalMask", (q, k, v, mask.to_dense())),
+        (ValueError, "meta", (q, k.to("meta"), v, mask)),
+    ]
+    for error, message, arguments in bad:
+        with pytest.raises(error, match=message):
+            transfusion_attention(*arguments)
+
+
+def test_an_explicit_request_is_honoured_or_raises() -> None:
+    q, k, v, mask = make_case(IntervalMask.causal(20), torch.float32)[:4]
+    with pytest.raises(ValueError, match="impl='fast' is unknown"):
+        transfusion_attention(q, k, v, mask, impl="fast")
+    with pytest.raises(RuntimeError, match="log-sum-exp"):
+        transfusion_attention(q, k, v, mask, impl="sdpa", return_lse=True)
+    with pytest.raises(RuntimeError, match="head dimension 8"):
+        transfusion_attention(q[..., :8], k[..., :8], v[..., :8], mask, impl="triton")
+    with pytest.raises(RuntimeError, match="float64"):
+        transfusion_attention(q.double(), k.double(), v.double(), mask, impl="triton")

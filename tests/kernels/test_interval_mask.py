@@ -1,0 +1,160 @@
+"""IntervalMask: the two vectors against the mask spelled out token by token, its tiles, its interop, its errors."""
+
+import random
+
+import pytest
+import torch
+
+from transfusion.kernels import IntervalMask
+from transfusion.kernels.testing import LAYOUTS, Layout, random_layout
+
+
+def spelled_out(layout: Layout) -> torch.Tensor:
+    """The mask from its definition in words: same document, and earlier or in the same image; hidden ones closed."""
+    lengths = [layout.length] if layout.documents is None else list(layout.documents)
+    document = [d for d, size in enumerate(lengths) for _ in range(size)]
+    image = [-1] * layout.length
+    for index, (first, last) in enumerate(layout.images):
+        image[first:last] = [index] * (last - first)
+    visible = torch.zeros(layout.length, layout.length, dtype=torch.bool)
+    for i in range(layout.length):
+        for j in range(layout.length):
+            same_image = image[i] >= 0 and image[i] == image[j]
+            closed = image[j] in layout.hidden and not same_image
+            visible[i, j] = document[i] == document[j] and (j <= i or same_image) and not closed
+    return visible
+
+
+def layouts() -> list[Layout]:
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    print(f"layout seed {seed}")
+    return [*LAYOUTS.values(), *(random_layout(rng, rng.randint(1, 90)) for _ in range(40))]
+
+
+def test_from_spans_is_the_definition() -> None:
+    for layout in layouts():
+        assert torch.equal(layout.mask().to_dense()[0], spelled_out(layout)), layout
+
+
+def test_from_ids_equals_from_spans() -> None:
+    for layout in layouts():
+        image_ids = torch.full((1, layout.length), -1)
+        hidden = torch.zeros(1, layout.length, dtype=torch.bool)
+        for index, (first, last) in enumerate(layout.images):
+            image_ids[:, first:last] = index
+            hidden[:, first:last] = index in layout.hidden
+        lengths = torch.tensor([layout.length] if layout.documents is None else list(layout.documents))
+        documents = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[None]
+        mask, expected = IntervalMask.from_ids(image_ids, documents, hidden), layout.mask()
+        assert torch.equal(mask.query_start, expected.query_start), layout
+        assert torch.equal(mask.query_end, expected.query_end), layout
+
+
+def test_named_masks() -> None:
+    n = random.randint(2, 60)
+    i, j = torch.arange(n)[:, None], torch.arange(n)[None, :]
+    window, prefix = random.randint(1, n), random.randint(0, n)
+    assert torch.equal(IntervalMask.causal(n).to_dense()[0], j <= i)
+    assert IntervalMask.full(n, n + 3).to_dense().all()
+    assert torch.equal(IntervalMask.sliding_window(n, window).to_dense()[0], (j <= i) & (i - j < window))
+    assert torch.equal(IntervalMask.prefix_lm(n, prefix).to_dense()[0], (j <= i) | (j < prefix) & (i < prefix))
+
+
+def test_continuation_is_the_bottom_of_the_whole_mask() -> None:
+    prefix, new = torch.tensor([5, 0, 17]), Layout(12, [(3, 9)])
+    mask = IntervalMask.continuation(new.mask(), prefix, num_keys=40)
+    for row, length in enumerate(prefix.tolist()):
+        whole = Layout(length + 12, [(length + 3, length + 9)]).mask().to_dense()[0]
+        assert torch.equal(mask.to_dense()[row, :, : length + 12], whole[length:])
+        assert not mask.to_dense()[row, :, length + 12 :].any()
+
+
+@pytest.mark.parametrize(("block_q", "block_k"), [(16, 16), (32, 16), (16, 64), (7, 5)])
+def test_tiles_are_bounds_of_the_dense_mask(block_q: int, block_k: int) -> None:
+    for layout in layouts():
+        mask = layout.mask()
+        dense = mask.to_dense()[0]
+        check_bounds(mask.query_tiles(block_q, block_k)[0], dense, block_q, block_k)
+        check_bounds(mask.key_tiles(block_k, block_q)[0], dense.T, block_k, block_q)
+
+
+def check_bounds(bounds: torch.Tensor, dense: torch.Tensor, block: int, other: int) -> None:
+    """Every visible pair lies in [first, last); every tile of the full run is full; the four are in order."""
+    assert bounds.shape == (-(-dense.shape[0] // block), 4)
+    for tile, (first, full_first, full_last, last) in enumerate(bounds.tolist()):
+        rows = dense[tile * block : (tile + 1) * block]
+        assert not rows[:, : first * other].any()
+        assert not rows[:, last * other :].any()
+        assert rows[:, full_first * other : full_last * other].all()
+        if first < last:
+            assert first <= full_first <= full_last <= last
+
+
+def test_full_tiles_are_found() -> None:
+    """The bounds are not merely safe: of a long causal row and an image, the inner tiles are full."""
+    causal = IntervalMask.causal(128).query_tiles(16, 16)[0].tolist()
+    assert causal == [[0, 0, tile, tile + 1] if tile else [0, 1, 1, 1] for tile in range(8)]
+    image = IntervalMask.from_spans(128, [(32, 96)]).query_tiles(16, 16)[0].tolist()
+    assert image[2] == [0, 0, 6, 6]
+
+
+def test_block_mask_is_the_same_mask() -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    masks = [layout.mask() for layout in layouts()] + [
+        IntervalMask.stack([random_layout(random.Random(s), 300).mask() for s in range(3)])
+    ]
+    for mask in masks:
+        block_mask = mask.to_block_mask()
+        size = (mask.batch_size, 1, mask.num_queries, mask.num_keys)
+        expected = create_block_mask(block_mask.mask_mod, *size, device="cpu")
+        index = torch.meshgrid(*[torch.arange(n) for n in size], indexing="ij")
+        assert torch.equal(block_mask.mask_mod(*index)[:, 0], mask.to_dense())
+        # Bounds from tile extremes may keep a tile that is empty; they may drop none, and full ones are full.
+        ours, theirs = block_mask.to_dense().bool(), expected.to_dense().bool()
+        assert (ours | ~theirs).all()
+
+
+def test_area_counts_pairs() -> None:
+    for layout in layouts():
+        assert layout.mask().area().tolist() == [int(layout.mask().to_dense().sum())]
+
+
+def test_nothing_is_built_twice_and_to_keeps_the_mask() -> None:
+    mask = IntervalMask.causal(50)
+    assert mask.query_tiles(16, 16) is mask.query_tiles(16, 16)
+    assert mask.to_dense() is mask.to_dense()
+    assert mask.to("cpu") is mask
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((10, [(2, 5), (4, 8)]), r"\(2, 5\) and \(4, 8\) overlap"),
+        ((10, [(3, 3)]), r"\(3, 3\) is empty"),
+        ((10, [(8, 11)]), r"\(8, 11\) is out of range"),
+        ((10, [(-1, 2)]), r"\(-1, 2\) is out of range"),
+        ((10, [(3, 7)], [5, 5]), r"\(3, 7\) crosses the end of its document at 5"),
+        ((10, [], [4, 4]), "add up to 8"),
+        ((10, [], [10, 0]), "document 1 has length 0"),
+        ((10, [(0, 2)], None, [1]), "hidden_images: 1"),
+    ],
+)
+def test_malformed_spans_are_named(arguments: tuple, message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(ValueError, match=message):
+        IntervalMask.from_spans(*arguments)
+
+
+def test_bad_vectors_are_refused() -> None:
+    index = torch.arange(4)[None]
+    with pytest.raises(ValueError, match=r"\(B, M\)"):
+        IntervalMask(index, index[:, :3], 4)
+    with pytest.raises(TypeError, match="float32"):
+        IntervalMask(index.float(), index, 4)
+    with pytest.raises(ValueError, match="at least one query"):
+        IntervalMask(index, index, 0)
+    with pytest.raises(ValueError, match="image_ids"):
+        IntervalMask.from_ids(torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"\[\(3, 3\), \(4, 4\)\]"):
+        IntervalMask.stack([IntervalMask.causal(3), IntervalMask.causal(4)])
