@@ -1,0 +1,147 @@
+"""The contract of `patchify_noise`: checks, implementations, the custom ops and their gradient."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transfusion.kernels.patchify_noise.contract import check_latents, check_noise, check_weights, reasons_by_dtype
+from transfusion.kernels.registry import Implementation, Op, backend, choose, refuse_forward_mode, register
+
+OP = register(
+    Op(
+        name="patchify_noise",
+        implementations={
+            "triton": Implementation("transfusion.kernels.patchify_noise.kernel", reasons_by_dtype),
+            "reference": Implementation("transfusion.kernels.patchify_noise.reference"),
+        },
+        cuda_order=("triton", "reference"),
+        other_order=("reference",),
+    )
+)
+
+
+def patchify_noise(
+    latents: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    patch_size: int,
+    *,
+    noise: Tensor | None = None,
+    seed: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """tokens[i, (y x), (p q c)] = alpha[i]·latents[i] + sigma[i]·noise[i],  'i c (y p) (x q) -> i (y x) (p q c)'.
+
+    One pass over memory. With `seed` the noise is never stored: element e of the flat latents gets element e of
+    `philox.randn(latents.shape, seed)`, whatever the block size, the grid and the patch size. With `patch_size=1`
+    the tokens are the channels-last image.
+
+    Args:
+        latents: (I, C, h, w) float16, bfloat16, float32 or float64, any strides; h and w multiples of `patch_size`.
+        alpha: (I,) float32.
+        sigma: (I,) float32.
+        patch_size: P.
+        noise: like the latents in shape, floating point; exactly one of `noise` and `seed` is given.
+        seed: () int64 on the latents' device.
+        dtype: of the tokens; default, the latents'.
+        impl: "auto", "triton" or "reference".
+
+    Returns:
+        (I, (h/P)·(w/P), P·P·C) tokens, contiguous; computed in float32 (float64 for float64 latents), rounded once.
+        Differentiable in `latents`; `alpha` is what backward keeps. Bitwise deterministic.
+
+    Raises:
+        ValueError: a shape or device that does not fit, noise and seed both or neither, a gradient asked of
+            `alpha`, `sigma` or `noise`.
+        TypeError: a dtype that does not fit.
+        RuntimeError: an explicit `impl` that cannot run here.
+        NotImplementedError: forward-mode differentiation.
+    """
+    check_latents(latents, patch_size)
+    check_weights("patchify_noise", latents, alpha=alpha, sigma=sigma)
+    check_noise("patchify_noise", latents, noise, seed)
+    refuse_forward_mode("patchify_noise", latents, alpha, sigma, noise)
+    dtype = latents.dtype if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype={dtype} is not a floating-point dtype")
+    others = (dtype,) if noise is None else (dtype, noise.dtype)
+    impl = choose(OP, impl, device=latents.device, dtype=latents.dtype, others=others)
+    return _patchify_noise(latents, alpha, sigma, noise, seed, patch_size, dtype, impl)
+
+
+@torch.library.custom_op("transfusion::patchify_noise", mutates_args=())
+def _patchify_noise(
+    latents: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    patch_size: int,
+    dtype: torch.dtype,
+    impl: str,
+) -> Tensor:
+    tokens: Tensor = backend(OP, impl).forward(latents, alpha, sigma, noise, seed, patch_size, dtype)
+    return tokens
+
+
+@_patchify_noise.register_fake
+def _(
+    latents: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    patch_size: int,
+    dtype: torch.dtype,
+    impl: str,
+) -> Tensor:
+    images, channels, height, width = latents.shape
+    tokens = (height // patch_size) * (width // patch_size)
+    return latents.new_empty((images, tokens, patch_size * patch_size * channels), dtype=dtype)
+
+
+@torch.library.custom_op("transfusion::patchify_noise_backward", mutates_args=())
+def _patchify_noise_backward(
+    grad_tokens: Tensor,
+    alpha: Tensor,
+    latents_shape: Sequence[int],
+    patch_size: int,
+    dtype: torch.dtype,
+    impl: str,
+) -> Tensor:
+    grad_latents: Tensor = backend(OP, impl).backward(grad_tokens, alpha, latents_shape, patch_size, dtype)
+    return grad_latents
+
+
+@_patchify_noise_backward.register_fake
+def _(
+    grad_tokens: Tensor,
+    alpha: Tensor,
+    latents_shape: Sequence[int],
+    patch_size: int,
+    dtype: torch.dtype,
+    impl: str,
+) -> Tensor:
+    return grad_tokens.new_empty(latents_shape, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    latents, alpha, _, _, _, ctx.patch_size, _, ctx.impl = inputs
+    ctx.save_for_backward(alpha)
+    ctx.latents_shape, ctx.latents_dtype = latents.shape, latents.dtype
+
+
+def _backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
+    (alpha,) = ctx.saved_tensors
+    grad_latents = None
+    if ctx.needs_input_grad[0]:
+        grad_latents = _patchify_noise_backward(
+            grad_tokens, alpha, ctx.latents_shape, ctx.patch_size, ctx.latents_dtype, ctx.impl
+        )
+    return grad_latents, None, None, None, None, None, None, None
+
+
+_patchify_noise.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,159 @@
+import json
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from transfusion.data.sources import FolderSource, PydocTextSource, SampleError, TextFolderSource, held_out
+
+
+@pytest.fixture
+def write_folder(tmp_path):
+    """Writes `count` images with captions, then the given extra lines; returns the folder."""
+
+    def write(count: int, *lines: str):
+        rng = np.random.default_rng()
+        entries = []
+        for index in range(count):
+            name = f"images/{index}.png"
+            (tmp_path / "images").mkdir(exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(tmp_path / name)
+            entries.append(json.dumps({"image": name, "caption": f"caption {index}"}))
+        (tmp_path / "captions.jsonl").write_text("\n".join([*entries, *lines]), encoding="utf-8")
+        return tmp_path
+
+    return write
+
+
+def test_folder_gives_captions_and_pixels(write_folder):
+    folder = write_folder(3)
+    source = FolderSource(folder, "all")
+    assert len(source) == 3 and source.skipped == []
+    for index in range(3):
+        item = source[index]
+        assert (item.caption, item.name) == (f"caption {index}", f"images/{index}.png")
+        assert np.array_equal(np.asarray(item.image), np.asarray(Image.open(folder / item.name)))
+
+
+def test_folder_split_is_a_stable_partition(write_folder):
+    folder = write_folder(40)
+    train, test = FolderSource(folder, "train", 0.2), FolderSource(folder, "test", 0.2)
+    assert sorted(train.names + test.names) == sorted(FolderSource(folder, "all").names)
+    assert test.names and train.names == FolderSource(folder, "train", 0.2).names
+    lines = (folder / "captions.jsonl").read_text().splitlines()
+    (folder / "captions.jsonl").write_text("\n".join(lines[:-1]))
+    assert set(FolderSource(folder, "test", 0.2).names) <= set(test.names)  # the others stay where they are
+
+
+def test_all_captions_of_one_image_are_in_one_split(write_folder):
+    lines = [json.dumps({"image": f"images/{i}.png", "caption": f"another {i}"}) for i in range(30)]
+    folder = write_folder(30, *lines)
+    train, test = FolderSource(folder, "train", 0.3), FolderSource(folder, "test", 0.3)
+    assert len(train) + len(test) == 60 and set(train.names).isdisjoint(test.names)
+
+
+def test_small_sets_have_a_test_split_too():
+    for count in range(2, 12):
+        assert len(held_out([f"name {i}" for i in range(count)], 0.001)) == 1
+    assert held_out(["only"], 0.001) == set() == held_out(["a", "b"], 0.0)
+    many = [str(i) for i in range(4000)]
+    assert abs(len(held_out(many, 0.1)) / 4000 - 0.1) < 0.02
+
+
+def test_folder_skips_counts_and_names_what_is_broken(write_folder, tmp_path, caplog):
+    folder = write_folder(
+        2,
+        '{"image": "images/0.png", "caption": ',
+        '["images/0.png", "a list"]',
+        '{"image": "images/0.png", "caption": "  "}',
+        '{"image": "images/missing.png", "caption": "gone"}',
+        '{"image": "text.png", "caption": "no image"}',
+        "",
+    )
+    (tmp_path / "text.png").write_text("this is text")
+    with caplog.at_level(logging.WARNING):
+        source = FolderSource(folder, "all")
+    assert len(source) == 2
+    assert [name for name, _ in source.skipped] == [
+        "captions.jsonl:3",
+        "captions.jsonl:4",
+        "captions.jsonl:5",
+        "images/missing.png",
+        "text.png",
+    ]
+    assert "malformed JSON" in source.skipped[0][1] and "does not exist" in source.skipped[3][1]
+    for name, reason in source.skipped:
+        assert f"{name}: {reason}" in caplog.text
+
+
+@pytest.mark.parametrize("format_", ["PNG", "JPEG", "GIF", "BMP", "TIFF"])
+def test_image_truncated_after_its_header_raises_a_sample_error_at_access(tmp_path, format_):
+    pixels = np.random.default_rng().integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    file = tmp_path / f"broken.{format_.lower()}"
+    Image.fromarray(pixels).save(file, format=format_)
+    whole = file.read_bytes()
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"image": file.name, "caption": "half"}))
+    FolderSource(tmp_path, "all")[0]
+    file.write_bytes(whole[: len(whole) * 3 // 5])
+    source = FolderSource(tmp_path, "all")
+    with pytest.raises(SampleError, match=file.name):
+        source[0]
+
+
+def test_transparent_and_grey_images_become_rgb_on_white(tmp_path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("L", (4, 4), 7).save(tmp_path / "grey.png")
+    entries = [{"image": name, "caption": name} for name in ("clear.png", "grey.png")]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    clear, grey = (FolderSource(tmp_path, "all")[i].image for i in range(2))
+    assert clear.getpixel((0, 0)) == (255, 255, 255) and grey.getpixel((0, 0)) == (7, 7, 7)
+
+
+@pytest.mark.parametrize("captions", [None, "", '{"image": "none.png", "caption": "x"}'])
+def test_folder_without_a_valid_image_says_what_is_expected(tmp_path, captions):
+    if captions is not None:
+        (tmp_path / "captions.jsonl").write_text(captions)
+    with pytest.raises(ValueError, match=r'captions\.jsonl.*"image": "relative/path\.jpg"'):
+        FolderSource(tmp_path)
+
+
+def test_empty_split_and_unknown_split_are_errors(write_folder):
+    folder = write_folder(1)
+    with pytest.raises(ValueError, match=r"test split .* is empty"):
+        FolderSource(folder, "test")
+    with pytest.raises(ValueError, match="'dev'"):
+        FolderSource(folder, "dev")
+    with pytest.raises(ValueError, match=r"1\.5"):
+        FolderSource(folder, "train", 1.5)
+
+
+def test_text_folder_reads_recursively_and_names_what_it_skips(tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "a.txt").write_text("first ü", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("second", encoding="utf-8")
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
+    (tmp_path / "ignored.md").write_text("not text")
+    source = TextFolderSource(tmp_path, "all")
+    assert dict(zip(source.names, source, strict=True)) == {"b.txt": "second", "deep/er/a.txt": "first ü"}
+    assert {name for name, _ in source.skipped} == {"blank.txt", "binary.txt"}
+    train, test = TextFolderSource(tmp_path, "train"), TextFolderSource(tmp_path, "test")
+    assert len(train) == len(test) == 1 and train.names != test.names
+
+
+def test_text_folder_without_text_says_what_is_expected(tmp_path):
+    with pytest.raises(ValueError, match=r"UTF-8 \*\.txt"):
+        TextFolderSource(tmp_path)
+
+
+def test_pydoc_splits_share_no_topic_and_no_paragraph():
+    train, test = PydocTextSource("train"), PydocTextSource("test")
+    assert set(train.names).isdisjoint(test.names)
+    assert sum(map(len, train)) > 200_000 and sum(map(len, test)) > 5_000
+
+    def paragraphs(source):
+        joined = (" ".join(p.split()) for text in source for p in text.split("\n\n"))
+        return {p for p in joined if len(p) >= 40}
+
+    assert paragraphs(train).isdisjoint(paragraphs(test))

@@ -1,0 +1,104 @@
+"""Samples become documents: a caption with its image, in either order, and windows of a text.
+
+    caption first   BOS caption [BOI image EOI] EOS         image noised to any time
+    image first     BOS [BOI image EOI] caption EOS         image noised to max_time_image_first at most
+    no caption      BOS [BOI image EOI] EOS                 the unconditional branch of guidance
+    text            BOS window | BOS window | BOS window EOS
+
+`collate` adds BOI and EOI. Order and noise limit: arXiv 2408.11039, section 3 and section 4.3.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from transfusion.sequence import Batch, Document, Image, SpecialTokens, Text, collate, document_length
+
+_SPECIAL = SpecialTokens()
+
+
+def _text(*parts: Tensor | int) -> Text:
+    return Text(torch.cat([torch.as_tensor(part, dtype=torch.int64).reshape(-1) for part in parts]))
+
+
+def caption_image_length(caption_tokens: int, tokens_per_image: int) -> int:
+    """caption + image + 4: what the document of a caption and its image takes, with BOS, BOI, EOI and EOS."""
+    return caption_tokens + tokens_per_image + 4
+
+
+def caption_image_document(
+    caption_ids: Tensor,
+    latent: Tensor,
+    image_first: bool = False,
+    drop_caption: bool = False,
+    special: SpecialTokens = _SPECIAL,
+    max_time_image_first: float = 0.5,
+) -> Document:
+    """One document of a caption (n,) int64 and a clean latent (C, h, w), in one of the orders above.
+
+    A dropped caption leaves nothing that the image could come before, so `image_first` does not limit it.
+    """
+    if drop_caption:
+        return (_text(special.bos), Image(latent), _text(special.eos))
+    if image_first:
+        return (_text(special.bos), Image(latent, max_time_image_first), _text(caption_ids, special.eos))
+    return (_text(special.bos, caption_ids), Image(latent), _text(special.eos))
+
+
+def text_documents(token_ids: Tensor, length: int, special: SpecialTokens = _SPECIAL) -> list[Document]:
+    """Cuts a text (n,) int64 into documents of at most `length` tokens; each token is a target exactly once.
+
+    Each window starts with BOS; EOS follows the last one only, where the text does end.
+    """
+    if length < 2:
+        raise ValueError(f"a window of {length} token(s) cannot hold BOS and a token")
+    ended = torch.cat([token_ids, token_ids.new_tensor([special.eos])])
+    return [(_text(special.bos, window),) for window in ended.split(length - 1)]
+
+
+def mismatched(captions: Sequence[Tensor], generator: torch.Generator) -> list[int]:
+    """-> a random permutation with captions[permutation[i]] != captions[i] for every i.
+
+    Raises `ValueError` where more than half of the captions are the same: no such permutation exists.
+    """
+    keys = [tuple(caption.tolist()) for caption in captions]
+    counts = Counter(keys)
+    largest = max(counts.values(), default=0)
+    if 2 * largest > len(keys):
+        raise ValueError(f"{largest} of {len(keys)} captions are the same: they cannot all be given another one")
+    shuffled = torch.randperm(len(keys), generator=generator).tolist()
+    group = {key: number for number, key in enumerate(dict.fromkeys(keys[i] for i in shuffled))}
+    # equal captions lie side by side; a rotation by the size of the largest group takes each out of its group
+    ring = sorted(shuffled, key=lambda i: group[keys[i]])
+    partner = [0] * len(ring)
+    for place, i in enumerate(ring):
+        partner[i] = ring[(place + largest) % len(ring)]
+    return partner
+
+
+def evaluation_batch(
+    captions: Sequence[Tensor],
+    latents: Tensor,
+    times: Tensor,
+    noise_seed: int,
+    patch_size: int,
+    special: SpecialTokens = _SPECIAL,
+) -> Batch:
+    """A batch of given pairs, times and noise: row i is caption i, then image i at times[i].
+
+    captions: I tensors (n_i,) int64; latents (I, C, h, w); times (I,) in [0, 1). Rows are as long as the longest
+    document, so that the captions in another order (`mismatched`) give the same images, noise, times and shapes:
+    the difference of the two diffusion losses is what the captions are worth.
+    """
+    if not len(captions) == len(latents) == len(times):
+        raise ValueError(f"{len(captions)} captions, {len(latents)} latents, {len(times)} times: give one of each")
+    if not len(captions):
+        raise ValueError("an evaluation batch needs at least one caption and latent")
+    pairs = zip(captions, latents, strict=True)
+    rows = [[caption_image_document(caption, latent, special=special)] for caption, latent in pairs]
+    length = max(document_length(document, patch_size) for (document,) in rows)
+    batch = collate(rows, length, patch_size, special, torch.Generator())
+    return replace(batch, times=times.float(), noise_seed=torch.tensor(noise_seed, dtype=torch.int64))

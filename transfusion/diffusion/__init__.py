@@ -1,0 +1,1 @@
+"""How images are noised in training and denoised in sampling."""

@@ -1,0 +1,200 @@
+"""The central type: documents of text and image segments, and the batch that a training step reads.
+
+    Document = tuple[Text | Image, ...]
+    rows: list[list[Document]]  --collate-->  Batch(token_ids, mask, images, index tensors)
+
+A batch is described once, here. Which rows are text and which are image is known where the batch is
+made, so it travels as index tensors, and no later step asks the device for a count.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from transfusion.kernels import IntervalMask
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the tokens with a meaning of their own, all in the tokenizer's vocabulary."""
+
+    pad: int = 0
+    bos: int = 1
+    eos: int = 2
+    boi: int = 3
+    eoi: int = 4
+
+
+class Text(NamedTuple):
+    """A run of text tokens: `token_ids` (n,) int64, special tokens included where they belong to the text."""
+
+    token_ids: Tensor
+
+
+class Image(NamedTuple):
+    """One image: `latent` (C, h, w) float32, clean, and the largest diffusion time it may be noised to, in (0, 1]."""
+
+    latent: Tensor
+    max_time: float = 1.0
+
+
+Document = tuple[Text | Image, ...]
+
+
+def image_tokens(latent_shape: Sequence[int], patch_size: int) -> int:
+    """(h / P)·(w / P): how many tokens a latent (C, h, w) takes, BOI and EOI not counted."""
+    height, width = latent_shape[-2:]
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"a latent of {height}x{width} does not divide into patches of {patch_size}x{patch_size}")
+    return (height // patch_size) * (width // patch_size)
+
+
+def document_length(document: Document, patch_size: int) -> int:
+    """Tokens of `document` in a packed row: text tokens, and for each image BOI, its patches, EOI."""
+    return sum(
+        len(segment.token_ids) if isinstance(segment, Text) else image_tokens(segment.latent.shape, patch_size) + 2
+        for segment in document
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one training step reads. B rows of N tokens, I images of n tokens each.
+
+    token_ids    (B, N) int64   image positions hold `pad`; their embedding is replaced
+    positions    (B, N) int64   counted from the start of the token's document (for RoPE)
+    mask         IntervalMask   documents apart, images bidirectional
+    image_rows   (I·n,) int64   flat index b·N + i of each image token, image by image
+    text_rows    (T,)   int64   flat index of each position that the LM loss reads: a text token, not BOI, whose
+                                successor in its document is a text token
+    text_targets (T,)   int64   that successor
+    latents      (I, C, h, w)   float32, clean
+    times        (I,)   float32 diffusion time in [0, 1), already within each image's limit
+    noise_seed   ()     int64   the noise of the whole batch; the same seed gives the same noise
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    mask: IntervalMask
+    image_rows: Tensor
+    text_rows: Tensor
+    text_targets: Tensor
+    latents: Tensor
+    times: Tensor
+    noise_seed: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+        """The same batch on `device`."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
+        return replace(self, **moved)
+
+    @property
+    def num_images(self) -> int:
+        """I, known on the host."""
+        return self.latents.shape[0]
+
+
+class _Row:
+    """One packed row under construction: flat lists, positions relative to the row."""
+
+    def __init__(self, special: SpecialTokens, patch_size: int) -> None:
+        self.special, self.patch_size = special, patch_size
+        self.token_ids: list[int] = []
+        self.is_image: list[bool] = []
+        self.positions: list[int] = []
+        self.documents: list[int] = []
+        self.spans: list[tuple[int, int]] = []
+        self.images: list[Image] = []
+
+    def add(self, document: Document) -> None:
+        start = len(self.token_ids)
+        for segment in document:
+            if isinstance(segment, Text):
+                self._tokens(segment.token_ids.tolist(), is_image=False)
+                continue
+            count = image_tokens(segment.latent.shape, self.patch_size)
+            self._tokens([self.special.boi], is_image=False)
+            self.spans.append((len(self.token_ids), len(self.token_ids) + count))
+            self.images.append(segment)
+            self._tokens([self.special.pad] * count, is_image=True)
+            self._tokens([self.special.eoi], is_image=False)
+        length = len(self.token_ids) - start
+        if length:
+            self.documents.append(length)
+            self.positions.extend(range(length))
+
+    def _tokens(self, ids: list[int], is_image: bool) -> None:
+        self.token_ids.extend(ids)
+        self.is_image.extend([is_image] * len(ids))
+
+    def pad_to(self, length: int) -> None:
+        missing = length - len(self.token_ids)
+        if missing < 0:
+            raise ValueError(f"a row holds {len(self.token_ids)} tokens, more than the row length {length}")
+        self._tokens([self.special.pad] * missing, is_image=False)
+        self.documents.extend([1] * missing)  # each pad is a document of its own: nothing sees it, it sees itself
+        self.positions.extend([0] * missing)
+
+    def text_rows(self) -> list[int]:
+        """Positions whose next token, in the same document, is text, and which are text themselves, BOI excluded."""
+        rows, start = [], 0
+        for length in self.documents:
+            rows += [
+                i
+                for i in range(start, start + length - 1)
+                if not self.is_image[i] and not self.is_image[i + 1] and self.token_ids[i] != self.special.boi
+            ]
+            start += length
+        return rows
+
+
+def collate(
+    rows: Sequence[Iterable[Document]],
+    length: int,
+    patch_size: int,
+    special: SpecialTokens,
+    generator: torch.Generator,
+) -> Batch:
+    """Packs row b's documents one after the other into `length` tokens and draws times and the noise seed.
+
+    times = u·max_time with u stratified over the batch's images, from `generator`: the batch is a pure
+    function of its arguments and the generator's state. Raises `ValueError` where a row overflows, or where
+    latents differ in shape.
+    """
+    packed = []
+    for documents in rows:
+        row = _Row(special, patch_size)
+        for document in documents:
+            row.add(document)
+        row.pad_to(length)
+        packed.append(row)
+    images = [image for row in packed for image in row.images]
+    shapes = {tuple(image.latent.shape) for image in images}
+    if len(shapes) > 1:
+        raise ValueError(f"the latents of one batch must have one shape, got {sorted(shapes)}")
+    text_rows = [b * length + i for b, row in enumerate(packed) for i in row.text_rows()]
+    flat_ids = torch.tensor([row.token_ids for row in packed], dtype=torch.int64)
+    image_rows = [b * length + i for b, row in enumerate(packed) for span in row.spans for i in range(*span)]
+    text_index = torch.tensor(text_rows, dtype=torch.int64)
+    return Batch(
+        token_ids=flat_ids,
+        positions=torch.tensor([row.positions for row in packed], dtype=torch.int64),
+        mask=IntervalMask.stack([IntervalMask.from_spans(length, row.spans, row.documents) for row in packed]),
+        image_rows=torch.tensor(image_rows, dtype=torch.int64),
+        text_rows=text_index,
+        text_targets=flat_ids.flatten()[text_index + 1],
+        latents=torch.stack([i.latent.float() for i in images]) if images else torch.zeros(0, 1, patch_size, patch_size),
+        times=_stratified_times([image.max_time for image in images], generator),
+        noise_seed=torch.randint(0, 2**62, (), dtype=torch.int64, generator=generator),
+    )
+
+
+def _stratified_times(limits: list[float], generator: torch.Generator) -> Tensor:
+    """time_i = limit_i·(slot_i + jitter_i) / I with the slots a random permutation: uniform, and evenly spread."""
+    count = len(limits)
+    slots = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+    uniform = (slots / max(count, 1)).clamp(max=1 - 2**-24)
+    return uniform * torch.tensor(limits, dtype=torch.float32)

@@ -1,0 +1,84 @@
+"""AdamW on matrices with decay, on vectors without; warm-up, then a cosine; an average of the weights beside them."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. Defaults are the paper's (arXiv 2408.11039, section 4.1) where it says.
+
+    steps, accumulation      optimizer steps; batches whose gradients are averaged in each
+    learning_rate, min_learning_rate, warmup_steps   linear warm-up to the first, cosine to the second at `steps`
+    betas, eps, weight_decay, max_grad_norm          of AdamW; the norm that gradients are clipped to
+    ema_decay                of the averaged weights that sampling and evaluation use (the paper is silent)
+    precision                "auto" is bfloat16 autocast on CUDA and float32 elsewhere
+    impl                     implementation of every kernel: "auto", "triton" or "reference"
+    log_every, checkpoint_every, preview_every       in steps; 0 turns previews off
+    keep_checkpoints         how many to keep
+    max_bad_steps            give up after so many steps in a row with a loss or gradient that is not finite
+    """
+
+    steps: int = 250_000
+    accumulation: int = 1
+    learning_rate: float = 3e-4
+    min_learning_rate: float = 1.5e-5
+    warmup_steps: int = 4000
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9999
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    impl: str = "auto"
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    preview_every: int = 0
+    keep_checkpoints: int = 2
+    max_bad_steps: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.min_learning_rate <= self.learning_rate:
+            raise ValueError(f"min_learning_rate {self.min_learning_rate} is not in 0..{self.learning_rate}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """lr of step 0, 1, ...: (step + 1) / warm-up of the peak, then half a cosine down to the minimum."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = min((step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1), 1.0)
+    span = config.learning_rate - config.min_learning_rate
+    return config.min_learning_rate + span * (1 + math.cos(math.pi * progress)) / 2
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay on matrices alone (not on norms and biases)."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def step_unless(not_finite: Tensor, optimizer: torch.optim.AdamW) -> None:
+    """One step, or none where `not_finite` (0-dim bool): decided on the device, without a host sync.
+
+    The fused optimizer's own switch for mixed precision (`found_inf`) leaves weights, moments and step count alone.
+    """
+    optimizer.found_inf = not_finite.float()  # type: ignore[attr-defined]
+    optimizer.step()
+
+
+@torch.no_grad()
+def average(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
+    """ema += (1 - d)·(model - ema), d = min(decay, (1 + step) / (10 + step)): young averages forget faster."""
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
