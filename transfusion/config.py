@@ -28,15 +28,19 @@ T = TypeVar("T")
 class ModelConfig:
     """Llama's shape and a linear image codec (arXiv 2408.11039, section 3.2 and table 2).
 
-    vocab_size        text tokens, special ones included
-    dim, layers, heads, kv_heads   width, depth, query heads and key heads (None: as many)
-    rope_theta        base of the rotary frequencies
-    norm_eps          of RMSNorm
-    latent_channels   C of an image latent
-    patch_size        P: a P×P window of latents is one token
-    image_loss_weight λ of L_LM + λ·L_DDPM
-    schedule          what the network predicts about an image, and the noise path
-    special           ids of the special tokens
+    Args:
+        vocab_size: text tokens, special ones included.
+        dim: width.
+        layers: depth.
+        heads: query heads.
+        kv_heads: key heads; None is as many as query heads.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: of RMSNorm.
+        latent_channels: C of an image latent.
+        patch_size: P; a P×P window of latents is one token.
+        image_loss_weight: λ of L_LM + λ·L_DDPM.
+        schedule: what the network predicts about an image, and the noise path.
+        special: ids of the special tokens.
     """
 
     vocab_size: int = 32000

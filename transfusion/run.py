@@ -28,6 +28,7 @@ from transfusion.data import (
     Tokenizer,
 )
 from transfusion.data.sources import Split
+from transfusion.generation import TransfusionPipeline
 from transfusion.model import Transfusion
 from transfusion.training import TrainConfig, Trainer
 from transfusion.training.trainer import Preview
@@ -39,10 +40,11 @@ CONFIG, TOKENIZER, MODEL = "config.toml", "tokenizer.json", "model"
 class DataConfig:
     """Where samples come from, and how they become batches.
 
-    images       "emoji:demo", "emoji:all", a folder with captions.jsonl, or "" for none
-    texts        "pydoc" (Python's own reference manual), a folder of .txt files, or "" for none
-    autoencoder  "pixels" (latents are pixels in [-1, 1]) or a diffusers AutoencoderKL: local folder or hub name
-    loader       batches
+    Args:
+        images: "emoji:demo", "emoji:all", a folder with captions.jsonl, or "" for none.
+        texts: "pydoc" (Python's own reference manual), a folder of .txt files, or "" for none.
+        autoencoder: "pixels" (latents are pixels in [-1, 1]) or a diffusers AutoencoderKL, local folder or hub name.
+        loader: how samples become batches.
     """
 
     images: str = "emoji:demo"
@@ -55,7 +57,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that determines a run."""
+    """Everything that determines a run.
+
+    Args:
+        model: the network.
+        data: where samples come from.
+        train: how the network is trained.
+        seed: of the initial weights.
+    """
 
     model: ModelConfig = field(default_factory=lambda: presets.get("tiny"))
     data: DataConfig = field(default_factory=DataConfig)
@@ -155,6 +164,10 @@ class Run:
     def model(self, device: torch.device | str = "cpu") -> Transfusion:
         """The trained model. Raises `FileNotFoundError` where the run has not ended yet."""
         return Transfusion.from_pretrained(self.directory / MODEL, device).eval()
+
+    def pipeline(self, model: Transfusion) -> TransfusionPipeline:
+        """Captions, pictures and texts in and out of `model`, this run's or one of its previews."""
+        return TransfusionPipeline(model, self.tokenizer, self.autoencoder, self.latent_shape)
 
 
 def _differences(old: dict[str, object], new: dict[str, object], where: str = "") -> list[str]:

@@ -316,11 +316,10 @@ def backward(
     kv_heads, num_keys = k.shape[1:3]
     group, scale_log2 = heads // kv_heads, scale * LOG2_E.value
     delta = torch.empty_like(lse)
-    block_d = tuning.padded_head_dim(head_dim)
-    block = 1024 // min(block_d, 64)
-    delta_kernel[(triton.cdiv(num_queries, block) * batch * heads,)](
+    meta = delta_constexprs(head_dim)
+    delta_kernel[(triton.cdiv(num_queries, meta["BLOCK_Q"]) * batch * heads,)](
         out, grad_out, grad_lse, delta, *out.stride()[:3], *grad_out.stride()[:3], *grad_lse.stride(),
-        heads, num_queries, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=block,
+        heads, num_queries, **meta,
     )  # fmt: skip
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
     meta = _meta("backward_key", q)
@@ -364,3 +363,9 @@ def constexprs(launch: tuning.Launch, head_dim: int, dtype: torch.dtype) -> dict
         "BLOCK_K": launch.block_k,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
+
+
+def delta_constexprs(head_dim: int) -> dict[str, int]:
+    """What the delta kernel is specialised on: at least 1024 elements of out a program."""
+    block_d = tuning.padded_head_dim(head_dim)
+    return {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_Q": 1024 // min(block_d, 64)}

@@ -27,13 +27,13 @@ from transfusion.kernels.patchify_noise.kernel import (
 
 @triton.jit
 def diffusion_loss_kernel(
-    prediction, latents, data_weight, noise_weight, noise, seed, grad_loss, result, gradient_scale, width, num_pixels,
+    prediction, latents, data_weight, noise_weight, noise, seed, grad_loss, result, elements, width, num_pixels,
     stride_pi, stride_pn, stride_pf, stride_i, stride_c, stride_y, stride_x,
     P: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """result: a partial sum per program; or, where `grad_loss` is given, the gradient of the prediction.
 
-    gradient_scale = 2/(C·h·w), divided on the host: division on the device is not correctly rounded.
+    elements = C·h·w as a float, by which the gradient is divided with correct rounding, as the formula is.
     """
     image, channel, start, y, x, token, feature, mask = tile_of_program(width, num_pixels, P, C, BLOCK_C, BLOCK_S)
     target = noised_tile(
@@ -48,7 +48,7 @@ def diffusion_loss_kernel(
         squares = tl.where(mask, difference * difference, 0.0)
         tl.store(result + tl.program_id(0), tl.sum(tl.sum(squares, 1), 0))
     else:
-        scale = tl.load(grad_loss + image) * gradient_scale
+        scale = tl.div_rn(2.0 * tl.load(grad_loss + image), elements)
         place = token.to(tl.int64) * (P * P * C) + feature
         pointers = result + image * num_pixels * C + place[None, :] + channel[:, None]
         tl.store(pointers, (scale * difference).to(result.dtype.element_ty), mask=mask)
@@ -112,7 +112,7 @@ def _launch(
         diffusion_loss_kernel[(num_programs(images, channels, num_pixels, parameters),)](
             prediction, latents, data_weight.contiguous(), noise_weight.contiguous(),
             None if noise is None else noise.contiguous(), seed, grad_loss, result,
-            2.0 / (channels * num_pixels), latents.shape[3], num_pixels,
+            float(channels * num_pixels), latents.shape[3], num_pixels,
             *prediction.stride(), *latents.stride(),
             P=patch_size, C=channels, QUADS=num_pixels % 4 == 0, **parameters,
         )  # fmt: skip
@@ -121,7 +121,7 @@ def _launch(
 def compile_cases() -> Iterator[CompileCase]:
     """Representative launches on contiguous tensors, for ahead-of-time compilation."""
     sizes = ("width", "num_pixels", "stride_pi", "stride_pn", "stride_i", "stride_c", "stride_y")
-    common = {"data_weight": "*fp32", "noise_weight": "*fp32", "gradient_scale": "fp32", **dict.fromkeys(sizes, "i32")}
+    common = {"data_weight": "*fp32", "noise_weight": "*fp32", "elements": "fp32", **dict.fromkeys(sizes, "i32")}
     for element, channels, patch_size, quads, divide in COMPILE_SHAPES:
         constexprs = {**compile_constexprs(channels, patch_size), "stride_pf": 1, "stride_x": 1, "QUADS": quads}
         for source in ({"seed": "*i64"}, {"noise": "*fp32"}):

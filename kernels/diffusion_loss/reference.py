@@ -37,7 +37,7 @@ def backward(
 ) -> Tensor:
     """grad_prediction = grad_loss[i]·2·(prediction - target)/(n·P·P·C), shape and dtype of `prediction`."""
     difference = _difference(prediction, latents, data_weight, noise_weight, noise, seed, patch_size)
-    scale = grad_loss.to(difference.dtype) * (2.0 / math.prod(latents.shape[1:]))
+    scale = 2.0 * grad_loss.to(difference.dtype) / math.prod(latents.shape[1:])
     return (scale.view(-1, 1, 1) * difference).to(prediction.dtype).contiguous()
 
 

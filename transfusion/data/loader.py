@@ -33,17 +33,18 @@ logger = logging.getLogger(__name__)
 class LoaderConfig:
     """How samples become batches. Defaults are those of arXiv 2408.11039, or marked where it is silent.
 
-    rows                  rows of a batch, on each rank
-    row_length            tokens of a row
-    image_size            pixels; images are cropped to their central square and resized
-    patch_size            latents a side that become one token
-    images_per_row        exactly so many captioned images in each image row: the same number of images in every
-                          batch; None packs as many as fit
-    text_fraction         fraction of the rows that are text; with full rows that is 1:1 text to image tokens
-    caption_first         probability that the caption comes before its image
-    caption_dropout       probability that a caption is left out, for guidance (the paper is silent)
-    max_time_image_first  largest diffusion time of an image that comes before its caption
-    seed                  of everything that is random here
+    Args:
+        rows: rows of a batch, on each rank.
+        row_length: tokens of a row.
+        image_size: pixels; images are cropped to their central square and resized.
+        patch_size: latents a side that become one token.
+        images_per_row: exactly so many captioned images in each image row, the same number in every batch; None
+            packs as many as fit.
+        text_fraction: fraction of the rows that are text; with full rows that is 1:1 text to image tokens.
+        caption_first: probability that the caption comes before its image.
+        caption_dropout: probability that a caption is left out, for guidance (the paper is silent).
+        max_time_image_first: largest diffusion time of an image that comes before its caption.
+        seed: of everything that is random here.
     """
 
     rows: int

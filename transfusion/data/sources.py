@@ -111,7 +111,7 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> CaptionedImage:
         name = self.names[index]
-        return CaptionedImage(self.captions[index], _open_rgb(self.path / name, name), name)
+        return CaptionedImage(self.captions[index], open_rgb(self.path / name, name), name)
 
     def _read_captions(self) -> list[tuple[str, str]]:
         file = self.path / "captions.jsonl"
@@ -141,11 +141,11 @@ class FolderSource:
             raise SampleError(where, 'expected {"image": "relative/path.jpg", "caption": "non-empty text"}')
         if not (self.path / name).is_file():
             raise SampleError(name, f"{where} names an image that does not exist")
-        _open_rgb(self.path / name, name, header_only=True)
+        open_rgb(self.path / name, name, header_only=True)
         return name, caption.strip()
 
 
-def _open_rgb(file: Path, name: str, header_only: bool = False) -> "Image.Image":
+def open_rgb(file: Path, name: str, header_only: bool = False) -> "Image.Image":
     """The image upright and on white where it is transparent; any way in which a decoder fails is a `SampleError`."""
     image_module, image_ops = require("PIL.Image"), require("PIL.ImageOps")
     try:

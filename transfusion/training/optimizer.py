@@ -12,15 +12,24 @@ from torch import Tensor, nn
 class TrainConfig:
     """How a model is trained. Defaults are the paper's (arXiv 2408.11039, section 4.1) where it says.
 
-    steps, accumulation      optimizer steps; batches whose gradients are averaged in each
-    learning_rate, min_learning_rate, warmup_steps   linear warm-up to the first, cosine to the second at `steps`
-    betas, eps, weight_decay, max_grad_norm          of AdamW; the norm that gradients are clipped to
-    ema_decay                of the averaged weights that sampling and evaluation use (the paper is silent)
-    precision                "auto" is bfloat16 autocast on CUDA and float32 elsewhere
-    impl                     implementation of every kernel: "auto", "triton" or "reference"
-    log_every, checkpoint_every, preview_every       in steps; 0 turns previews off
-    keep_checkpoints         how many to keep
-    max_bad_steps            give up after so many steps in a row with a loss or gradient that is not finite
+    Args:
+        steps: optimizer steps.
+        accumulation: batches whose gradients are averaged in each step.
+        learning_rate: the peak, reached after the warm-up.
+        min_learning_rate: where the cosine ends, at the last step.
+        warmup_steps: linear.
+        betas: of AdamW.
+        eps: of AdamW.
+        weight_decay: of AdamW, on matrices.
+        max_grad_norm: what gradients are clipped to.
+        ema_decay: of the averaged weights that sampling and evaluation use (the paper is silent).
+        precision: "auto" is bfloat16 autocast on CUDA and float32 elsewhere.
+        impl: implementation of every kernel, "auto", "triton" or "reference".
+        log_every: steps.
+        checkpoint_every: steps.
+        preview_every: steps between pictures in TensorBoard; 0 is none.
+        keep_checkpoints: how many.
+        max_bad_steps: give up after so many steps in a row with a loss or gradient that is not finite.
     """
 
     steps: int = 250_000

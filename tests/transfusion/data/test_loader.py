@@ -86,6 +86,11 @@ def test_iterate_hands_errors_on_and_stops_its_thread(monkeypatch):
         next(loader.iterate(prefetch=0))
 
 
+def test_ranks_draw_different_noise():
+    loaders = [Loader(CONFIG, TOKENIZER, NoiseImages(30), TEXTS, rank=rank, world_size=4) for rank in range(4)]
+    assert len({loader.batch(step).noise_seed.item() for loader in loaders for step in range(3)}) == 12
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_an_epoch_without_overlap_or_loss(world_size):
     config = replace(CONFIG, text_fraction=0.0, rows=1)

@@ -1,0 +1,122 @@
+"""How `transfusion_attention` is judged: forward and every gradient against the formula in float64, on random inputs.
+
+The error of the formula in the inputs' own precision bounds a kernel's, see `transfusion.kernels.testing.judge`.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from transfusion.kernels.attention import reference
+from transfusion.kernels.attention.op import transfusion_attention
+from transfusion.kernels.interval_mask import IntervalMask
+from transfusion.kernels.testing import LAYOUTS, Layout, Verdict, judge, random_layout
+
+RESULTS = ("out", "lse", "dq", "dk", "dv")
+
+
+class Case(NamedTuple):
+    """Leaves to differentiate, the mask, and the gradients that come back from above."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: IntervalMask
+    grad_out: Tensor
+    grad_lse: Tensor
+
+
+def make_case(
+    mask: IntervalMask,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    head_dim: int = 16,
+    heads: tuple[int, int] = (2, 1),
+    batch: int | None = None,
+) -> Case:
+    """Normal inputs on the mask's device, drawn from a CPU generator; `heads` of queries and of keys."""
+    batch = batch or mask.batch_size
+
+    def normal(*shape: int, to: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(mask.device, to)
+
+    q = normal(batch, heads[0], mask.num_queries, head_dim)
+    k, v = (normal(batch, heads[1], mask.num_keys, head_dim) for _ in range(2))
+    return Case(q, k, v, mask, normal(*q.shape), normal(*q.shape[:3], to=torch.float32))
+
+
+def formula(case: Case, wide: torch.dtype, compute: torch.dtype) -> list[Tensor]:
+    """`RESULTS` by the reference's formulas on inputs of dtype `wide`, carried out in `compute`."""
+    q, k, v, grad_out, grad_lse = (t.to(wide) for t in (case.q, case.k, case.v, case.grad_out, case.grad_lse))
+    vectors = case.mask.query_start, case.mask.query_end
+    scale = case.q.shape[-1] ** -0.5
+    # A query that sees no key has lse = -inf whatever the inputs: no gradient comes through it.
+    forward = reference.forward(q, k, v, *vectors, scale, compute)
+    backward = reference.backward(grad_out, grad_lse, q, k, v, *vectors, scale, compute)
+    return [*forward, *backward]
+
+
+def eager_orders(case: Case, count: int = 8) -> list[list[Tensor]]:
+    """The formula in the inputs' own precision, `count` times with the head dimension (and so each sum) reordered."""
+
+    def one(order: Tensor) -> list[Tensor]:
+        def mixed(tensor: Tensor) -> Tensor:
+            return tensor[..., order]
+
+        shuffled = case._replace(q=mixed(case.q), k=mixed(case.k), v=mixed(case.v), grad_out=mixed(case.grad_out))
+        out, lse, *grads = formula(shuffled, case.q.dtype, case.q.dtype)
+        back = order.argsort()
+        return [out[..., back], lse, *(grad[..., back] for grad in grads)]
+
+    runs = [one(torch.randperm(case.q.shape[-1])) for _ in range(count)]
+    return [list(results) for results in zip(*runs, strict=True)]
+
+
+def run(case: Case, impl: str) -> list[Tensor]:
+    """`RESULTS` of the op."""
+    q, k, v = (t.detach().requires_grad_() for t in (case.q, case.k, case.v))
+    out, lse = transfusion_attention(q, k, v, case.mask, return_lse=True, impl=impl)
+    grads = torch.autograd.grad([out, lse], [q, k, v], [case.grad_out, case.grad_lse])
+    return [out.detach(), lse.detach(), *grads]
+
+
+def verdicts(case: Case, results: list[Tensor]) -> dict[str, Verdict]:
+    """Each of `RESULTS` against the formula in float64."""
+    gold = formula(case, torch.float64, torch.float64)
+    judged = map(judge, results, eager_orders(case), gold)
+    return dict(zip(RESULTS, judged, strict=True))
+
+
+def checks(
+    device: torch.device, dtype: torch.dtype, generator: torch.Generator
+) -> Iterator[tuple[str, dict[str, Verdict]]]:
+    """(what, verdicts) of the Triton kernels over layouts, head dimensions, grouped heads and sizes."""
+    # A GPU's tiles are several times as wide as the interpreter's; an odd factor keeps the sizes undivided.
+    factor = 17 if device.type == "cuda" else 1
+
+    def check(mask: IntervalMask, **shape: object) -> dict[str, Verdict]:
+        case = make_case(mask.to(device), dtype, generator, **shape)  # type: ignore[arg-type]
+        return verdicts(case, run(case, "triton"))
+
+    for name, layout in LAYOUTS.items():
+        yield name, check(_enlarged(layout, factor).mask())
+    odd = _enlarged(LAYOUTS["odd_length"], factor).mask()
+    for head_dim in (24, 64, 72, 80, 96, 128, 160, 256):
+        yield f"head_dim_{head_dim}", check(odd, head_dim=head_dim)
+    rng = random.Random(generator.initial_seed())
+    for heads in ((4, 4), (4, 2), (6, 2), (3, 1)):
+        masks = [_enlarged(random_layout(rng, 50), factor).mask() for _ in range(2)]
+        yield f"random_layouts_{heads[0]}_heads_over_{heads[1]}", check(IntervalMask.stack(masks), heads=heads)
+    for queries, keys in ((1, 65), (33, 7), (5, 100)):
+        start, end = torch.randint(-3, queries * factor + 3, (2, 1, keys * factor), generator=generator)
+        mask = IntervalMask(start, end, queries * factor)
+        yield f"random_intervals_{mask.num_queries}_by_{mask.num_keys}", check(mask, batch=2)
+
+
+def _enlarged(layout: Layout, factor: int) -> Layout:
+    images = [(first * factor, last * factor) for first, last in layout.images]
+    documents = None if layout.documents is None else [length * factor for length in layout.documents]
+    return Layout(layout.length * factor, images, documents, layout.hidden)

@@ -1,0 +1,159 @@
+"""Every Triton kernel against its reference on this machine: a table of errors and bounds; exit status 1 where one fails.
+
+    python -m transfusion.kernels.verify [--op NAME] [--seed N] [--junit FILE]
+
+On a GPU the kernels run there, in bfloat16 too. Elsewhere they run in Triton's interpreter, which must be chosen
+before triton is imported: the command starts itself again with TRITON_INTERPRET=1.
+"""
+
+import argparse
+import os
+import platform
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+from unittest import mock
+from xml.etree import ElementTree
+
+import torch
+
+from transfusion.kernels import registry
+from transfusion.kernels.attention import check as attention
+from transfusion.kernels.diffusion_loss import check as diffusion_loss
+from transfusion.kernels.patchify_noise import check as patchify_noise
+from transfusion.kernels.testing import Verdict, poison_empty
+
+Checks = Callable[[torch.device, torch.dtype, torch.Generator], Iterator[tuple[str, dict[str, Verdict]]]]
+
+CHECKS: dict[str, Checks] = {
+    "transfusion_attention": attention.checks,
+    "patchify_noise": patchify_noise.checks,
+    "diffusion_loss": diffusion_loss.checks,
+}
+
+
+class Row(NamedTuple):
+    """One call of one op: the verdict on each of its results, forward and gradients."""
+
+    op: str
+    dtype: torch.dtype
+    case: str
+    verdicts: dict[str, Verdict]
+
+    @property
+    def passed(self) -> bool:
+        """Every result keeps its bound."""
+        return all(verdict.passed for verdict in self.verdicts.values())
+
+    @property
+    def worst(self) -> str:
+        """The result that is nearest to its bound, or furthest past it."""
+
+        def share(name: str) -> float:
+            error, bound = self.verdicts[name]
+            return error / bound if bound else (torch.inf if error else 0.0)
+
+        return max(self.verdicts, key=share)
+
+
+def verify(
+    device: torch.device | str | None = None, ops: Sequence[str] | None = None, seed: int | None = None
+) -> Iterator[Row]:
+    """Rows of every op (or those named), one after the other, on `device` (default: the GPU where there is one).
+
+    Inputs are drawn from `seed`, fresh by default; whatever a kernel leaves unwritten is NaN. Off a GPU the process
+    must have been started with TRITON_INTERPRET=1, else the first row raises the op's `RuntimeError`.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtypes = [torch.float32, torch.float16] + ([] if registry.TRITON_INTERPRET else [torch.bfloat16])
+    generator = torch.Generator().manual_seed(random.randrange(2**32) if seed is None else seed)
+    for op in ops or CHECKS:
+        for dtype in dtypes:
+            cases = CHECKS[op](device, dtype, generator)
+            while (checked := _next_poisoned(cases)) is not None:
+                yield Row(op, dtype, *checked)
+
+
+def _next_poisoned(cases: Iterator[tuple[str, dict[str, Verdict]]]) -> tuple[str, dict[str, Verdict]] | None:
+    """The next case, with torch's empty tensors full of NaN while it runs and only then."""
+    with ExitStack() as patches:
+        poison_empty(lambda owner, name, value: patches.enter_context(mock.patch.object(owner, name, value)))
+        return next(cases, None)
+
+
+def header(device: torch.device, seed: int) -> str:
+    """Versions, device, how the kernels run, seed."""
+    if registry.TRITON_INTERPRET:
+        how = "Triton interpreter (no GPU code; bfloat16 is left out, the interpreter computes it wrongly)"
+    else:
+        how = f"{torch.cuda.get_device_name(device)}, capability {torch.cuda.get_device_capability(device)}"
+    import triton  # not a requirement of this module's import
+
+    versions = f"python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}"
+    rule = "error <= 2 x error of the eager computation (1 x for element-wise results) + one ulp, against float64"
+    return f"{versions}\ndevice: {device}, {how}\nrule: {rule}\nseed: {seed}\n"
+
+
+_COLUMNS = f"{'op':21}  {'dtype':8}  {'case':32}  {'worst result':15}  {'error':>9}  {'bound':>9}  "
+
+
+def format_row(row: Row) -> str:
+    """A line of the table, and below it a line for every result that fails."""
+
+    def line(name: str, status: str) -> str:
+        error, bound = row.verdicts[name]
+        dtype = str(row.dtype).removeprefix("torch.")
+        return f"{row.op:21}  {dtype:8}  {row.case:32}  {name:15}  {error:9.2e}  {bound:9.2e}  {status}"
+
+    if row.passed:
+        return line(row.worst, "pass")
+    return "\n".join(line(name, "FAIL") for name, verdict in row.verdicts.items() if not verdict.passed)
+
+
+def write_junit(rows: Sequence[Row], path: str) -> None:
+    """One JUnit test case for each row."""
+    failures = sum(not row.passed for row in rows)
+    suite = ElementTree.Element("testsuite", name="verify", tests=str(len(rows)), failures=str(failures))
+    for row in rows:
+        name = f"{row.case}[{str(row.dtype).removeprefix('torch.')}]"
+        case = ElementTree.SubElement(suite, "testcase", classname=row.op, name=name)
+        if not row.passed:
+            ElementTree.SubElement(case, "failure", message="error above bound").text = format_row(row)
+    ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table and returns 0 where every row passes, else 1."""
+    parser = argparse.ArgumentParser(prog="verify", description="Check every Triton kernel against its reference.")
+    parser.add_argument("--op", action="append", choices=CHECKS, help="may be repeated; default: every op")
+    parser.add_argument("--seed", type=int, help="of the inputs; default: a fresh one, which is printed")
+    parser.add_argument("--junit", metavar="FILE", help="write the rows as JUnit XML too")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(arguments)
+    if not registry.TRITON_INSTALLED:
+        print("triton is not installed: there is no kernel to verify (pip install triton)", file=sys.stderr)
+        return 1
+    if not (torch.cuda.is_available() or registry.TRITON_INTERPRET):
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-m", "transfusion.kernels.verify", *arguments]
+        return subprocess.run(command, env=environment, check=False).returncode
+    seed = random.randrange(2**32) if options.seed is None else options.seed
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(header(device, seed))
+    print(_COLUMNS)
+    rows = []
+    for row in verify(device, options.op, seed):
+        rows.append(row)
+        print(format_row(row), flush=True)
+    if options.junit:
+        write_junit(rows, options.junit)
+    failed = sum(not row.passed for row in rows)
+    print(f"\n{len(rows) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

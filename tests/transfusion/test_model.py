@@ -1,0 +1,167 @@
+"""The model: the paper's sizes, its losses written plainly, its independence of packing and of the kernels used."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch.nn import functional
+
+from transfusion import ModelConfig, Transfusion, presets
+from transfusion.diffusion.schedule import NoiseSchedule
+from transfusion.kernels import philox
+from transfusion.kernels.testing import judge
+from transfusion.sequence import Image, SpecialTokens, Text, collate
+
+# arXiv 2408.11039, table 2, with Llama's shape and an untied vocabulary of 32,000
+PAPER = {"0.16b": 162e6, "0.37b": 374e6, "0.76b": 778e6, "1.4b": 1364e6, "7b": 6738e6}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_parameters_of_the_papers_sizes(name: str) -> None:
+    with torch.device("meta"):
+        model = Transfusion(presets.get(name))
+    codec = sum(p.numel() for p in model.codec.parameters())
+    assert round((model.num_parameters() - codec) / 1e6) == PAPER[name] / 1e6
+    assert codec < 0.005 * model.num_parameters()  # the paper: the linear codec adds less than 0.5 %
+
+
+def test_losses_are_the_papers() -> None:
+    """L_LM + λ·L_DDPM from the model's own hidden states, with noise, target and patches written out."""
+    model, batch = tiny.model(), tiny.Batches().batch(3)
+    losses = model(batch, "reference")
+    schedule, patch = model.config.schedule, model.config.patch_size
+    path = schedule.coefficients(schedule.timestep(batch.times))
+    noise = philox.randn(batch.latents.shape, batch.noise_seed)
+    alpha, sigma, data, eps = (c.view(-1, 1, 1, 1) for c in path)
+
+    def patches(image: torch.Tensor) -> torch.Tensor:
+        count, channels, height, width = image.shape
+        cut = image.view(count, channels, height // patch, patch, width // patch, patch)
+        return cut.permute(0, 2, 4, 3, 5, 1).reshape(count, -1, patch * patch * channels)
+
+    noised = patches(alpha * batch.latents + sigma * noise)
+    hidden = model.hidden(batch, noised, schedule.timestep(batch.times), "reference").flatten(0, 1)
+    text = functional.cross_entropy(model.head(hidden[batch.text_rows]), batch.text_targets)
+    prediction = model.codec.decode(hidden[batch.image_rows].view(batch.num_images, -1, model.config.dim))
+    image = (prediction - patches(data * batch.latents + eps * noise)).square().mean()
+    torch.testing.assert_close(losses.text, text)
+    torch.testing.assert_close(losses.image, image)
+    torch.testing.assert_close(losses.total, text + 5 * image)
+    torch.testing.assert_close(losses.per_image.mean(), image)
+
+
+def test_a_document_does_not_see_its_neighbours() -> None:
+    """Packed or alone, a document's hidden states are the same; so mask and positions are the document's own."""
+    model, special = tiny.model(), SpecialTokens()
+    latents = torch.randn(2, 3, 4, 4)
+    first = (Text(torch.tensor([1, 7, 8])), Image(latents[0]), Text(torch.tensor([9, 2])))
+    second = (Text(torch.tensor([1, 30])), Image(latents[1]), Text(torch.tensor([2])))
+    packed = collate([[first, second]], 24, 2, special, torch.Generator())
+    alone = collate([[second]], 24, 2, special, torch.Generator())
+    patches = torch.randn(2, 4, 12)
+    timestep = torch.tensor([100, 500])
+    together = model.hidden(packed, patches, timestep)[0, 11:20]
+    single = model.hidden(alone, patches[1:], timestep[1:])[0, :9]
+    torch.testing.assert_close(together, single)
+
+
+def test_an_image_sees_all_of_itself_and_nothing_later() -> None:
+    model, batch = tiny.model(), tiny.Batches(rows=1).batch(0)
+    patches = torch.randn(batch.num_images, 4, 12, requires_grad=True)
+    hidden = model.hidden(batch, patches, torch.tensor([10] * batch.num_images)).flatten(0, 1)
+    first, last = batch.image_rows[0], batch.image_rows[3]
+    (grad,) = torch.autograd.grad(hidden[first].sum(), patches, retain_graph=True)
+    assert (grad[0].abs().sum(-1) > 0).all()  # the first patch sees the last one
+    (grad,) = torch.autograd.grad(hidden[first - 1].sum(), patches, retain_graph=True)
+    assert (grad == 0).all()  # BOI sees none
+    (grad,) = torch.autograd.grad(hidden[last + 1].sum(), patches)
+    assert (grad[0].abs().sum(-1) > 0).all()  # EOI sees all
+
+
+def test_kernels_and_references_give_the_same_losses_and_gradients() -> None:
+    """The interpreted kernels are as close to float64 as the references are, within the rule of the kernels' tests."""
+    batch = tiny.Batches().batch(1)
+    results = {}
+    for impl, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        model = tiny.model().to(dtype)
+        losses = model(replace(batch, latents=batch.latents.to(dtype)), impl)
+        losses.total.backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results[impl, dtype] = torch.stack([losses.text, losses.image, losses.total]), grads
+    for actual, eager, gold in zip(*results.values(), strict=True):
+        verdict = judge(actual, eager, gold.double())
+        assert verdict.passed, verdict
+
+
+def test_every_parameter_learns() -> None:
+    model = tiny.model()
+    model(tiny.Batches().batch(0)).total.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow_prediction", "trigflow"])
+def test_every_noise_schedule_trains(prediction: str) -> None:
+    model = tiny.model(replace(tiny.CONFIG, schedule=NoiseSchedule(prediction), kv_heads=1))  # type: ignore[arg-type]
+    losses = model(tiny.Batches().batch(0))
+    losses.total.backward()
+    assert losses.total.isfinite()
+
+
+def test_text_only_and_image_only_batches() -> None:
+    model, special = tiny.model(), SpecialTokens()
+    text = collate([[(Text(torch.tensor([1, 5, 2])),)]], 8, 2, special, torch.Generator())
+    assert model(text).image == 0
+    assert model(text).total > 0
+    image = collate([[(Image(torch.randn(3, 4, 4)),)]], 8, 2, special, torch.Generator())
+    assert model(image).text == 0
+    assert model(image).image > 0
+
+
+def test_a_batch_compiles_whole() -> None:
+    """One graph, no break: as the first thing that this model does."""
+    torch._dynamo.reset()
+    model, batch = tiny.model(), tiny.Batches().batch(0)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(batch).total, model(batch).total)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    model, batch = tiny.model(), tiny.Batches().batch(0)
+    model.save_pretrained(tmp_path / "model")
+    loaded = Transfusion.from_pretrained(tmp_path / "model")
+    assert loaded.config == model.config
+    assert torch.equal(loaded(batch).total, model(batch).total)
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.toml", "model.safetensors"]
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no config\.toml"):
+        Transfusion.from_pretrained(tmp_path)
+    tiny.model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated"):
+        Transfusion.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": 30, "heads": 4}, "dim 30 does not split into 4 heads"),
+        ({"heads": 4, "kv_heads": 3}, "kv_heads 3"),
+        ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"vocab_size": 4}, "special token 4 is outside the vocabulary of 4"),
+    ],
+)
+def test_bad_configs_are_named(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(ModelConfig(), **changes)
+
+
+def test_unknown_preset_lists_the_known() -> None:
+    with pytest.raises(ValueError, match=r"'8b'.*tiny, 0\.16b"):
+        presets.get("8b")

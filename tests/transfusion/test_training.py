@@ -1,0 +1,267 @@
+"""The trainer: exact resume, and what it does when it is stopped, killed, out of disk, or fed nonsense."""
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from transfusion import Transfusion
+from transfusion.sequence import Batch
+from transfusion.training import TrainConfig, Trainer
+from transfusion.training.checkpoint import Checkpoints
+from transfusion.training.metrics import read_log
+from transfusion.training.optimizer import average, learning_rate
+
+CONFIG = TrainConfig(steps=10, learning_rate=1e-2, warmup_steps=2, log_every=1, checkpoint_every=5, ema_decay=0.9)
+
+
+def trainer(directory: Path, **changes: object) -> Trainer:
+    return Trainer(tiny.model(), tiny.Batches(), replace(CONFIG, **changes), directory)  # type: ignore[arg-type]
+
+
+def weights(each: Trainer) -> torch.Tensor:
+    state = [*each.model.parameters(), *each.ema.parameters()]
+    moments = [v for s in each.optimizer.state.values() for v in s.values()]
+    return torch.cat([t.detach().flatten().float() for t in (*state, *moments)])
+
+
+def test_ten_steps_are_five_and_five_bitwise(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole")
+    assert whole.run()
+    half = trainer(tmp_path / "parts")
+    half.config = replace(half.config, steps=10)
+    batches = half.loader.iterate()
+    for _ in range(5):
+        half.train_step(batches)
+        half.step += 1
+    half.save()
+    resumed = trainer(tmp_path / "parts")
+    assert resumed.run()
+    assert resumed.step == 10
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    each = trainer(tmp_path, steps=30, log_every=1)
+    each.loader = Same()
+    each.run()
+    log = read_log(tmp_path / "log.jsonl")
+    assert log[-1]["text_loss"] < 0.5 * log[0]["text_loss"]
+    assert [line["step"] for line in log] == list(range(1, 31))
+
+
+class Same(tiny.Batches):
+    """One batch again and again."""
+
+    def batch(self, step: int) -> Batch:
+        return super().batch(0)
+
+
+def test_accumulated_gradients_are_the_mean(tmp_path: Path) -> None:
+    once, twice = trainer(tmp_path / "a"), trainer(tmp_path / "b", accumulation=2)
+    once.loader = twice.loader = Same()
+    for each in (once, twice):
+        each.train_step(each.loader.iterate())
+    torch.testing.assert_close(weights(once), weights(twice))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: int) -> None:
+    class Interrupting(tiny.Batches):
+        def batch(self, step: int) -> Batch:
+            if step == 3:
+                os.kill(os.getpid(), number)
+            return super().batch(step)
+
+    before = signal.getsignal(number)
+    stopped = trainer(tmp_path)
+    stopped.loader = Interrupting()
+    assert not stopped.run()
+    assert signal.getsignal(number) == before
+    assert 0 < stopped.step < 10
+    resumed = trainer(tmp_path)
+    assert resumed.run()
+    whole = trainer(tmp_path / "whole")
+    whole.run()
+    assert torch.equal(weights(whole), weights(resumed))
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == list(range(1, 11))
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    """kill -9 in the middle: the next run starts from the last checkpoint, drops the log's later lines and .tmp."""
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_training as t
+class Killing(t.tiny.Batches):
+    def batch(self, step):
+        if step == 8:
+            os.kill(os.getpid(), 9)
+        return super().batch(step)
+each = t.trainer(t.Path({str(tmp_path)!r}))
+each.loader = Killing()
+each.run()
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.returncode == -9, result.stderr
+    (tmp_path / "checkpoints" / "step-00000007.pt.tmp").write_bytes(b"half")
+    resumed = trainer(tmp_path)
+    assert resumed.run()
+    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == list(range(1, 11))
+
+
+def test_steps_that_are_not_finite_are_skipped(tmp_path: Path) -> None:
+    class Poisoned(tiny.Batches):
+        def batch(self, step: int) -> Batch:
+            batch = super().batch(step)
+            return replace(batch, latents=batch.latents * math.nan) if step == 1 else batch
+
+    each = trainer(tmp_path)
+    each.loader = Poisoned()
+    batches = each.loader.iterate()
+    each.train_step(batches)
+    before = [p.clone() for p in each.model.parameters()]
+    each.train_step(batches)
+    assert all(torch.equal(a, b) for a, b in zip(before, each.model.parameters(), strict=True))
+    assert each.skipped == 1
+    each.train_step(batches)
+    assert each.bad_steps == 0
+    assert not torch.equal(before[0], next(each.model.parameters()))
+    assert weights(each).isfinite().all()
+
+
+def test_too_many_such_steps_end_the_run_and_keep_the_checkpoint(tmp_path: Path) -> None:
+    class Broken(tiny.Batches):
+        def batch(self, step: int) -> Batch:
+            batch = super().batch(step)
+            return replace(batch, latents=batch.latents * math.inf) if step >= 5 else batch
+
+    each = trainer(tmp_path, max_bad_steps=3)
+    each.loader = Broken()
+    with pytest.raises(FloatingPointError, match=r"the last 3 steps up to step 8.*step-00000005\.pt"):
+        each.run()
+    state = Checkpoints(tmp_path / "checkpoints", 2).load_last(torch.device("cpu"))
+    assert state is not None
+    assert state["step"] == 5
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    """A file size limit stands in for the full disk: the write fails half-way, with a real OSError."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    first = checkpoints.save(1, {"weights": torch.ones(1000)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*step-00000002\.pt.*last whole checkpoint is .*step-00000001"):
+            checkpoints.save(2, {"weights": torch.ones(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert checkpoints.paths() == [first]
+    assert [p.name for p in tmp_path.iterdir()] == [first.name]
+    state = checkpoints.load_last(torch.device("cpu"))
+    assert state is not None
+    assert torch.equal(state["weights"], torch.ones(1000))
+
+
+@pytest.mark.parametrize("cut", [0, 10, 2000])
+def test_a_truncated_checkpoint_is_named(tmp_path: Path, cut: int) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    path = checkpoints.save(3, {"weights": torch.ones(1000)})
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"step-00000003\.pt is truncated"):
+        checkpoints.load_last(torch.device("cpu"))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path).save()
+    other = Trainer(Transfusion(replace(tiny.CONFIG, layers=1)), tiny.Batches(), CONFIG, tmp_path)
+    with pytest.raises(ValueError, match=r"step-00000000\.pt is of another model"):
+        other.run()
+
+
+def test_old_checkpoints_go(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {})
+    assert [p.name for p in checkpoints.paths()] == ["step-00000002.pt", "step-00000003.pt"]
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    config = TrainConfig(steps=110, learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10)
+    rates = [learning_rate(step, config) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_average() -> None:
+    ema, model = torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1, bias=False)
+    before = ema.weight.detach().clone()
+    average(ema, model, step=10_000, decay=0.75)
+    torch.testing.assert_close(ema.weight, 0.75 * before + 0.25 * model.weight)
+    average(ema, model, step=0, decay=0.75)  # young: 1 / 10 of the old
+    torch.testing.assert_close(ema.weight.detach(), model.weight.detach(), atol=float(before.abs().max()), rtol=0)
+
+
+def test_preview_and_tensorboard(tmp_path: Path) -> None:
+    each = trainer(tmp_path, steps=2, preview_every=1)
+    each.preview = lambda model: np.zeros((4, 4, 3), np.uint8)
+    each.run()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    assert b"preview" in content
+    assert b"image_loss" in content
+
+
+def test_plain_lines_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(tmp_path, steps=2).run()
+    assert "step 2/2  text " in capsys.readouterr().out
+
+
+def test_a_log_cut_off_by_a_kill_is_read(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1}) + '\n{"st')
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 1}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"min_learning_rate": 1.0}, "min_learning_rate 1.0"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+    ],
+)
+def test_bad_configs_are_named(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **changes)  # type: ignore[arg-type]
+
+
+def test_the_source_of_batches_is_asked_from_the_right_step(tmp_path: Path) -> None:
+    asked = []
+
+    class Asked(tiny.Batches):
+        def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+            asked.append(start_step)
+            return super().iterate(start_step)
+
+    each = trainer(tmp_path, accumulation=3)
+    each.loader = Asked()
+    each.step = 4
+    each.save()
+    each.run()
+    assert asked == [12]

@@ -1,0 +1,189 @@
+"""noise -> latents: a diffusers scheduler steps along the path that the network was trained on.
+
+    timesteps(scheduler) = t_1 > t_2 > ... ;   x <- scheduler.step(prediction(x, t), t, x)
+
+`make_scheduler` makes the scheduler that belongs to a `NoiseSchedule`; `sample` runs it, or any other one with
+diffusers' interface. The network is a function here: nothing in this file knows of transformers or text.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from transfusion.data.optional import require
+from transfusion.diffusion.schedule import NoiseSchedule, Path
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+
+class _Kind(NamedTuple):
+    """A diffusers class, the path that it steps along, and whether it can clip its estimate of the clean latent."""
+
+    class_name: str
+    path: Path
+    clips: bool = False
+
+
+SCHEDULERS: dict[str, _Kind] = {
+    "ddim": _Kind("DDIMScheduler", "cosine", clips=True),
+    "ddpm": _Kind("DDPMScheduler", "cosine", clips=True),
+    "dpmsolver": _Kind("DPMSolverMultistepScheduler", "cosine"),
+    "euler": _Kind("FlowMatchEulerDiscreteScheduler", "flow"),
+    "scm": _Kind("SCMScheduler", "trigflow"),
+}
+
+
+def make_scheduler(schedule: NoiseSchedule, name: str | None = None, clip_sample: bool = False) -> Any:
+    """-> the diffusers scheduler `name` with the path, prediction and units of `schedule`.
+
+    Args:
+        schedule: what the network was trained on.
+        name: "ddim", "ddpm" or "dpmsolver" (DPM-Solver++, second order) for epsilon and v_prediction, "euler" for
+            flow_prediction, "scm" for trigflow; None takes the first of its path. "scm" renoises its estimate at
+            every step, which is right for consistency models alone (arXiv 2410.11081).
+        clip_sample: hold the estimate of the clean latent within [-1, 1]: for pixels, not for an autoencoder's
+            latents. "ddim" and "ddpm" only.
+
+    "trailing" timesteps start at T - 1, where the training has its purest noise (arXiv 2305.08891). Under epsilon,
+    ddim and ddpm take "leading" ones, which start T / steps lower: x = (x_t - sigma·epsilon) / alpha, and alpha is
+    5e-5 at T - 1, so that the first step would blow up the network's error by alpha_next / alpha, some hundreds.
+    DPM-Solver cuts that end off by its log signal-to-noise ratio instead, as diffusers advises for the cosine path.
+
+    Raises `ValueError` for an unknown name, one of another path, or one that cannot clip.
+    """
+    fitting = [each for each, kind in SCHEDULERS.items() if kind.path == schedule.path]
+    name = fitting[0] if name is None else name
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler {name!r} is unknown; choose one of {', '.join(SCHEDULERS)}")
+    if name not in fitting:
+        raise ValueError(
+            f"scheduler {name!r} cannot sample {schedule.prediction!r}, whose path is {schedule.path}; "
+            f"choose {' or '.join(repr(each) for each in fitting)}"
+        )
+    kind = SCHEDULERS[name]
+    if clip_sample and not kind.clips:
+        raise ValueError(f"scheduler {name!r} cannot clip; give clip_sample=False, or take 'ddim' or 'ddpm'")
+    options: dict[str, Any] = {"num_train_timesteps": schedule.num_train_timesteps}
+    if kind.path == "cosine":
+        options |= {"beta_schedule": "squaredcos_cap_v2", "prediction_type": schedule.prediction}
+        leads = kind.clips and schedule.prediction == "epsilon"
+        options["timestep_spacing"] = "leading" if leads else "trailing"
+        options |= {"clip_sample": clip_sample} if kind.clips else {"lambda_min_clipped": -5.1}
+    if kind.path == "trigflow":
+        options["sigma_data"] = schedule.sigma_data
+    return getattr(require("diffusers"), kind.class_name)(**options)
+
+
+def check_scheduler(scheduler: Any, schedule: NoiseSchedule) -> None:
+    """Raises `ValueError` where the scheduler's config says that it steps along another path than `schedule`'s."""
+    config = getattr(scheduler, "config", {})
+    wanted: dict[str, Any] = {"prediction_type": schedule.prediction}
+    if schedule.path == "trigflow":
+        wanted["sigma_data"] = schedule.sigma_data
+    else:
+        wanted["num_train_timesteps"] = schedule.num_train_timesteps
+    if schedule.path == "cosine" and config.get("trained_betas") is None:
+        wanted["beta_schedule"] = "squaredcos_cap_v2"
+    # FlowMatch* schedulers predict one thing and name no prediction type; all others of diffusers name theirs.
+    unnamed = {"prediction_type": "flow_prediction"} if config else {}
+    for key, value in wanted.items():
+        found = config.get(key, unnamed.get(key, value))
+        if found != value:
+            raise ValueError(
+                f"{type(scheduler).__name__} has {key}={found!r}, but the model was trained with {key}={value!r}; "
+                "take make_scheduler(model.config.schedule)"
+            )
+
+
+def timesteps(scheduler: Any, schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Sets the scheduler to `steps` steps -> the timesteps (at least `steps` of them) at which it asks the network.
+
+    Raises `ValueError` where steps is not in 1 .. T, or does not divide T for a scheduler that goes by T // steps.
+    """
+    config = getattr(scheduler, "config", {})
+    total = config.get("num_train_timesteps", schedule.num_train_timesteps)
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps={steps} must be within 1..{total}, the scheduler's num_train_timesteps")
+    # DDIM, DDPM and PNDM find the next timestep as t - T // steps; the others walk along their own list.
+    if "timestep_spacing" in config and not hasattr(scheduler, "step_index") and total % steps:
+        divisors = [each for each in range(1, total + 1) if total % each == 0]
+        below, above = max(d for d in divisors if d < steps), min(d for d in divisors if d > steps)
+        raise ValueError(
+            f"steps={steps} does not divide the {total} training timesteps, and {type(scheduler).__name__} would skip "
+            f"some of its path; take steps={below} or steps={above}, or another scheduler"
+        )
+    if schedule.path == "trigflow":  # the list ends with t = 0, where there is nothing left to ask
+        only_two = {} if steps == 2 else {"intermediate_timesteps": None}
+        scheduler.set_timesteps(steps, **only_two)
+        return scheduler.timesteps[:-1]
+    takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    if schedule.path == "flow" and takes_sigmas and "prediction_type" not in config:
+        # FlowMatch*, left alone, spends the last of its steps between sigma = 1 / T and 0, where nothing happens.
+        scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
+    else:
+        scheduler.set_timesteps(steps)
+    return scheduler.timesteps
+
+
+@torch.no_grad()
+def sample(
+    predict: Predict,
+    noise: Tensor,
+    *,
+    schedule: NoiseSchedule,
+    scheduler: Any,
+    steps: int,
+    generators: Sequence[torch.Generator],
+    progress: bool = False,
+) -> Tensor:
+    """noise -> latents, both (I, C, h, w) float32.
+
+    Args:
+        predict: (latents (I, C, h, w), timestep (I,) of the kind of `schedule.timestep`) -> the network's prediction,
+            (I, C, h, w).
+        noise: standard normal.
+        schedule: what the network was trained on.
+        scheduler: of diffusers, or with its interface. A copy of it is used, so it stays as it is.
+        steps: how many the scheduler is set to.
+        generators: one for each image, for schedulers that draw noise of their own; on the CPU, and the noise is the
+            same on every device.
+        progress: show a bar.
+
+    Raises:
+        ValueError: a scheduler of another path, a number of steps that does not fit.
+        FloatingPointError: a prediction that is not finite, naming the step.
+    """
+    check_scheduler(scheduler, schedule)
+    scheduler = copy.deepcopy(scheduler)
+    moments = timesteps(scheduler, schedule, steps)
+    # diffusers gives TrigFlow's prediction the unit of the latents; Lu & Song's network has unit variance.
+    unit = schedule.sigma_data if schedule.path == "trigflow" else 1.0
+    scale_input = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
+    draws = "generator" in inspect.signature(scheduler.step).parameters
+    options = {"generator": list(generators)} if draws else {}
+    latents = noise.float() * (unit * getattr(scheduler, "init_noise_sigma", 1.0))
+    for step, moment in enumerate(_bar(moments, progress), start=1):
+        prediction = predict(scale_input(latents, moment), _model_timestep(moment, latents, schedule)).float()
+        if not prediction.isfinite().all():
+            raise FloatingPointError(
+                f"the prediction of denoising step {step} of {len(moments)} (timestep {moment.item():g}) is not "
+                "finite; look for NaN in the weights, or for guidance or a precision that overflows"
+            )
+        latents = scheduler.step(unit * prediction, moment, latents, **options, return_dict=False)[0]
+    return latents
+
+
+def _model_timestep(moment: Tensor, latents: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """The scheduler's timestep as (I,) of the network's kind: on the cosine path it has only seen whole ones."""
+    whole = schedule.path == "cosine"
+    value = moment.round() if whole and moment.is_floating_point() else moment
+    dtype = torch.int64 if whole else torch.float32
+    return value.to(latents.device, dtype).expand(latents.shape[0])
+
+
+def _bar(moments: Tensor, progress: bool) -> Any:
+    return require("tqdm").tqdm(moments, desc="denoising", unit="step") if progress else moments

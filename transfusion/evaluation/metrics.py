@@ -1,0 +1,136 @@
+"""Does the model read its captions, and know its text? Held-out losses, and the conditioning gap.
+
+    gap_i = loss_i(another image's caption) - loss_i(its own caption)      same image, noise and timesteps
+
+A model can reach a low diffusion loss and ignore every caption; then the gap is zero. Its standard error is taken
+over images, each image's draws averaged first, for draws of one image are not independent.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transfusion.data import evaluation_batch, mismatched, text_documents, to_tensor
+from transfusion.data.documents import caption_image_length
+from transfusion.data.loader import caption_ids
+from transfusion.data.packing import pack, seeded
+from transfusion.data.sources import ImageSource, SampleError, TextSource
+from transfusion.data.tokenizer import Tokenizer
+from transfusion.kernels import diffusion_loss
+from transfusion.model import Transfusion
+from transfusion.run import Run, image_source, text_source
+from transfusion.sequence import Batch, collate, document_length, image_tokens
+
+_MAX_IMAGES = 256
+_MAX_WINDOWS = 64
+_ROWS = 16  # of a batch
+
+
+def evaluate(run: Run, model: Transfusion, draws: int = 8, seed: int = 0) -> dict[str, Any]:
+    """The figures of `metrics.json`: text (held-out), images of the training and of the held-out split.
+
+    draws: timesteps, with fresh noise, that each image is judged at; they are spread evenly over the path.
+    """
+    data = run.config.data
+    figures: dict[str, Any] = {"parameters": model.num_parameters()}
+    texts = text_source(data, "test")
+    if texts is not None:
+        figures["text_held_out"] = text_figures(model, run.tokenizer, texts, data.loader.row_length)
+    for split, name in (("train", "images_train"), ("test", "images_held_out")):
+        images = image_source(data, "train" if split == "train" else "test")
+        if images is not None:
+            captions, latents, skipped = read_images(run, images)
+            figures[name] = image_figures(model, captions, latents, draws, seed) | {"skipped": skipped}
+    return figures
+
+
+@torch.inference_mode()
+def text_figures(model: Transfusion, tokenizer: Tokenizer, texts: TextSource, row_length: int) -> dict[str, float]:
+    """Next-token loss on at most 64 windows of `texts`, beside the entropy of their own token frequencies, in nats.
+
+    No model that ignores context can go below that entropy on these windows.
+    """
+    special, patch = tokenizer.special, model.config.patch_size
+    windows = [w for i in range(len(texts)) for w in text_documents(tokenizer.encode(texts[i]), row_length, special)]
+    spread = windows[:: max(1, -(-len(windows) // _MAX_WINDOWS))]
+    rows = pack([document_length(window, patch) for window in spread], row_length)
+    nats, targets = 0.0, []
+    for first in range(0, len(rows), _ROWS):
+        documents = [[spread[i] for i in row] for row in rows[first : first + _ROWS]]
+        batch = collate(documents, row_length, patch, special, torch.Generator())
+        batch = batch.to(model.head.weight.device)
+        nats += model(batch).text.item() * len(batch.text_targets)
+        targets.append(batch.text_targets.cpu())
+    counts = torch.bincount(torch.cat(targets)).double()
+    frequencies = counts[counts > 0] / counts.sum()
+    entropy = -(frequencies * frequencies.log()).sum().item()
+    tokens = int(counts.sum())
+    loss = nats / tokens
+    perplexity = float(torch.tensor(loss).exp())
+    return {"loss": loss, "unigram_entropy": entropy, "perplexity": perplexity, "tokens": tokens}
+
+
+def read_images(run: Run, images: ImageSource) -> tuple[list[Tensor], Tensor, int]:
+    """-> captions as token ids, clean latents, and how many samples could not be used, of at most 256."""
+    pairs, skipped = [], 0
+    beside = caption_image_length(0, image_tokens(run.latent_shape, run.config.model.patch_size))
+    limit = run.config.data.loader.row_length - beside
+    for index in range(min(len(images), _MAX_IMAGES)):
+        try:
+            ids = caption_ids(run.tokenizer, images.captions[index], limit)
+            pairs.append((ids, to_tensor(images[index].image, run.config.data.loader.image_size)))
+        except (SampleError, ValueError):
+            skipped += 1
+    if not pairs:
+        raise ValueError(f"none of the {len(images)} images can be evaluated")
+    return [ids for ids, _ in pairs], run.autoencoder.encode(torch.stack([pixels for _, pixels in pairs])), skipped
+
+
+def image_figures(
+    model: Transfusion, captions: Sequence[Tensor], latents: Tensor, draws: int, seed: int
+) -> dict[str, float]:
+    """Diffusion loss with right and with shuffled captions, of predicting zero, and the gap with its standard error."""
+    right, shuffled, zero = (
+        torch.stack(column).mean(0)
+        for column in zip(*(_one_draw(model, captions, latents, d, draws, seed) for d in range(draws)), strict=True)
+    )
+    gap = shuffled - right
+    error = gap.std() / len(gap) ** 0.5
+    return {
+        "images": len(gap),
+        "loss": right.mean().item(),
+        "loss_shuffled_captions": shuffled.mean().item(),
+        "loss_predicting_zero": zero.mean().item(),
+        "conditioning_gap": gap.mean().item(),
+        "conditioning_gap_standard_error": error.item(),
+        "conditioning_gap_in_standard_errors": (gap.mean() / error).item(),
+    }
+
+
+@torch.inference_mode()
+def _one_draw(
+    model: Transfusion, captions: Sequence[Tensor], latents: Tensor, draw: int, draws: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (I,) of right captions, shuffled captions and zero, at times of the path's `draw`-th part."""
+    generator = seeded(seed, "evaluation", draw)
+    count, patch, device = len(captions), model.config.patch_size, model.head.weight.device
+    times = (draw + torch.rand(count, generator=generator)) / draws
+    noise_seed = int(torch.randint(0, 2**62, (), generator=generator))
+    partner = mismatched(captions, generator)
+    right, shuffled = (
+        evaluation_batch(each, latents, times, noise_seed, patch, model.config.special).to(device)
+        for each in (captions, [captions[i] for i in partner])
+    )
+    return model(right).per_image.cpu(), model(shuffled).per_image.cpu(), _loss_of_zero(model, right).cpu()
+
+
+def _loss_of_zero(model: Transfusion, batch: Batch) -> Tensor:
+    """What a model that always predicts zero would score on each image: the mean square of the target."""
+    config = model.config
+    path = config.schedule.coefficients(config.schedule.timestep(batch.times))
+    tokens = image_tokens(batch.latents.shape, config.patch_size)
+    zero = torch.zeros(batch.num_images, tokens, config.patch_dim, device=batch.latents.device)
+    weights = path.data_weight, path.noise_weight
+    return diffusion_loss(zero, batch.latents, *weights, config.patch_size, seed=batch.noise_seed)
