@@ -73,7 +73,9 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         """Function, element type, what it is specialised on, warps and stages: unique among the cases of a target."""
-        shown = {key: value for key, value in self.constants.items() if key.isupper() or key in ("group", "noise", "seed")}
+        shown = {
+            key: value for key, value in self.constants.items() if key.isupper() or key in ("group", "noise", "seed")
+        }
         parts = [f"{key}={value}" for key, value in shown.items() if key not in ("BLOCK_D", "PRECISION")]
         name = self.kernel.fn.__name__.removesuffix("_kernel")
         return " ".join([name, self.dtype, *parts, f"warps={self.num_warps}", f"stages={self.num_stages}"])
@@ -198,7 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     as_table = options.format == "table"
     if as_table:
-        print(f"triton {triton.__version__}, bytes and registers are those of one thread, shared those of one program\n")
+        print(
+            f"triton {triton.__version__}, bytes and registers are those of one thread, shared those of one program\n"
+        )
         print(f"{'target':7} {'registers':>9} {'spills':>6} {'shared':>7} {'threads':>7} {'matrix':9}  launch")
     rows, failed = [], 0
     for target in options.target or TARGETS:

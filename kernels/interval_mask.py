@@ -200,7 +200,7 @@ class IntervalMask:
         return torch.stack([first, full_first, full_last, last], dim=-1).to(torch.int32)
 
     def key_tiles(self, block_k: int, block_q: int) -> Tensor:
-        """(B or 1, ceil(M / block_k), 4) int32: for each key tile the query tiles [first, full_first, full_last, last)."""
+        """(B or 1, ceil(M / block_k), 4) int32: the same for each key tile, in query tiles."""
         return self.once(("key_tiles", block_k, block_q), lambda: self._key_tiles(block_k, block_q))
 
     def _key_tiles(self, block_k: int, block_q: int) -> Tensor:

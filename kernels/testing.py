@@ -105,7 +105,10 @@ LAYOUTS: dict[str, Layout] = {
 
 def random_layout(rng: random.Random, length: int) -> Layout:
     """A random row of `length` tokens: documents, and in each of them images side by side or apart, some hidden."""
-    documents, images, hidden, start = [], [], [], 0
+    documents: list[int] = []
+    images: list[tuple[int, int]] = []
+    hidden: list[int] = []
+    start = 0
     while start < length:
         size = rng.randint(1, length - start)
         position = start

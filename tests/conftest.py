@@ -1,4 +1,4 @@
-"""Where no GPU is found the Triton kernels run under the interpreter, which must be chosen before triton is imported."""
+"""Without a GPU the Triton kernels run under the interpreter, which must be chosen before triton is imported."""
 
 import os
 

@@ -69,7 +69,7 @@ class EvalOptions:
 
 
 def pick_device(name: str) -> str:
-    """ "auto" -> "cuda" where there is one, else "cpu"; any other name as it is."""
+    """For "auto" the name "cuda" where there is one, else "cpu"; any other name as it is."""
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
@@ -142,7 +142,9 @@ def write_samples(options: SampleOptions) -> None:
     run = Run.open(options.run)
     pipeline = run.pipeline(run.model(pick_device(options.device)))
     size = run.config.data.loader.image_size
-    given = [to_tensor(open_rgb(path, str(path)), size) for path in options.image]  # before any work: a bad file ends it here
+    given = [
+        to_tensor(open_rgb(path, str(path)), size) for path in options.image
+    ]  # before any work: a bad file ends it here
     options.out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"options": {name: str(value) for name, value in vars(options).items()}}
     if options.prompt:
@@ -158,7 +160,11 @@ def write_samples(options: SampleOptions) -> None:
         for name, image in zip(names, images, strict=True):
             to_image(image).save(options.out / name)
         record["images"] = dict(zip(names, options.prompt, strict=True))
-    text = {"max_new_tokens": options.max_tokens, "temperature": options.temperature, "seed": options.seed}
+    text: dict[str, Any] = {
+        "max_new_tokens": options.max_tokens,
+        "temperature": options.temperature,
+        "seed": options.seed,
+    }
     if given:
         captions = pipeline.captions(torch.stack(given), **text)
         record["captions"] = {str(path): caption for path, caption in zip(options.image, captions, strict=True)}

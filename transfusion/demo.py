@@ -89,13 +89,20 @@ def show(run: Run, device: str) -> list[Path]:
 
 def summary(metrics: dict[str, dict[str, float]]) -> str:
     """The figures that say whether it worked, in words."""
-    text, seen, unseen = metrics["text_held_out"], metrics["images_train"], metrics["images_held_out"]
-    return f"""
-text (held out)    loss {text["loss"]:.2f} nats per token; a model that ignores context reaches {text["unigram_entropy"]:.2f} at best
-images (trained)   diffusion loss {seen["loss"]:.3f}; predicting zero {seen["loss_predicting_zero"]:.3f}
-                   conditioning gap {seen["conditioning_gap"]:+.4f} = {seen["conditioning_gap_in_standard_errors"]:.1f} standard errors
-images (held out)  diffusion loss {unseen["loss"]:.3f}; predicting zero {unseen["loss_predicting_zero"]:.3f}
-                   conditioning gap {unseen["conditioning_gap"]:+.4f} = {unseen["conditioning_gap_in_standard_errors"]:.1f} standard errors"""
+    text = metrics["text_held_out"]
+    lines = [
+        "",
+        f"text (held out)    loss {text['loss']:.2f} nats per token; "
+        f"a model that ignores context reaches {text['unigram_entropy']:.2f} at best",
+    ]
+    for name, key in (("images (trained) ", "images_train"), ("images (held out)", "images_held_out")):
+        image = metrics[key]
+        lines += [
+            f"{name}  diffusion loss {image['loss']:.3f}; predicting zero {image['loss_predicting_zero']:.3f}",
+            f"{'':17}  conditioning gap {image['conditioning_gap']:+.4f} = "
+            f"{image['conditioning_gap_in_standard_errors']:.1f} standard errors",
+        ]
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

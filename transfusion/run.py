@@ -1,7 +1,7 @@
 """A run is a folder: config.toml, tokenizer.json, checkpoints/, log.jsonl, tensorboard/, and model/ at the end.
 
-    Run.start(config, directory).train()     starts the run, or goes on with the one that is there
-    Run.open(directory)                      what evaluation and sampling work on
+Run.start(config, directory).train()     starts the run, or goes on with the one that is there
+Run.open(directory)                      what evaluation and sampling work on
 """
 
 import functools
@@ -180,4 +180,3 @@ def _differences(old: dict[str, object], new: dict[str, object], where: str = ""
         elif before != now:
             result.append(f"{where}{key}: {before}, now {now}")
     return result
-

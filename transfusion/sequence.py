@@ -186,7 +186,9 @@ def collate(
         image_rows=torch.tensor(image_rows, dtype=torch.int64),
         text_rows=text_index,
         text_targets=flat_ids.flatten()[text_index + 1],
-        latents=torch.stack([i.latent.float() for i in images]) if images else torch.zeros(0, 1, patch_size, patch_size),
+        latents=torch.stack([i.latent.float() for i in images])
+        if images
+        else torch.zeros(0, 1, patch_size, patch_size),
         times=_stratified_times([image.max_time for image in images], generator),
         noise_seed=torch.randint(0, 2**62, (), dtype=torch.int64, generator=generator),
     )

@@ -355,7 +355,7 @@ def _meta(stage: str, q: Tensor) -> dict[str, Any]:
 
 
 def constexprs(launch: tuning.Launch, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What the kernels are specialised on. float32 products are IEEE, not TF32: an exact kernel does not round inputs."""
+    """What the kernels are specialised on. Products of float32 are IEEE, not TF32, which would round the inputs."""
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": tuning.padded_head_dim(head_dim),

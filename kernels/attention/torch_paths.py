@@ -27,9 +27,15 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> T
     """Compiled `flex_attention`; a block mask of one row broadcasts over the batch."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    attention: Callable[..., Any] = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    compiling = torch.compiler.is_compiling()
+    attention: Callable[..., Any] = flex_attention if compiling else _compiled_flex()  # type: ignore[assignment]
     result: Tensor = attention(
-        q, k, v, block_mask=mask.once("block_mask", mask.to_block_mask), scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        block_mask=mask.once("block_mask", mask.to_block_mask),
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return result
 

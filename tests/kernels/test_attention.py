@@ -31,7 +31,11 @@ class Case(NamedTuple):
 
 
 def make_case(
-    mask: IntervalMask, dtype: torch.dtype, head_dim: int = 16, heads: tuple[int, int] = (2, 1), batch: int | None = None
+    mask: IntervalMask,
+    dtype: torch.dtype,
+    head_dim: int = 16,
+    heads: tuple[int, int] = (2, 1),
+    batch: int | None = None,
 ) -> Case:
     batch = batch or mask.batch_size
     seed = random.randrange(2**32)
@@ -167,7 +171,9 @@ def test_strides() -> None:
     assert torch.equal(out, transfusion_attention(*contiguous, mask.to(DEVICE), impl="triton"))
     assert out.shape == q.shape
     leaf = fused.clone().requires_grad_()
-    transfusion_attention(*(leaf[:, :, i].transpose(1, 2) for i in range(3)), mask.to(DEVICE), impl="triton").sum().backward()
+    transfusion_attention(
+        *(leaf[:, :, i].transpose(1, 2) for i in range(3)), mask.to(DEVICE), impl="triton"
+    ).sum().backward()
     leaves = [t.clone().requires_grad_() for t in contiguous]
     transfusion_attention(*leaves, mask.to(DEVICE), impl="triton").sum().backward()
     assert leaf.grad is not None

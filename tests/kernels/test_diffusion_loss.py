@@ -51,6 +51,12 @@ class Case(NamedTuple):
         )
 
 
+def weights(images: int, generator: torch.Generator | None = None) -> Tensor:
+    """(I,) in ±[0.5, 1]: the error of an element is judged by the largest of all, so none may be scaled far beyond."""
+    magnitude, sign = torch.rand(2, images, generator=generator)
+    return torch.where(sign < 0.5, -1, 1).to(DEVICE) * (0.5 + 0.5 * magnitude).to(DEVICE)
+
+
 def make_case(shape: tuple[int, int, int, int], patch_size: int, dtype: torch.dtype = torch.float32) -> Case:
     input_seed = random.randrange(2**32)
     print(f"input seed {input_seed}")
@@ -60,7 +66,7 @@ def make_case(shape: tuple[int, int, int, int], patch_size: int, dtype: torch.dt
     tokens = (images, height * width // patch_size**2, features)
     prediction = torch.randn(tokens, generator=generator).to(DEVICE, dtype)
     latents, noise = (torch.randn(shape, generator=generator).to(DEVICE) for _ in range(2))
-    data_weight, noise_weight = (torch.randn(images, generator=generator).to(DEVICE) for _ in range(2))
+    data_weight, noise_weight = (weights(images, generator) for _ in range(2))
     seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator).to(DEVICE)
     return Case(prediction, latents, data_weight, noise_weight, patch_size, noise, seed)
 
@@ -118,7 +124,7 @@ def test_gradient(
 ) -> None:
     """Against autograd through the formula, in float64 for the gold."""
     case = make_case(shape, patch_size, dtype)
-    grad_loss = torch.randn(shape[0], device=DEVICE)
+    grad_loss = weights(shape[0])
 
     def through_formula(case: Case) -> Tensor:
         prediction = case.prediction.requires_grad_()
@@ -185,13 +191,13 @@ def test_latents_and_noise_in_low_precision(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_strides(impl: str, source: str) -> None:
     case = make_case((2, 3, 8, 12), 4)
-    weights = torch.stack([case.data_weight, case.noise_weight], dim=1)  # a column of it has stride 2
+    columns = torch.stack([case.data_weight, case.noise_weight], dim=1)  # a column has stride 2
     padded = torch.full((3, 8, 2 * 48), torch.nan, device=DEVICE)
     strided = case._replace(
         prediction=padded[1:, 1:-1, ::2].copy_(case.prediction),
         latents=case.latents.contiguous(memory_format=torch.channels_last),
-        data_weight=weights[:, 0],
-        noise_weight=weights[:, 1],
+        data_weight=columns[:, 0],
+        noise_weight=columns[:, 1],
         noise=case.noise.transpose(0, 3).contiguous().transpose(0, 3),
     )
     transposed = strided._replace(prediction=case.prediction.permute(2, 0, 1).contiguous().permute(1, 2, 0))

@@ -50,7 +50,8 @@ def make_case(shape: tuple[int, int, int, int], patch_size: int, dtype: torch.dt
     print(f"input seed {input_seed}")
     generator = torch.Generator().manual_seed(input_seed)
     latents, noise = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(2))
-    alpha, sigma = (torch.rand(shape[0], generator=generator).to(DEVICE) for _ in range(2))
+    # In [0.5, 1]: the error of an element is judged by the largest of all, so none may be scaled far beyond.
+    alpha, sigma = (0.5 + 0.5 * torch.rand(shape[0], generator=generator).to(DEVICE) for _ in range(2))
     seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator).to(DEVICE)
     return Case(latents, alpha, sigma, patch_size, noise, seed)
 

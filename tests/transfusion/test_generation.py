@@ -149,19 +149,17 @@ def test_a_network_that_knows_the_latents_recovers_them(prediction, name, seed, 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_an_image_does_not_depend_on_its_batch(name, guidance_scale, seed):
+    """A float64 network gives in a batch what it gives alone, far closer than a float32 one comes to it alone."""
     model = tiny(seed)
-    prompts = contexts()
+    prompts, seeds = contexts(), [seed + i for i in range(4)]
     options = {"scheduler": scheduler_of(model, name), "steps": 5, "guidance_scale": guidance_scale}
-    seeds = [seed + i for i in range(len(prompts))]
-    alone = [denoise(model, [prompts[i]], SHAPE, seeds=[seeds[i]], **options) for i in range(4)]
-    pairs = (
-        denoise(model, prompts[:2], SHAPE, seeds=seeds[:2], **options),
-        denoise(model, prompts[2:], SHAPE, seeds=seeds[2:], **options),
-    )
+
+    def alone():
+        return torch.cat([denoise(model, [prompts[i]], SHAPE, seeds=[seeds[i]], **options) for i in range(4)])
+
+    single, _ = alone(), model.double()
     together = denoise(model, prompts, SHAPE, seeds=seeds, **options)
-    gold = [denoise(model.double(), [prompts[i]], SHAPE, seeds=[seeds[i]], **options) for i in range(4)]
-    eager = [torch.cat(alone), torch.cat(pairs)]
-    verdict = judge(together, eager, torch.cat(gold).double())
+    verdict = judge(together, single, alone().double(), factor=1.0)
     assert verdict.passed and verdict.bound < 1e-2, (seed, verdict)
     assert (together[0] - together[2]).abs().max() > 0.1
 

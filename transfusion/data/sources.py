@@ -12,7 +12,7 @@ import json
 import logging
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -48,8 +48,8 @@ class CaptionedImage:
 class ImageSource(Protocol):
     """Captioned images. `names` and `captions` are known without decoding an image; `source[i]` may `SampleError`."""
 
-    names: Sequence[str]
-    captions: Sequence[str]
+    names: list[str]
+    captions: list[str]
     skipped: list[Skipped]
 
     def __len__(self) -> int:

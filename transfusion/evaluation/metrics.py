@@ -6,6 +6,7 @@ A model can reach a low diffusion loss and ignore every caption; then the gap is
 over images, each image's draws averaged first, for draws of one image are not independent.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,18 +92,19 @@ def read_images(run: Run, images: ImageSource) -> tuple[list[Tensor], Tensor, in
 def image_figures(
     model: Transfusion, captions: Sequence[Tensor], latents: Tensor, draws: int, seed: int
 ) -> dict[str, float]:
-    """Diffusion loss with right and with shuffled captions, of predicting zero, and the gap with its standard error."""
+    """Diffusion loss with right captions and of predicting zero; with shuffled captions, and the gap with its standard
+    error, where there are captions enough to shuffle."""
     right, shuffled, zero = (
         torch.stack(column).mean(0)
         for column in zip(*(_one_draw(model, captions, latents, d, draws, seed) for d in range(draws)), strict=True)
     )
+    figures = {"images": len(right), "loss": right.mean().item(), "loss_predicting_zero": zero.mean().item()}
+    if not shuffled.numel():
+        return figures
     gap = shuffled - right
     error = gap.std() / len(gap) ** 0.5
-    return {
-        "images": len(gap),
-        "loss": right.mean().item(),
+    return figures | {
         "loss_shuffled_captions": shuffled.mean().item(),
-        "loss_predicting_zero": zero.mean().item(),
         "conditioning_gap": gap.mean().item(),
         "conditioning_gap_standard_error": error.item(),
         "conditioning_gap_in_standard_errors": (gap.mean() / error).item(),
@@ -113,17 +115,21 @@ def image_figures(
 def _one_draw(
     model: Transfusion, captions: Sequence[Tensor], latents: Tensor, draw: int, draws: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (I,) of right captions, shuffled captions and zero, at times of the path's `draw`-th part."""
+    """Losses (I,) of right captions, of shuffled captions (none where most are the same) and of predicting zero, at
+    times of the path's `draw`-th part."""
     generator = seeded(seed, "evaluation", draw)
     count, patch, device = len(captions), model.config.patch_size, model.head.weight.device
     times = (draw + torch.rand(count, generator=generator)) / draws
     noise_seed = int(torch.randint(0, 2**62, (), generator=generator))
-    partner = mismatched(captions, generator)
-    right, shuffled = (
-        evaluation_batch(each, latents, times, noise_seed, patch, model.config.special).to(device)
-        for each in (captions, [captions[i] for i in partner])
-    )
-    return model(right).per_image.cpu(), model(shuffled).per_image.cpu(), _loss_of_zero(model, right).cpu()
+
+    def batch(shown: Sequence[Tensor]) -> Batch:
+        return evaluation_batch(shown, latents, times, noise_seed, patch, model.config.special).to(device)
+
+    right = batch(captions)
+    shuffled = torch.zeros(0)
+    if 2 * Counter(tuple(caption.tolist()) for caption in captions).most_common(1)[0][1] <= count:
+        shuffled = model(batch([captions[i] for i in mismatched(captions, generator)])).per_image.cpu()
+    return model(right).per_image.cpu(), shuffled, _loss_of_zero(model, right).cpu()
 
 
 def _loss_of_zero(model: Transfusion, batch: Batch) -> Tensor:

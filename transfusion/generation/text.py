@@ -74,8 +74,8 @@ def generate_text(
 def token_probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     """softmax(logits / temperature) over the tokens that top_k, then top_p, leave: (B, vocab_size) float64.
 
-    The likeliest token is always left. Ties are broken by the sort, so that exactly top_k tokens are left. In float32
-    the likely tokens would add up to 1 before the unlikely ones are counted, and top_p=1 would cut those off.
+    The likeliest token is always left. Ties are broken by the sort, so that exactly top_k tokens are left. The sums
+    start at the unlikely end, where added from the other one they would vanish beside 1, and top_p=1 would cut them.
     """
     scaled = logits.double() / temperature
     descending, order = scaled.sort(dim=-1, descending=True, stable=True)
@@ -83,8 +83,10 @@ def token_probabilities(logits: Tensor, temperature: float, top_k: int | None, t
         descending[:, top_k:] = -torch.inf
     if top_p is not None:
         probabilities = descending.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities  # what the likelier tokens hold: 0 for the first
-        descending = descending.masked_fill(before >= top_p, -torch.inf)
+        onwards = probabilities.flip(-1).cumsum(-1).flip(-1)  # what each token and the less likely ones hold
+        cut = onwards <= 1 - top_p
+        cut[:, 0] = False
+        descending = descending.masked_fill(cut, -torch.inf)
     return torch.zeros_like(scaled).scatter(-1, order, descending.softmax(-1))
 
 

@@ -1,4 +1,4 @@
-"""A model is a folder: `config.toml`, `model.safetensors`. What is written is what is read, or an error says why not."""
+"""A model is a folder: `config.toml`, `model.safetensors`. What is written is read, or an error says why not."""
 
 import os
 from pathlib import Path

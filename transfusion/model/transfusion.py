@@ -1,8 +1,8 @@
 """L = L_LM + λ·L_DDPM: one transformer over text tokens and noised image patches (arXiv 2408.11039).
 
-    text   token_ids -> embedding ┐                 ┌ hidden[text_rows]  -> head  -> cross-entropy
-                                  ├-> transformer ->┤
-    image  patchify_noise -> codec┘      (mask)     └ hidden[image_rows] -> codec -> diffusion_loss
+text   token_ids -> embedding ┐                 ┌ hidden[text_rows]  -> head  -> cross-entropy
+                              ├-> transformer ->┤
+image  patchify_noise -> codec┘      (mask)     └ hidden[image_rows] -> codec -> diffusion_loss
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run says of itself: a line of scalars in `log.jsonl`, the same in TensorBoard, a progress bar or plain lines."""
+"""What a run says of itself: scalars in `log.jsonl` and TensorBoard, a progress bar or plain lines."""
 
 import json
 import sys

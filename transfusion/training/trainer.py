@@ -122,7 +122,7 @@ class Trainer:
         if bad:
             log.say(f"step {self.step}: loss or gradient is not finite; {bad:.0f} step(s) in a row were skipped")
         if bad >= self.config.max_bad_steps:
-            last = self.checkpoints.paths()[-1:] or ["none"]
+            last = [str(path) for path in self.checkpoints.paths()[-1:]] or ["none"]
             raise FloatingPointError(
                 f"the last {bad:.0f} steps up to step {self.step} had a loss or gradient that is not finite; their "
                 f"updates were skipped. Lower learning_rate ({self.config.learning_rate}) or look at the data. "

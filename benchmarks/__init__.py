@@ -1,0 +1,1 @@
+"""Benchmarks of the kernels: the check first, then the clock."""
