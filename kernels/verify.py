@@ -1,4 +1,4 @@
-"""Every Triton kernel against its reference on this machine: a table of errors and bounds; exit status 1 where one fails.
+"""Every Triton kernel against its reference on this machine: errors, bounds, and exit status 1 where one fails.
 
     python -m transfusion.kernels.verify [--op NAME] [--seed N] [--junit FILE]
 

@@ -178,12 +178,12 @@ def evaluate(arguments: Sequence[str]) -> int:
     """`transfusion eval --run DIR`."""
     import tyro
 
-    from transfusion.evaluation import evaluate as figures
     from transfusion.run import Run
 
     options = tyro.cli(EvalOptions, args=list(arguments), prog="transfusion eval")
     run = Run.open(options.run)
-    result = json.dumps(figures(run, run.model(pick_device(options.device)), options.draws, options.seed), indent=2)
+    figures = run.evaluate(run.model(pick_device(options.device)), options.draws, options.seed)
+    result = json.dumps(figures, indent=2)
     (options.run / "metrics.json").write_text(result + "\n")
     print(result)
     return 0

@@ -18,7 +18,7 @@ from torch import Tensor
 from transfusion import presets
 from transfusion.data import LoaderConfig, to_tensor
 from transfusion.data.sources import ImageSource
-from transfusion.evaluation import evaluate, sheets
+from transfusion.evaluation import sheets
 from transfusion.run import DataConfig, Run, RunConfig, image_source, text_source
 from transfusion.training import TrainConfig
 from transfusion.training.metrics import read_log
@@ -30,7 +30,7 @@ def config(device: str) -> RunConfig:
     """What the demo trains: sized for minutes on two CPU cores, or for minutes on one GPU."""
     tiny = presets.get("tiny")
     if device == "cpu":
-        loader = LoaderConfig(rows=16, row_length=112, image_size=32, patch_size=8, text_fraction=0.125)
+        loader = LoaderConfig(rows=11, row_length=160, image_size=32, patch_size=8, text_fraction=0.125)
         train = TrainConfig(
             steps=1100,
             learning_rate=1e-3,
@@ -82,7 +82,7 @@ def show(run: Run, device: str) -> list[Path]:
     (continuation,) = pipeline.continuations([beginning], temperature=0.7)
     (directory / "text.txt").write_text(f"held-out text: {beginning}\n\nthe model goes on: {continuation}\n")
     print("measuring ...", flush=True)
-    (directory / "metrics.json").write_text(json.dumps(evaluate(run, model), indent=2) + "\n")
+    (directory / "metrics.json").write_text(json.dumps(run.evaluate(model), indent=2) + "\n")
     names = ("samples.png", "guidance.png", "captions.png", "text.txt", "curves.png", "metrics.json")
     return [directory / name for name in names]
 

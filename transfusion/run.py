@@ -7,6 +7,7 @@ Run.open(directory)                      what evaluation and sampling work on
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,9 +28,12 @@ from transfusion.data import (
     TextSource,
     Tokenizer,
 )
+from transfusion.data.documents import caption_image_length
 from transfusion.data.sources import Split
+from transfusion.evaluation import image_figures, read_images, text_figures
 from transfusion.generation import TransfusionPipeline
 from transfusion.model import Transfusion
+from transfusion.sequence import image_tokens
 from transfusion.training import TrainConfig, Trainer
 from transfusion.training.trainer import Preview
 
@@ -164,6 +168,27 @@ class Run:
     def model(self, device: torch.device | str = "cpu") -> Transfusion:
         """The trained model. Raises `FileNotFoundError` where the run has not ended yet."""
         return Transfusion.from_pretrained(self.directory / MODEL, device).eval()
+
+    def evaluate(self, model: Transfusion, draws: int = 8, seed: int = 0) -> dict[str, Any]:
+        """The figures of `metrics.json`: text (held out), images of the training and of the held-out split.
+
+        draws: timesteps, with fresh noise, that each image is judged at; they are spread evenly over the path.
+        """
+        data = self.config.data
+        figures: dict[str, Any] = {"parameters": model.num_parameters()}
+        texts = text_source(data, "test")
+        if texts is not None:
+            figures["text_held_out"] = text_figures(model, self.tokenizer, texts, data.loader.row_length)
+        beside = caption_image_length(0, image_tokens(self.latent_shape, data.loader.patch_size))
+        limit = data.loader.row_length - beside
+        splits: tuple[tuple[Split, str], ...] = (("train", "images_train"), ("test", "images_held_out"))
+        for split, name in splits:
+            images = image_source(data, split)
+            if images is not None:
+                size = data.loader.image_size
+                captions, latents, skipped = read_images(images, self.tokenizer, self.autoencoder, size, limit)
+                figures[name] = image_figures(model, captions, latents, draws, seed) | {"skipped": skipped}
+        return figures
 
     def pipeline(self, model: Transfusion) -> TransfusionPipeline:
         """Captions, pictures and texts in and out of `model`, this run's or one of its previews."""

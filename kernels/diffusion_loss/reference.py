@@ -22,7 +22,8 @@ def forward(
     patch_size: int,
 ) -> Tensor:
     """-> (I,) float32 or float64."""
-    return _difference(prediction, latents, data_weight, noise_weight, noise, seed, patch_size).square().mean((1, 2))
+    difference = _difference(prediction, latents, data_weight, noise_weight, noise, seed, patch_size)
+    return difference.square().flatten(1).mean(1)  # flat, so that the order of the sum is that of the tokens
 
 
 def backward(

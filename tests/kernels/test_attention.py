@@ -3,31 +3,20 @@
 import random
 import subprocess
 import sys
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from transfusion.kernels import IntervalMask, transfusion_attention
-from transfusion.kernels.attention import reference
+from transfusion.kernels.attention import check as rule
+from transfusion.kernels.attention.check import RESULTS, Case, run
 from transfusion.kernels.registry import TRITON_INTERPRET
-from transfusion.kernels.testing import LAYOUTS, judge, poison_empty, random_layout
+from transfusion.kernels.testing import LAYOUTS, poison_empty, random_layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly; on a device all three run.
 DTYPES = [torch.float32, torch.float16] + ([] if TRITON_INTERPRET else [torch.bfloat16])
-
-
-class Case(NamedTuple):
-    """Leaves to differentiate, the mask, and the gradients that come back from above."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: IntervalMask
-    grad_out: Tensor
-    grad_lse: Tensor
 
 
 def make_case(
@@ -37,62 +26,15 @@ def make_case(
     heads: tuple[int, int] = (2, 1),
     batch: int | None = None,
 ) -> Case:
-    batch = batch or mask.batch_size
     seed = random.randrange(2**32)
     print(f"input seed {seed}")
     generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, to: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator).to(DEVICE, to)
-
-    q = normal(batch, heads[0], mask.num_queries, head_dim)
-    k, v = (normal(batch, heads[1], mask.num_keys, head_dim) for _ in range(2))
-    lse_grad = normal(*q.shape[:3], to=torch.float32)
-    return Case(q, k, v, mask.to(DEVICE), normal(*q.shape), lse_grad)
+    return rule.make_case(mask.to(DEVICE), dtype, generator, head_dim, heads, batch)
 
 
-def formula(case: Case, wide: torch.dtype, compute: torch.dtype) -> list[Tensor]:
-    """out, lse, dq, dk, dv by the reference's formulas on inputs of dtype `wide`, carried out in `compute`."""
-    q, k, v, grad_out, grad_lse = (t.to(wide) for t in (case.q, case.k, case.v, case.grad_out, case.grad_lse))
-    vectors = case.mask.query_start, case.mask.query_end
-    scale = case.q.shape[-1] ** -0.5
-    # A query that sees no key has lse = -inf whatever the inputs: no gradient comes through it.
-    forward = reference.forward(q, k, v, *vectors, scale, compute)
-    backward = reference.backward(grad_out, grad_lse, q, k, v, *vectors, scale, compute)
-    return [*forward, *backward]
-
-
-def eager_orders(case: Case, count: int = 8) -> list[list[Tensor]]:
-    """The formula in the inputs' own precision, `count` times with the head dimension (and so each sum) reordered."""
-
-    def one(order: Tensor) -> list[Tensor]:
-        def mixed(tensor: Tensor) -> Tensor:
-            return tensor[..., order]
-
-        shuffled = case._replace(q=mixed(case.q), k=mixed(case.k), v=mixed(case.v), grad_out=mixed(case.grad_out))
-        out, lse, *grads = formula(shuffled, case.q.dtype, case.q.dtype)
-        back = order.argsort()
-        return [out[..., back], lse, *(grad[..., back] for grad in grads)]
-
-    runs = [one(torch.randperm(case.q.shape[-1])) for _ in range(count)]
-    return [list(results) for results in zip(*runs, strict=True)]
-
-
-def run(case: Case, impl: str) -> list[Tensor]:
-    q, k, v = (t.detach().requires_grad_() for t in (case.q, case.k, case.v))
-    out, lse = transfusion_attention(q, k, v, case.mask, return_lse=True, impl=impl)
-    grads = torch.autograd.grad([out, lse], [q, k, v], [case.grad_out, case.grad_lse])
-    return [out.detach(), lse.detach(), *grads]
-
-
-NAMES = ("out", "lse", "dq", "dk", "dv")
-
-
-def check(case: Case, results: list[Tensor], names: tuple[str, ...] = NAMES) -> None:
-    gold = formula(case, torch.float64, torch.float64)
-    for name, actual, eager, exact in zip(NAMES, results, eager_orders(case), gold, strict=True):
-        verdict = judge(actual, eager, exact)
-        assert name not in names or verdict.passed, (name, verdict)
+def check(case: Case, results: list[Tensor], names: tuple[str, ...] = RESULTS) -> None:
+    verdicts = rule.verdicts(case, results)
+    assert all(verdicts[name].passed for name in names), verdicts
 
 
 @pytest.fixture

@@ -8,43 +8,22 @@ over images, each image's draws averaged first, for draws of one image are not i
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from transfusion.data import evaluation_batch, mismatched, text_documents, to_tensor
-from transfusion.data.documents import caption_image_length
+from transfusion.data import Autoencoder, evaluation_batch, mismatched, text_documents, to_tensor
 from transfusion.data.loader import caption_ids
 from transfusion.data.packing import pack, seeded
-from transfusion.data.sources import ImageSource, SampleError, TextSource
+from transfusion.data.sources import ImageSource, TextSource
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.kernels import diffusion_loss
 from transfusion.model import Transfusion
-from transfusion.run import Run, image_source, text_source
 from transfusion.sequence import Batch, collate, document_length, image_tokens
 
 _MAX_IMAGES = 256
 _MAX_WINDOWS = 64
 _ROWS = 16  # of a batch
-
-
-def evaluate(run: Run, model: Transfusion, draws: int = 8, seed: int = 0) -> dict[str, Any]:
-    """The figures of `metrics.json`: text (held-out), images of the training and of the held-out split.
-
-    draws: timesteps, with fresh noise, that each image is judged at; they are spread evenly over the path.
-    """
-    data = run.config.data
-    figures: dict[str, Any] = {"parameters": model.num_parameters()}
-    texts = text_source(data, "test")
-    if texts is not None:
-        figures["text_held_out"] = text_figures(model, run.tokenizer, texts, data.loader.row_length)
-    for split, name in (("train", "images_train"), ("test", "images_held_out")):
-        images = image_source(data, "train" if split == "train" else "test")
-        if images is not None:
-            captions, latents, skipped = read_images(run, images)
-            figures[name] = image_figures(model, captions, latents, draws, seed) | {"skipped": skipped}
-    return figures
 
 
 @torch.inference_mode()
@@ -73,20 +52,20 @@ def text_figures(model: Transfusion, tokenizer: Tokenizer, texts: TextSource, ro
     return {"loss": loss, "unigram_entropy": entropy, "perplexity": perplexity, "tokens": tokens}
 
 
-def read_images(run: Run, images: ImageSource) -> tuple[list[Tensor], Tensor, int]:
+def read_images(
+    images: ImageSource, tokenizer: Tokenizer, autoencoder: Autoencoder, image_size: int, max_caption_tokens: int
+) -> tuple[list[Tensor], Tensor, int]:
     """-> captions as token ids, clean latents, and how many samples could not be used, of at most 256."""
     pairs, skipped = [], 0
-    beside = caption_image_length(0, image_tokens(run.latent_shape, run.config.model.patch_size))
-    limit = run.config.data.loader.row_length - beside
     for index in range(min(len(images), _MAX_IMAGES)):
         try:
-            ids = caption_ids(run.tokenizer, images.captions[index], limit)
-            pairs.append((ids, to_tensor(images[index].image, run.config.data.loader.image_size)))
-        except (SampleError, ValueError):
+            ids = caption_ids(tokenizer, images.captions[index], max_caption_tokens)
+            pairs.append((ids, to_tensor(images[index].image, image_size)))
+        except ValueError:  # a SampleError is one
             skipped += 1
     if not pairs:
         raise ValueError(f"none of the {len(images)} images can be evaluated")
-    return [ids for ids, _ in pairs], run.autoencoder.encode(torch.stack([pixels for _, pixels in pairs])), skipped
+    return [ids for ids, _ in pairs], autoencoder.encode(torch.stack([pixels for _, pixels in pairs])), skipped
 
 
 def image_figures(
