@@ -5,7 +5,7 @@ The loss is a sum, judged with the formula in several orders of summation; its g
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Case(NamedTuple):
     noise: Tensor
     seed: Tensor
 
-    def source(self, name: str) -> dict[str, Tensor]:
+    def source(self, name: str) -> dict[str, Any]:
         """`noise=` or `seed=`."""
         return {name: getattr(self, name)}
 
@@ -75,8 +75,10 @@ def verdicts(case: Case, source: str, grad_loss: Tensor) -> dict[str, Verdict]:
     (grad,) = torch.autograd.grad(loss, prediction, grad_loss)
 
     def gradient(of: Case) -> Tensor:
-        given = (of.noise, None) if source == "noise" else (None, of.seed)
-        return reference.backward(grad_loss, *of[:4], *given, of.patch_size)
+        noise, seed = (of.noise, None) if source == "noise" else (None, of.seed)
+        return reference.backward(
+            grad_loss, of.prediction, of.latents, of.data_weight, of.noise_weight, noise, seed, of.patch_size
+        )
 
     return {
         "loss": judge(loss.detach(), eager_orders(case, source), run(case.wide(), source, "reference")),

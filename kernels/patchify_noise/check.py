@@ -5,7 +5,7 @@ An op that works element by element has the error of the formula in its own prec
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Case(NamedTuple):
     noise: Tensor
     seed: Tensor
 
-    def source(self, name: str) -> dict[str, Tensor]:
+    def source(self, name: str) -> dict[str, Any]:
         """`noise=` or `seed=`."""
         return {name: getattr(self, name)}
 

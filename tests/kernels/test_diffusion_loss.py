@@ -27,7 +27,7 @@ SHAPES = [
     ((3, 3, 5, 7), 1),
     ((1, 5, 9, 15), 3),
     ((2, 20, 8, 12), 4),
-    ((24, 1, 1, 1), 1),
+    ((16, 1, 1, 1), 1),
 ]
 
 
@@ -171,7 +171,7 @@ def test_independent_of_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     grad_loss = torch.randn(2, device=DEVICE)
     eager, gold = eager_orders(case, "seed"), run(case.wide(), "seed", "reference")
     expected = gradient(case, "seed", "triton", grad_loss)
-    for block_c, block_s in ((1, 64), (2, 16), (4, 8), (4, 256)):
+    for block_c, block_s in ((1, 64), (2, 16), (4, 32), (4, 256)):
         tile = {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": 1}
         monkeypatch.setattr(kernel, "launch_parameters", lambda channels, tile=tile: tile)
         assert torch.equal(gradient(case, "seed", "triton", grad_loss), expected)

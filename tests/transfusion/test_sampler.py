@@ -144,9 +144,9 @@ def test_fractional_timesteps_reach_the_network_rounded(seed):
     scheduler = diffusers.EulerDiscreteScheduler(
         prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2", use_karras_sigmas=True
     )
-    run(lambda x, t: seen.append(t) or x, torch.randn(SHAPE), schedule, scheduler, seed)
-    scheduler.set_timesteps(5)
-    assert (scheduler.timesteps % 1 != 0).any()
+    run(lambda x, t: seen.append(t) or x, torch.randn(SHAPE), schedule, scheduler, seed, steps=9)
+    scheduler.set_timesteps(9)
+    assert (scheduler.timesteps % 1 > 0.5).any() and (scheduler.timesteps % 1 < 0.5).any()
     assert torch.equal(torch.stack(seen)[:, 0], scheduler.timesteps.round().long())
 
 

@@ -1,0 +1,103 @@
+"""Ahead-of-time compilation: the shipped kernels keep their limits on GPUs that this machine need not have."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from transfusion.kernels import ahead_of_time
+from transfusion.kernels.ahead_of_time import TARGETS, Case, Resources, broken_limits
+from transfusion.kernels.registry import TRITON_INTERPRET
+
+FORWARD = Case(
+    SimpleNamespace(fn=SimpleNamespace(__name__="forward_kernel")),
+    {"p_q": "*bf16", "BLOCK_D": "constexpr", "PRECISION": "constexpr"},
+    {"HEAD_DIM": 80, "BLOCK_D": 128, "PRECISION": "tf32"},
+    {},
+)
+GOOD = Resources(128, 0, 100_000, 256, ("wgmma",), False)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "transfusion.kernels.ahead_of_time", "--format", "json"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode in (0, 1), run.stderr
+    rows: list[dict[str, Any]] = json.loads(run.stdout)
+    assert run.returncode == any(row["broken"] for row in rows)
+    return rows
+
+
+@pytest.mark.xdist_group("ahead_of_time")
+def test_every_limit_is_kept(compiled: list[dict[str, Any]]) -> None:
+    assert [row for row in compiled if row["broken"]] == []
+
+
+@pytest.mark.xdist_group("ahead_of_time")
+def test_every_kernel_and_target_is_compiled(compiled: list[dict[str, Any]]) -> None:
+    functions = {target: {row["case"].split()[0] for row in compiled if row["target"] == target} for target in TARGETS}
+    fused = {"patchify_noise", "patchify_noise_backward", "diffusion_loss"}
+    assert functions["sm_90"] == {"forward", "delta", "backward_query", "backward_key", *fused}
+    assert functions["sm_80"] == functions["gfx942"] == {"forward", *fused}
+    assert len({(row["target"], row["case"]) for row in compiled}) == len(compiled)
+
+
+@pytest.mark.xdist_group("ahead_of_time")
+def test_resources_are_read(compiled: list[dict[str, Any]]) -> None:
+    assert all(0 < row["registers"] <= 512 and row["threads"] >= 32 for row in compiled)
+    products = [row for row in compiled if " bf16 HEAD_DIM" in row["case"] and not row["case"].startswith("delta")]
+    assert {(row["target"], *row["matrix_instructions"]) for row in products} == {
+        ("sm_90", "wgmma"),
+        ("sm_80", "mma"),
+        ("gfx942", "mfma"),
+    }
+
+
+def test_good_resources_break_nothing() -> None:
+    assert broken_limits(FORWARD, "sm_90", GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "change", "message"),
+    [
+        ("sm_90", {"spill_bytes": 4}, "spills 4 bytes a thread, 0 allowed"),
+        ("sm_90", {"shared_bytes": 227 * 1024 + 1}, "232449 bytes of shared memory, 232448 allowed"),
+        ("sm_80", {"shared_bytes": 163 * 1024 + 1, "matrix_instructions": ("mma",)}, "166913 bytes"),
+        ("gfx942", {"shared_bytes": 64 * 1024 + 1, "matrix_instructions": ("mfma",)}, "65537 bytes"),
+        ("sm_90", {"threads": 2048}, "2048 threads, 1024 allowed"),
+        ("sm_90", {"has_f64": True}, "float64"),
+        ("sm_90", {"matrix_instructions": ("mma",)}, "no wgmma instruction"),
+    ],
+)
+def test_each_limit_can_break(
+    target: str,
+    change: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    resources = GOOD._replace(**change)
+    (broken,) = broken_limits(FORWARD, target, resources)
+    assert message in broken
+    monkeypatch.setattr(ahead_of_time, "all_cases", lambda target: iter([FORWARD]))
+    monkeypatch.setattr(ahead_of_time, "compile_case", lambda case, target: resources)
+    assert ahead_of_time.main(["--target", target, "--all"]) == 1
+    assert capsys.readouterr().out.endswith("0 passed, 1 failed\n")
+
+
+def test_only_16_bit_products_need_the_matrix_units() -> None:
+    bare = GOOD._replace(matrix_instructions=())
+    assert broken_limits(FORWARD._replace(signature={"p_q": "*fp32"}), "sm_90", bare) == []
+    assert broken_limits(FORWARD._replace(constants={"BLOCK_D": 128}), "sm_90", bare) == []
+
+
+@pytest.mark.skipif(not TRITON_INTERPRET, reason="only the interpreter has nothing to compile")
+def test_the_interpreter_is_refused() -> None:
+    case = next(ahead_of_time.all_cases("sm_90"))
+    with pytest.raises(RuntimeError, match="unset it"):
+        ahead_of_time.compile_case(case, "sm_90")

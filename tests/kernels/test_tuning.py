@@ -1,0 +1,59 @@
+"""The launch tables: complete, sane, and the right one for each device."""
+
+import pytest
+import torch
+
+from transfusion.kernels import tuning
+
+STAGES = ("forward", "backward_query", "backward_key")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TABLES = ("default", "interpret", "sm_90")
+
+
+def test_tables_are_found() -> None:
+    assert set(tuning._TABLES) == set(TABLES)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_head_dim_has_a_launch(table: str) -> None:
+    for stage in STAGES:
+        for dtype in DTYPES:
+            assert {tuning.launch("attention", stage, table, dtype, head_dim) for head_dim in range(16, 257)}
+    rows = tuning.launches(table, "attention")
+    keys = {(stage, size, dim) for stage, size, dim, _ in rows}
+    assert len(rows) == len(keys) == len(STAGES) * 2 * 5
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_launches_are_what_triton_takes(table: str) -> None:
+    for _, _, _, launch in tuning.launches(table, "attention"):
+        powers = (launch.block_q, launch.block_k, launch.num_warps)
+        assert all(value & (value - 1) == 0 for value in powers), launch
+        assert min(launch.block_q, launch.block_k) >= 16, "tl.dot needs sides of at least 16"
+        assert 1 <= launch.num_warps <= 16 and 1 <= launch.num_stages <= 4, launch
+
+
+def test_launch_reads_the_table() -> None:
+    (row,) = (row for *key, row in tuning.launches("sm_90", "attention") if key == ["forward", 2, 128])
+    assert tuning.launch("attention", "forward", "sm_90", torch.bfloat16, 80) == row
+
+
+@pytest.mark.parametrize(("head_dim", "padded"), [(1, 16), (16, 16), (17, 32), (80, 128), (128, 128), (129, 256)])
+def test_padded_head_dim(head_dim: int, padded: int) -> None:
+    assert tuning.padded_head_dim(head_dim) == padded
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "table"),
+    [((9, 0), None, "sm_90"), ((8, 0), None, "default"), ((10, 0), None, "default"), ((9, 0), "6.4", "default")],
+)
+def test_table_of_a_device(
+    capability: tuple[int, int], hip: str | None, table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "TRITON_INTERPRET", False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert tuning.table_name(torch.device("cuda")) == table
+    assert tuning.table_name(torch.device("cpu")) == "interpret"
+    monkeypatch.setattr(tuning, "TRITON_INTERPRET", True)
+    assert tuning.table_name(torch.device("cuda")) == "interpret"

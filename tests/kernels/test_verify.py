@@ -1,0 +1,117 @@
+"""The verification command: what it prints and returns, and that a wrong kernel fails it."""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import Tensor
+
+from transfusion.kernels import registry
+from transfusion.kernels.diffusion_loss import kernel as diffusion_loss_kernel
+from transfusion.kernels.patchify_noise import check as patchify_noise_check
+from transfusion.kernels.patchify_noise import kernel as patchify_noise_kernel
+from transfusion.kernels.testing import Verdict
+from transfusion.kernels.verify import CHECKS, Row, format_row, main, verify
+
+
+def test_every_op_is_verified() -> None:
+    assert set(CHECKS) == set(registry.OPS)
+
+
+def test_command_chooses_the_interpreter_by_itself(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "transfusion.kernels.verify", "--op", "diffusion_loss", "--seed", "7"]
+    junit = tmp_path / "verify.xml"
+    run = subprocess.run(
+        [*command, "--junit", str(junit)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"torch {torch.__version__}" in run.stdout
+    assert "seed: 7\n" in run.stdout
+    assert ("Triton interpreter" in run.stdout) == (not torch.cuda.is_available())
+    passed = re.search(r"\n(\d+) passed, 0 failed\n$", run.stdout)
+    assert passed is not None, run.stdout
+    suite = ElementTree.parse(junit).getroot()
+    cases = [case for case in suite if case.get("classname") == "diffusion_loss"]
+    assert len(cases) == int(suite.attrib["tests"]) == int(passed[1]) > 20
+    assert len({case.get("name") for case in cases}) == len(cases)
+    assert suite.get("failures") == "0"
+
+
+def test_attention_rows_judge_every_result() -> None:
+    for row in itertools.islice(verify(ops=["transfusion_attention"]), 4):
+        assert set(row.verdicts) == {"out", "lse", "dq", "dk", "dv"}
+        assert row.passed, format_row(row)
+        assert all(verdict.bound > 0 for verdict in row.verdicts.values())
+
+
+def nearly_right(result: Tensor) -> Tensor:
+    return result * 1.02
+
+
+def unwritten(result: Tensor) -> Tensor:
+    return torch.empty_like(result)
+
+
+@pytest.mark.parametrize("fault", [nearly_right, unwritten])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("op", "module"), [("patchify_noise", patchify_noise_kernel), ("diffusion_loss", diffusion_loss_kernel)]
+)
+def test_a_wrong_kernel_fails(
+    op: str,
+    module: object,
+    direction: str,
+    fault: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    right = getattr(module, direction)
+    monkeypatch.setattr(module, direction, lambda *arguments: fault(right(*arguments)))  # type: ignore[operator]
+    monkeypatch.setattr(patchify_noise_check, "SHAPES", patchify_noise_check.SHAPES[:1])
+    monkeypatch.setattr("transfusion.kernels.diffusion_loss.check.SHAPES", patchify_noise_check.SHAPES[:1])
+    junit = tmp_path / "verify.xml"
+    assert main(["--op", op, "--junit", str(junit)]) == 1
+    output = capsys.readouterr().out
+    rows = len(re.findall("FAIL", output))
+    assert rows >= 4, output  # two dtypes, two sources of noise
+    assert output.endswith(f"0 passed, {rows} failed\n")
+    assert ElementTree.parse(junit).getroot().get("failures") == str(rows)
+
+
+def test_a_row_shows_the_result_nearest_to_its_bound() -> None:
+    verdicts = {"out": Verdict(1e-3, 1e-2), "dq": Verdict(2e-7, 3e-7), "dk": Verdict(0.0, 0.0)}
+    row = Row("op", torch.float16, "case", verdicts)
+    assert row.worst == "dq" and row.passed and format_row(row).endswith("pass")
+    failed = row._replace(verdicts={**verdicts, "dv": Verdict(1e-30, 0.0), "lse": Verdict(torch.nan, 1.0)})
+    assert not failed.passed
+    assert [line.split()[3] for line in format_row(failed).splitlines()] == ["dv", "lse"]
+
+
+def test_empty_tensors_are_poisoned_only_while_a_case_runs() -> None:
+    empty = torch.empty
+    for _ in itertools.islice(verify(ops=["patchify_noise"]), 2):
+        assert torch.empty is empty
+
+
+def test_a_seed_repeats_its_inputs() -> None:
+    def errors(seed: int) -> list[float]:
+        rows = itertools.islice(verify(ops=["patchify_noise"], seed=seed), 3)
+        return [verdict.error for row in rows for verdict in row.verdicts.values()]
+
+    assert errors(5) == errors(5) != errors(6)
+
+
+def test_without_triton_there_is_nothing_to_verify(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(registry, "TRITON_INSTALLED", False)
+    assert main([]) == 1
+    assert "pip install triton" in capsys.readouterr().err
