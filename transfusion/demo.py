@@ -43,9 +43,9 @@ def config(device: str) -> RunConfig:
         )
         return RunConfig(tiny, DataConfig("emoji:demo", "pydoc", "pixels", loader), train)
     model = replace(tiny, vocab_size=4096, dim=512, layers=8, heads=8)
-    loader = LoaderConfig(rows=32, row_length=1024, image_size=64, patch_size=8, text_fraction=0.125)
+    loader = LoaderConfig(rows=16, row_length=1024, image_size=64, patch_size=8, text_fraction=0.125)
     train = TrainConfig(
-        steps=12_000,
+        steps=6000,
         learning_rate=6e-4,
         min_learning_rate=1e-5,
         warmup_steps=500,

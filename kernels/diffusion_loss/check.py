@@ -46,12 +46,12 @@ def make_case(
     device: torch.device | str,
     generator: torch.Generator,
 ) -> Case:
-    """Normal prediction (of `dtype`), latents, noise and weights, any seed, drawn from a CPU generator."""
+    """Normal prediction (of `dtype`), latents, noise, weights in [0.5, 1), any seed, drawn from a CPU generator."""
     images, channels, height, width = shape
     tokens = (images, height * width // patch_size**2, patch_size**2 * channels)
     prediction = torch.randn(tokens, generator=generator).to(device, dtype)
     latents, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
-    data_weight, noise_weight = (torch.randn(images, generator=generator).to(device) for _ in range(2))
+    data_weight, noise_weight = (0.5 + 0.5 * torch.rand(images, generator=generator).to(device) for _ in range(2))
     seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator).to(device)
     return Case(prediction, latents, data_weight, noise_weight, patch_size, noise, seed)
 
@@ -93,5 +93,5 @@ def checks(
     for shape, patch_size in SHAPES:
         for source in SOURCES:
             case = make_case(shape, patch_size, dtype, device, generator)
-            grad_loss = torch.randn(shape[0], generator=generator).to(device)
+            grad_loss = 0.5 + 0.5 * torch.rand(shape[0], generator=generator).to(device)
             yield f"{'x'.join(map(str, shape))}_patch_{patch_size}_{source}", verdicts(case, source, grad_loss)

@@ -28,12 +28,12 @@ def op(monkeypatch: pytest.MonkeyPatch) -> Op:
     """Of three implementations the first never runs; warnings of other tests are forgotten."""
     monkeypatch.setattr(registry, "_warned", set())
     monkeypatch.setattr(registry, "STRICT", False)
-    return Op(
-        "an_op",
-        {"best": Implementation("no.such.module", never), "narrow": Implementation("math", float32_only), "slow": Implementation("cmath")},
-        cuda_order=("best", "narrow", "slow"),
-        other_order=("narrow", "slow"),
-    )  # fmt: skip
+    implementations = {
+        "best": Implementation("no.such.module", never),
+        "narrow": Implementation("math", float32_only),
+        "slow": Implementation("cmath"),
+    }
+    return Op("an_op", implementations, cuda_order=("best", "narrow", "slow"), other_order=("narrow", "slow"))
 
 
 def test_an_explicit_request_is_honoured(op: Op) -> None:
@@ -87,7 +87,7 @@ def test_auto_raises_where_nothing_can_run() -> None:
     op = Op(
         "an_op", {"best": Implementation("m", never), "other": Implementation("m", never)}, ("best",), ("best", "other")
     )
-    with pytest.raises(RuntimeError, match="no implementation can run here: best: it is Tuesday.*; other: "):
+    with pytest.raises(RuntimeError, match=r"no implementation can run here: best: it is Tuesday.*; other: "):
         choose(op, "auto", **CPU)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from transfusion.kernels import registry
+from transfusion.kernels.diffusion_loss import check as diffusion_loss_check
 from transfusion.kernels.diffusion_loss import kernel as diffusion_loss_kernel
 from transfusion.kernels.patchify_noise import check as patchify_noise_check
 from transfusion.kernels.patchify_noise import kernel as patchify_noise_kernel
@@ -75,8 +76,8 @@ def test_a_wrong_kernel_fails(
 ) -> None:
     right = getattr(module, direction)
     monkeypatch.setattr(module, direction, lambda *arguments: fault(right(*arguments)))  # type: ignore[operator]
-    monkeypatch.setattr(patchify_noise_check, "SHAPES", patchify_noise_check.SHAPES[:1])
-    monkeypatch.setattr("transfusion.kernels.diffusion_loss.check.SHAPES", patchify_noise_check.SHAPES[:1])
+    for check in (patchify_noise_check, diffusion_loss_check):
+        monkeypatch.setattr(check, "SHAPES", patchify_noise_check.SHAPES[:1])
     junit = tmp_path / "verify.xml"
     assert main(["--op", op, "--junit", str(junit)]) == 1
     output = capsys.readouterr().out

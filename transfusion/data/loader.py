@@ -124,6 +124,7 @@ class Loader:
         self.tokens_per_image = (config.image_size // self._autoencoder.downscale // config.patch_size) ** 2
         image_budget = config.row_length // (config.images_per_row or 1)
         self.max_caption_tokens = image_budget - caption_image_length(0, self.tokens_per_image)
+        self._decoders = ThreadPoolExecutor(4, thread_name_prefix="decode")  # decoders release the interpreter lock
         self._skipped: dict[str, str] = {}
         self._unreadable: set[int] = set()
         self._images = images
@@ -214,8 +215,7 @@ class Loader:
 
     def _image_documents(self, rows: dict[int, list[int]], generator: torch.Generator) -> dict[int, list[Document]]:
         wanted = [sample for samples in rows.values() for sample in samples]
-        with ThreadPoolExecutor(4) as pool:  # decoders release the interpreter lock
-            pixels = iter(list(pool.map(self._pixels, wanted)))
+        pixels = iter(list(self._decoders.map(self._pixels, wanted)))
         read = {row: self._substitute(samples, [next(pixels) for _ in samples]) for row, samples in rows.items()}
         images = [image for pairs in read.values() for _, image in pairs]
         if not images:
