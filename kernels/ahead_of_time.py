@@ -45,7 +45,7 @@ class Target(NamedTuple):
 TARGETS = {
     "sm_90": Target("cuda", 90, 32, "sm_90", 227 * 1024, "wgmma", 0),
     "sm_80": Target("cuda", 80, 32, "default", 163 * 1024, "mma", 64),
-    "gfx942": Target("hip", "gfx942", 64, "default", 64 * 1024, "mfma", 0),
+    "gfx942": Target("hip", "gfx942", 64, "gfx942", 64 * 1024, "mfma", 0),
 }
 MAX_THREADS = 1024
 
@@ -57,8 +57,7 @@ REPRESENTATIVE_HEAD_DIMS: dict[str, dict[str, tuple[int, ...]]] = {
 }
 
 # Exceptions to a target's `spill_bytes`, by kernel, element type and padded head dim.
-# dk and dv are two accumulators of a tile of keys; where they and a wgmma of 64 keys fill all 255 registers, a few
-# addresses go to the stack.
+# dk and dv are two accumulators of a tile of keys: with wide heads they fill the 255 registers of a thread.
 SPILL_BUDGET: dict[tuple[str, str, str, int], int] = {
     ("sm_90", "backward_key", "bf16", 128): 16,
     ("sm_90", "backward_key", "bf16", 256): 56,
@@ -89,12 +88,9 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         """Function, element type, what it is specialised on, warps and stages: unique among the cases of a target."""
-        shown = {
-            key: value for key, value in self.constants.items() if key.isupper() or key in ("group", "noise", "seed")
-        }
-        parts = [f"{key}={value}" for key, value in shown.items() if key not in ("BLOCK_D", "PRECISION")]
-        name = self.kernel.fn.__name__.removesuffix("_kernel")
-        return " ".join([name, self.dtype, *parts, f"warps={self.num_warps}", f"stages={self.num_stages}"])
+        hidden = re.compile("BLOCK_D|PRECISION|stride_")
+        parts = [f"{key}={value}" for key, value in self.constants.items() if not hidden.match(key)]
+        return " ".join([self.function, self.dtype, *parts, f"warps={self.num_warps}", f"stages={self.num_stages}"])
 
 
 class Resources(NamedTuple):

@@ -32,9 +32,10 @@ def table_name(device: torch.device) -> str:
         return "interpret"
     if torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
-        if f"sm_{major}{minor}" in _TABLES:
-            return f"sm_{major}{minor}"
-    return "default"
+        name = f"sm_{major}{minor}"
+    else:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return name if name in _TABLES else "default"
 
 
 def padded_head_dim(head_dim: int) -> int:

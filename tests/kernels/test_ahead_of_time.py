@@ -12,6 +12,7 @@ import pytest
 from transfusion.kernels import ahead_of_time
 from transfusion.kernels.ahead_of_time import TARGETS, Case, Resources, broken_limits
 from transfusion.kernels.registry import TRITON_INTERPRET
+from transfusion.kernels.tuning import launches
 
 FORWARD = Case(
     SimpleNamespace(fn=SimpleNamespace(__name__="forward_kernel")),
@@ -44,7 +45,6 @@ def test_every_kernel_and_target_is_compiled(compiled: list[dict[str, Any]]) -> 
     fused = {"patchify_noise", "patchify_noise_backward", "diffusion_loss"}
     assert functions["sm_90"] == {"forward", "delta", "backward_query", "backward_key", *fused}
     assert functions["sm_80"] == functions["gfx942"] == {"forward", *fused}
-    assert len({(row["target"], row["case"]) for row in compiled}) == len(compiled)
 
 
 @pytest.mark.xdist_group("ahead_of_time")
@@ -56,6 +56,23 @@ def test_resources_are_read(compiled: list[dict[str, Any]]) -> None:
         ("sm_80", "mma"),
         ("gfx942", "mfma"),
     }
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_cases_hold_every_shipped_launch_once(target: str) -> None:
+    cases = list(ahead_of_time.all_cases(target))
+    assert len({case.name for case in cases}) == len(cases)
+    keys = ("BLOCK_D", "BLOCK_Q", "BLOCK_K")
+    compiled = {
+        (case.function, case.dtype, *(case.constants[key] for key in keys), case.num_warps, case.num_stages)
+        for case in cases
+        if "PRECISION" in case.constants
+    }
+    shipped = {
+        (stage, {2: "bf16", 4: "fp32"}[size], dim, *launch)
+        for stage, size, dim, launch in launches(TARGETS[target].table, "attention")
+    }
+    assert compiled == shipped
 
 
 def test_good_resources_break_nothing() -> None:

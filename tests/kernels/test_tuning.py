@@ -1,5 +1,7 @@
 """The launch tables: complete, sane, and the right one for each device."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from transfusion.kernels import tuning
 
 STAGES = ("forward", "backward_query", "backward_key")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-TABLES = ("default", "interpret", "sm_90")
+TABLES = ("default", "gfx942", "interpret", "sm_90")
 
 
 def test_tables_are_found() -> None:
@@ -43,17 +45,24 @@ def test_padded_head_dim(head_dim: int, padded: int) -> None:
     assert tuning.padded_head_dim(head_dim) == padded
 
 
-@pytest.mark.parametrize(
-    ("capability", "hip", "table"),
-    [((9, 0), None, "sm_90"), ((8, 0), None, "default"), ((10, 0), None, "default"), ((9, 0), "6.4", "default")],
-)
-def test_table_of_a_device(
-    capability: tuple[int, int], hip: str | None, table: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("capability", "table"), [((9, 0), "sm_90"), ((8, 0), "default"), ((10, 0), "default")])
+def test_table_of_a_cuda_device(capability: tuple[int, int], table: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "TRITON_INTERPRET", False)
-    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert tuning.table_name(torch.device("cuda")) == table
+
+
+@pytest.mark.parametrize(("architecture", "table"), [("gfx942:sramecc+:xnack-", "gfx942"), ("gfx1100", "default")])
+def test_table_of_a_hip_device(architecture: str, table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "TRITON_INTERPRET", False)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    properties = SimpleNamespace(gcnArchName=architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert tuning.table_name(torch.device("cuda")) == table
+
+
+def test_table_of_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuning.table_name(torch.device("cpu")) == "interpret"
     monkeypatch.setattr(tuning, "TRITON_INTERPRET", True)
     assert tuning.table_name(torch.device("cuda")) == "interpret"

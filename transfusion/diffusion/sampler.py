@@ -163,8 +163,7 @@ def sample(
     # diffusers gives TrigFlow's prediction the unit of the latents; Lu & Song's network has unit variance.
     unit = schedule.sigma_data if schedule.path == "trigflow" else 1.0
     scale_input = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
-    draws = "generator" in inspect.signature(scheduler.step).parameters
-    options = {"generator": list(generators)} if draws else {}
+    options = _step_options(scheduler, generators)
     latents = noise.float() * (unit * getattr(scheduler, "init_noise_sigma", 1.0))
     for step, moment in enumerate(_bar(moments, progress), start=1):
         prediction = predict(scale_input(latents, moment), _model_timestep(moment, latents, schedule)).float()
@@ -175,6 +174,19 @@ def sample(
             )
         latents = scheduler.step(unit * prediction, moment, latents, **options, return_dict=False)[0]
     return latents
+
+
+def _step_options(scheduler: Any, generators: Sequence[torch.Generator]) -> dict[str, Any]:
+    """What `scheduler.step` takes beside the prediction.
+
+    DDIM, left alone, clips its estimate of the latent but keeps the noise of the unclipped one; the two no longer add
+    up to x, and the error grows with guidance until colours invert. So where it clips, noise and estimate agree.
+    """
+    known = inspect.signature(scheduler.step).parameters
+    options: dict[str, Any] = {"generator": list(generators)} if "generator" in known else {}
+    if "use_clipped_model_output" in known and getattr(scheduler, "config", {}).get("clip_sample"):
+        options["use_clipped_model_output"] = True
+    return options
 
 
 def _model_timestep(moment: Tensor, latents: Tensor, schedule: NoiseSchedule) -> Tensor:
