@@ -62,6 +62,9 @@ SPILL_BUDGET: dict[tuple[str, str, str, int], int] = {
     ("sm_90", "backward_key", "bf16", 128): 16,
     ("sm_90", "backward_key", "bf16", 256): 56,
 }
+# The tables were made with this compiler; another allocates registers a little differently and may spill this more.
+TABLES_MADE_WITH = "3.7"
+OTHER_COMPILER_SPILL_BYTES = 64
 
 
 class Case(NamedTuple):
@@ -164,6 +167,8 @@ def broken_limits(case: Case, target: str, resources: Resources) -> list[str]:
     limits = TARGETS[target]
     block_d = case.constants.get("BLOCK_D", 0)
     budget = SPILL_BUDGET.get((target, case.function, case.dtype, block_d), limits.spill_bytes)
+    if not triton.__version__.startswith(f"{TABLES_MADE_WITH}."):
+        budget += OTHER_COMPILER_SPILL_BYTES
     broken = []
     if resources.spill_bytes > budget:
         broken.append(f"spills {resources.spill_bytes} bytes a thread, {budget} allowed")

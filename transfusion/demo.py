@@ -30,16 +30,16 @@ def config(device: str) -> RunConfig:
     """What the demo trains: sized for minutes on two CPU cores, or for minutes on one GPU."""
     tiny = presets.get("tiny")
     if device == "cpu":
-        loader = LoaderConfig(rows=11, row_length=160, image_size=32, patch_size=8, text_fraction=0.125)
+        loader = LoaderConfig(rows=6, row_length=160, image_size=32, patch_size=8, text_fraction=0.125)
         train = TrainConfig(
-            steps=1100,
-            learning_rate=1e-3,
+            steps=1700,
+            learning_rate=2e-3,
             min_learning_rate=2e-5,
             warmup_steps=50,
             weight_decay=0.01,
             ema_decay=0.99,
             checkpoint_every=200,
-            preview_every=200,
+            preview_every=400,
         )
         return RunConfig(tiny, DataConfig("emoji:demo", "pydoc", "pixels", loader), train)
     model = replace(tiny, vocab_size=4096, dim=512, layers=8, heads=8)

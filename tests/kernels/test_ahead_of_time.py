@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from transfusion.kernels import ahead_of_time
+from transfusion.kernels import ahead_of_time, attention
 from transfusion.kernels.ahead_of_time import TARGETS, Case, Resources, broken_limits
 from transfusion.kernels.registry import TRITON_INTERPRET
 from transfusion.kernels.tuning import launches
@@ -21,6 +23,12 @@ FORWARD = Case(
     {},
 )
 GOOD = Resources(128, 0, 100_000, 256, ("wgmma",), False)
+
+
+def shipped_launches(target: str) -> set[tuple[Any, ...]]:
+    """(stage, dtype, padded head dim, block_q, block_k, warps, stages)."""
+    rows = launches(TARGETS[target].table, "attention")
+    return {(stage, {2: "bf16", 4: "fp32"}[size], dim, *launch) for stage, size, dim, launch in rows}
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +76,14 @@ def test_cases_hold_every_shipped_launch_once(target: str) -> None:
         for case in cases
         if "PRECISION" in case.constants
     }
-    shipped = {
-        (stage, {2: "bf16", 4: "fp32"}[size], dim, *launch)
-        for stage, size, dim, launch in launches(TARGETS[target].table, "attention")
-    }
-    assert compiled == shipped
+    assert compiled == shipped_launches(target)
+
+
+def test_the_readme_shows_the_shipped_launches() -> None:
+    text = Path(attention.__file__).with_name("README.md").read_text()
+    pattern = r"^\| (\w+) \| (bf16|fp32) \| (\d+) \| (\d+) × (\d+) \| (\d+) \| (\d+) \|"
+    shown = {(stage, dtype, *map(int, rest)) for stage, dtype, *rest in re.findall(pattern, text, re.MULTILINE)}
+    assert shown == shipped_launches("sm_90")
 
 
 def test_good_resources_break_nothing() -> None:
@@ -82,7 +93,7 @@ def test_good_resources_break_nothing() -> None:
 @pytest.mark.parametrize(
     ("target", "change", "message"),
     [
-        ("sm_90", {"spill_bytes": 4}, "spills 4 bytes a thread, 0 allowed"),
+        ("sm_90", {"spill_bytes": 128}, "spills 128 bytes a thread"),
         ("sm_90", {"shared_bytes": 227 * 1024 + 1}, "232449 bytes of shared memory, 232448 allowed"),
         ("sm_80", {"shared_bytes": 163 * 1024 + 1, "matrix_instructions": ("mma",)}, "166913 bytes"),
         ("gfx942", {"shared_bytes": 64 * 1024 + 1, "matrix_instructions": ("mfma",)}, "65537 bytes"),
@@ -105,6 +116,17 @@ def test_each_limit_can_break(
     monkeypatch.setattr(ahead_of_time, "compile_case", lambda case, target: resources)
     assert ahead_of_time.main(["--target", target, "--all"]) == 1
     assert capsys.readouterr().out.endswith("0 passed, 1 failed\n")
+
+
+def test_spill_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    spilling = GOOD._replace(spill_bytes=40)
+    monkeypatch.setattr(ahead_of_time.triton, "__version__", "3.7.9")
+    assert broken_limits(FORWARD, "sm_90", spilling) == ["spills 40 bytes a thread, 0 allowed"]
+    monkeypatch.setitem(ahead_of_time.SPILL_BUDGET, ("sm_90", "forward", "bf16", 128), 40)
+    assert broken_limits(FORWARD, "sm_90", spilling) == []
+    assert broken_limits(FORWARD, "sm_90", spilling._replace(spill_bytes=41)) != []
+    monkeypatch.setattr(ahead_of_time.triton, "__version__", "3.6.0")
+    assert broken_limits(FORWARD, "sm_90", spilling._replace(spill_bytes=41)) == []
 
 
 def test_only_16_bit_products_need_the_matrix_units() -> None:

@@ -124,7 +124,8 @@ class Loader:
         self.tokens_per_image = (config.image_size // self._autoencoder.downscale // config.patch_size) ** 2
         image_budget = config.row_length // (config.images_per_row or 1)
         self.max_caption_tokens = image_budget - caption_image_length(0, self.tokens_per_image)
-        self._decoders = ThreadPoolExecutor(4, thread_name_prefix="decode")  # decoders release the interpreter lock
+        # Decoders release the interpreter lock; torch's own threads would compete with the training step's.
+        self._decoders = ThreadPoolExecutor(4, "decode", torch.set_num_threads, (1,))
         self._skipped: dict[str, str] = {}
         self._unreadable: set[int] = set()
         self._images = images
@@ -179,7 +180,7 @@ class Loader:
         """batch(start_step), batch(start_step + 1), ... without end, `prefetch` of them prepared in a thread."""
         if prefetch < 1:
             raise ValueError(f"prefetch must be at least 1, got {prefetch}")
-        pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        pool = ThreadPoolExecutor(1, "loader", torch.set_num_threads, (1,))
         try:
             pending = deque(pool.submit(self.batch, start_step + ahead) for ahead in range(prefetch))
             step = start_step + prefetch

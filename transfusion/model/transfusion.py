@@ -44,7 +44,10 @@ class Transfusion(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Normal weights of standard deviation 0.02, those that end a residual branch divided by √(2·layers)."""
+        """Normal weights of standard deviation 0.02, those that close a residual branch divided by √(2·layers).
+
+        GPT-2's; the paper is silent.
+        """
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
