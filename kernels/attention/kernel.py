@@ -287,11 +287,12 @@ def forward(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     batch, heads, num_queries, _ = q.shape
     meta = _meta("forward", q)
-    forward_kernel[(_programs(num_queries, meta["BLOCK_Q"], batch * heads, tiles),)](
-        q, k, v, out, lse, query_start, query_end, tiles,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *_row_strides(query_start, tiles),
-        heads, heads // k.shape[1], num_queries, k.shape[2], scale * LOG2_E.value, **meta,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        forward_kernel[(_programs(num_queries, meta["BLOCK_Q"], batch * heads, tiles),)](
+            q, k, v, out, lse, query_start, query_end, tiles,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *_row_strides(query_start, tiles),
+            heads, heads // k.shape[1], num_queries, k.shape[2], scale * LOG2_E.value, **meta,
+        )  # fmt: skip
     return out, lse
 
 
@@ -316,24 +317,25 @@ def backward(
     kv_heads, num_keys = k.shape[1:3]
     group, scale_log2 = heads // kv_heads, scale * LOG2_E.value
     delta = torch.empty_like(lse)
-    meta = delta_constexprs(head_dim)
-    delta_kernel[(triton.cdiv(num_queries, meta["BLOCK_Q"]) * batch * heads,)](
-        out, grad_out, grad_lse, delta, *out.stride()[:3], *grad_out.stride()[:3], *grad_lse.stride(),
-        heads, num_queries, **meta,
-    )  # fmt: skip
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
-    meta = _meta("backward_key", q)
-    backward_key_kernel[(_programs(num_keys, meta["BLOCK_K"], batch * kv_heads, key_tiles),)](
-        q, k, v, grad_out, lse, delta, dk, dv, query_start, query_end, key_tiles,
-        *strides, *dk.stride()[:3], *dv.stride()[:3], *_row_strides(query_start, key_tiles),
-        kv_heads, group, num_queries, num_keys, scale, scale_log2, **meta,
-    )  # fmt: skip
-    meta = _meta("backward_query", q)
-    backward_query_kernel[(_programs(num_queries, meta["BLOCK_Q"], batch * heads, query_tiles),)](
-        q, k, v, grad_out, lse, delta, dq, query_start, query_end, query_tiles,
-        *strides, *dq.stride()[:3], *_row_strides(query_start, query_tiles),
-        heads, group, num_queries, num_keys, scale, scale_log2, **meta,
-    )  # fmt: skip
+    sizes = (group, num_queries, num_keys, scale, scale_log2)
+    with torch.cuda.device_of(q):
+        meta = delta_constexprs(head_dim)
+        delta_kernel[(triton.cdiv(num_queries, meta["BLOCK_Q"]) * batch * heads,)](
+            out, grad_out, grad_lse, delta, *out.stride()[:3], *grad_out.stride()[:3], *grad_lse.stride(),
+            heads, num_queries, **meta,
+        )  # fmt: skip
+        meta = _meta("backward_key", q)
+        backward_key_kernel[(_programs(num_keys, meta["BLOCK_K"], batch * kv_heads, key_tiles),)](
+            q, k, v, grad_out, lse, delta, dk, dv, query_start, query_end, key_tiles,
+            *strides, *dk.stride()[:3], *dv.stride()[:3], *_row_strides(query_start, key_tiles),
+            kv_heads, *sizes, **meta,
+        )  # fmt: skip
+        meta = _meta("backward_query", q)
+        backward_query_kernel[(_programs(num_queries, meta["BLOCK_Q"], batch * heads, query_tiles),)](
+            q, k, v, grad_out, lse, delta, dq, query_start, query_end, query_tiles,
+            *strides, *dq.stride()[:3], *_row_strides(query_start, query_tiles), heads, *sizes, **meta,
+        )  # fmt: skip
     return dq, dk, dv
 
 

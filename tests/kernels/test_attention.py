@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from transfusion.kernels import IntervalMask, transfusion_attention
 from transfusion.kernels.attention import check as rule
@@ -180,7 +181,7 @@ def test_opcheck(impl: str) -> None:
 
 def test_compiles_without_graph_breaks_or_recompiling_per_mask() -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(backend=counter, fullgraph=True)
     def two_layers(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import math
 import random
 
@@ -168,6 +169,26 @@ def test_the_scheduler_stays_as_it_is(seed):
     first, second = (run(lambda x, t: x.tanh(), torch.ones(SHAPE), schedule, scheduler, seed) for _ in range(2))
     assert torch.equal(first, second)
     assert str(vars(scheduler)) == str(before)
+
+
+def test_ddim_that_clips_adds_up(seed):
+    """x_next = alpha·clipped + sigma·noise with that noise for which x = alpha·clipped + sigma·noise.
+
+    With the noise of the unclipped estimate, strong guidance turned white backgrounds black.
+    """
+    schedule = NoiseSchedule("v_prediction")
+    torch.manual_seed(seed)
+    seen = []
+
+    def predict(noisy, timestep):
+        seen.append((noisy.double(), [c.double().view(-1, 1, 1, 1) for c in schedule.coefficients(timestep)]))
+        return -3 * noisy.sign()  # an estimate far outside [-1, 1]
+
+    run(predict, torch.randn(SHAPE), schedule, make_scheduler(schedule, "ddim", True), seed, steps=5)
+    for (x, (alpha, sigma, *_)), (x_next, (alpha_next, sigma_next, *_)) in itertools.pairwise(seen):
+        clipped = (alpha * x + sigma * 3 * x.sign()).clamp(-1, 1)
+        noise = (x - alpha * clipped) / sigma
+        torch.testing.assert_close(x_next, alpha_next * clipped + sigma_next * noise, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])

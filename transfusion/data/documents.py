@@ -2,7 +2,7 @@
 
     caption first   BOS caption [BOI image EOI] EOS         image noised to any time
     image first     BOS [BOI image EOI] caption EOS         image noised to max_time_image_first at most
-    no caption      BOS [BOI image EOI] EOS                 the unconditional branch of guidance
+    no caption      BOS [BOI image EOI]                     the unconditional branch of guidance
     text            BOS window | BOS window | BOS window EOS
 
 `collate` adds BOI and EOI. Order and noise limit: arXiv 2408.11039, section 3 and section 4.3.
@@ -39,10 +39,11 @@ def caption_image_document(
 ) -> Document:
     """One document of a caption (n,) int64 and a clean latent (C, h, w), in one of the orders above.
 
-    A dropped caption leaves nothing that the image could come before, so `image_first` does not limit it.
+    A dropped caption leaves nothing that the image could come before, so `image_first` does not limit it; and no EOS
+    follows, which would teach that an image without a caption before it has none after it either.
     """
     if drop_caption:
-        return (_text(special.bos), Image(latent), _text(special.eos))
+        return (_text(special.bos), Image(latent))
     if image_first:
         return (_text(special.bos), Image(latent, max_time_image_first), _text(caption_ids, special.eos))
     return (_text(special.bos, caption_ids), Image(latent), _text(special.eos))

@@ -19,8 +19,8 @@ def _described(document):
         ({}, [[1, 10, 11], ("image", 1.0), [2]]),
         ({"image_first": True}, [[1], ("image", 0.5), [10, 11, 2]]),
         ({"image_first": True, "max_time_image_first": 0.3}, [[1], ("image", 0.3), [10, 11, 2]]),
-        ({"drop_caption": True}, [[1], ("image", 1.0), [2]]),
-        ({"drop_caption": True, "image_first": True}, [[1], ("image", 1.0), [2]]),
+        ({"drop_caption": True}, [[1], ("image", 1.0)]),
+        ({"drop_caption": True, "image_first": True}, [[1], ("image", 1.0)]),
     ],
 )
 def test_caption_image_orders(options, expected):
