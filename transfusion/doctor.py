@@ -11,7 +11,7 @@ import transfusion.kernels  # noqa: F401 - registers every op
 from transfusion.kernels import registry
 
 # The distributions that decide what runs; what is missing is said, not raised.
-DISTRIBUTIONS = ("transfusion-kernels", "torch", "triton", "diffusers", "tokenizers", "numpy")
+DISTRIBUTIONS = ("transfusion-kernels", "triton", "diffusers", "tokenizers", "numpy")
 VARIABLES = {
     "TRITON_INTERPRET": "1 runs Triton kernels in Python, without a GPU (read at import)",
     "TRANSFUSION_STRICT": "1 makes auto raise where it would fall back (read at import)",
@@ -36,6 +36,7 @@ def report() -> str:
 
 def _versions() -> Iterator[str]:
     yield f"python {platform.python_version()} on {platform.platform()}"
+    yield f"torch {torch.__version__}"  # says which CUDA it was built for, which the distribution does not
     for name in DISTRIBUTIONS:
         try:
             yield f"{name} {importlib.metadata.version(name)}"
