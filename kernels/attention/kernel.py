@@ -142,17 +142,20 @@ def delta_kernel(
 
 @triton.jit
 def _backward_query_run(
-    dq, q, grad_out, lse_log2, delta, rows, p_k, p_v, p_start, p_end, first, last, stride_k, stride_v,
-    num_keys, scale_log2,
+    dq, q, grad_out, lse, delta, rows, p_k, p_v, p_start, p_end, first, last, stride_k, stride_v,
+    num_keys, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dq += dS k over key tiles [first, last)."""
+    """dq += dS k over key tiles [first, last).
+
+    lse is subtracted before the change of base: the difference is small where p is not, and rounds little.
+    """
     for tile in range(first, last):
         keys = tile * BLOCK_K + tl.arange(0, BLOCK_K)
         k = _load_rows(p_k, keys, stride_k, num_keys, HEAD_DIM, BLOCK_D, MASKED)
         v = _load_rows(p_v, keys, stride_v, num_keys, HEAD_DIM, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        p = tl.exp2(scores - lse_log2[:, None])
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        p = tl.exp2((scores - lse[:, None]) * LOG2_E)
         if MASKED:
             start, end = _load_interval(p_start, p_end, keys, num_keys)
             visible = (start[None, :] <= rows[:, None]) & (rows[:, None] < end[None, :])
@@ -167,7 +170,7 @@ def _backward_query_run(
 def backward_query_kernel(
     p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_dq, p_start, p_end, p_tiles,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, go_b, go_h, go_n, dq_b, dq_h, dq_n, mask_b, tiles_b,
-    heads, group, num_queries, num_keys, scale, scale_log2,
+    heads, group, num_queries, num_keys, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -180,7 +183,7 @@ def backward_query_kernel(
     q = _load_rows(p_q + b * q_b + h * q_h, rows, q_n, num_queries, HEAD_DIM, BLOCK_D, True)
     grad_out = _load_rows(p_grad_out + b * go_b + h * go_h, rows, go_n, num_queries, HEAD_DIM, BLOCK_D, True)
     inside = rows < num_queries
-    lse_log2 = tl.load(p_lse + row * num_queries + rows, mask=inside, other=float("inf")) * LOG2_E
+    lse = tl.load(p_lse + row * num_queries + rows, mask=inside, other=float("inf"))
     delta = tl.load(p_delta + row * num_queries + rows, mask=inside, other=0.0)
     p_k += b * k_b + (h // group) * k_h
     p_v += b * v_b + (h // group) * v_h
@@ -192,16 +195,16 @@ def backward_query_kernel(
 
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     dq = _backward_query_run(
-        dq, q, grad_out, lse_log2, delta, rows, p_k, p_v, p_start, p_end, first, full_first, k_n, v_n,
-        num_keys, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION, True,
+        dq, q, grad_out, lse, delta, rows, p_k, p_v, p_start, p_end, first, full_first, k_n, v_n,
+        num_keys, scale, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION, True,
     )  # fmt: skip
     dq = _backward_query_run(
-        dq, q, grad_out, lse_log2, delta, rows, p_k, p_v, p_start, p_end, full_first, full_last, k_n, v_n,
-        num_keys, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION, False,
+        dq, q, grad_out, lse, delta, rows, p_k, p_v, p_start, p_end, full_first, full_last, k_n, v_n,
+        num_keys, scale, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION, False,
     )  # fmt: skip
     dq = _backward_query_run(
-        dq, q, grad_out, lse_log2, delta, rows, p_k, p_v, p_start, p_end, full_last, last, k_n, v_n,
-        num_keys, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION, True,
+        dq, q, grad_out, lse, delta, rows, p_k, p_v, p_start, p_end, full_last, last, k_n, v_n,
+        num_keys, scale, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION, True,
     )  # fmt: skip
     _store_rows(p_dq + b * dq_b + h * dq_h, rows, dq_n, num_queries, dq * scale, HEAD_DIM, BLOCK_D)
 
@@ -209,7 +212,7 @@ def backward_query_kernel(
 @triton.jit
 def _backward_key_run(
     dk, dv, k, v, start, end, p_q, p_grad_out, p_lse, p_delta, first, last, stride_q, stride_go,
-    num_queries, scale_log2,
+    num_queries, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dv += Pᵀ dout, dk += dSᵀ q over query tiles [first, last), on transposed tiles (BLOCK_K, BLOCK_Q)."""
@@ -217,10 +220,10 @@ def _backward_key_run(
         rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
         inside = rows < num_queries
         q = _load_rows(p_q, rows, stride_q, num_queries, HEAD_DIM, BLOCK_D, True)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
         # A query past the end has lse = +inf, so p = 0, in full tiles too.
-        lse_log2 = tl.load(p_lse + rows, mask=inside, other=float("inf")) * LOG2_E
-        p = tl.exp2(scores - lse_log2[None, :])
+        lse = tl.load(p_lse + rows, mask=inside, other=float("inf"))
+        p = tl.exp2((scores - lse[None, :]) * LOG2_E)
         if MASKED:
             visible = (start[:, None] <= rows[None, :]) & (rows[None, :] < end[:, None])
             p = tl.where(visible, p, 0.0)
@@ -237,7 +240,7 @@ def _backward_key_run(
 def backward_key_kernel(
     p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_dk, p_dv, p_start, p_end, p_tiles,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, go_b, go_h, go_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
-    mask_b, tiles_b, kv_heads, group, num_queries, num_keys, scale, scale_log2,
+    mask_b, tiles_b, kv_heads, group, num_queries, num_keys, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -262,15 +265,15 @@ def backward_key_kernel(
         p_l, p_d = p_lse + offset, p_delta + offset
         dk, dv = _backward_key_run(
             dk, dv, k, v, start, end, p_qh, p_goh, p_l, p_d, first, full_first, q_n, go_n,
-            num_queries, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION, True,
+            num_queries, scale, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION, True,
         )  # fmt: skip
         dk, dv = _backward_key_run(
             dk, dv, k, v, start, end, p_qh, p_goh, p_l, p_d, full_first, full_last, q_n, go_n,
-            num_queries, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION, False,
+            num_queries, scale, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION, False,
         )  # fmt: skip
         dk, dv = _backward_key_run(
             dk, dv, k, v, start, end, p_qh, p_goh, p_l, p_d, full_last, last, q_n, go_n,
-            num_queries, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION, True,
+            num_queries, scale, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION, True,
         )  # fmt: skip
     _store_rows(p_dk + b * dk_b + kv * dk_h, keys, dk_n, num_keys, dk * scale, HEAD_DIM, BLOCK_D)
     _store_rows(p_dv + b * dv_b + kv * dv_h, keys, dv_n, num_keys, dv, HEAD_DIM, BLOCK_D)
@@ -315,10 +318,10 @@ def backward(
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()  # expanded, say
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
-    group, scale_log2 = heads // kv_heads, scale * LOG2_E.value
+    group = heads // kv_heads
     delta = torch.empty_like(lse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
-    sizes = (group, num_queries, num_keys, scale, scale_log2)
+    sizes = (group, num_queries, num_keys, scale)
     with torch.cuda.device_of(q):
         meta = delta_constexprs(head_dim)
         delta_kernel[(triton.cdiv(num_queries, meta["BLOCK_Q"]) * batch * heads,)](

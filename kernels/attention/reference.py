@@ -1,6 +1,6 @@
 """S_ij = scale·q_i·k_j where query_start[j] <= i < query_end[j], else -inf;  P = softmax(S);  out = P v.
 
-Derivative, with δ_i = dout_i·out_i - dlse_i:
+Derivative, with P_ij = exp(S_ij - lse_i) and δ_i = dout_i·out_i - dlse_i:
 
     dv = Pᵀ dout        dP = dout vᵀ        dS = P ∘ (dP - δ)        dq = scale·dS k        dk = scale·dSᵀ q
 
@@ -23,11 +23,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """q (B, H, N, D), k, v (B, H_kv, M, D) -> out like q, lse (B, H, N) float32 (float64 for float64 inputs)."""
     dtype = compute_dtype or _wide(q.dtype)
-    probabilities, lse = _softmax(q, k, query_start, query_end, scale, dtype)
-    value = v[:, :, None].to(dtype)
+    scores, visible = _scores(q, k, query_start, query_end, scale, dtype)
+    probabilities = scores.softmax(-1).masked_fill(~visible, 0)
     out = torch.empty_like(q)
-    out.copy_((probabilities @ value).flatten(1, 2))
-    return out, lse.flatten(1, 2).to(_wide(q.dtype))
+    out.copy_((probabilities @ v[:, :, None].to(dtype)).flatten(1, 2))
+    return out, scores.logsumexp(-1).flatten(1, 2).to(_wide(q.dtype))
 
 
 def backward(
@@ -46,7 +46,9 @@ def backward(
     heads = (k.shape[1], q.shape[1] // k.shape[1])
     query, d_out, d_lse = (t.to(dtype).unflatten(1, heads) for t in (q, grad_out, grad_lse))
     key, value = k[:, :, None].to(dtype), v[:, :, None].to(dtype)
-    probabilities, _ = _softmax(q, k, query_start, query_end, scale, dtype)
+    scores, visible = _scores(q, k, query_start, query_end, scale, dtype)
+    lse = scores.to(_wide(dtype)).logsumexp(-1, keepdim=True)  # what the forward keeps, never in 16 bits
+    probabilities = (scores - lse).exp().masked_fill(~visible, 0).to(dtype)
     delta = (d_out * (probabilities @ value)).sum(-1) - d_lse
     d_scores = probabilities * (d_out @ value.mT - delta[..., None])
     results = (
@@ -57,17 +59,15 @@ def backward(
     return tuple(torch.empty_like(like).copy_(x) for like, x in zip((q, k, v), results, strict=True))  # type: ignore[return-value]
 
 
-def _softmax(
+def _scores(
     q: Tensor, k: Tensor, query_start: Tensor, query_end: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """P (B, H_kv, H / H_kv, N, M) and its log-sum-exp; a query that sees no key has P = 0 and lse = -inf."""
+    """S (B, H_kv, H / H_kv, N, M), -inf where invisible, and what is visible, broadcast over heads."""
     query = q.to(dtype).unflatten(1, (k.shape[1], -1))
     index = torch.arange(q.shape[2], device=q.device)[:, None]
     visible = (query_start[:, None, :] <= index) & (index < query_end[:, None, :])
     visible = visible[:, None, None]
-    scores = (query @ k[:, :, None].to(dtype).mT * scale).masked_fill(~visible, -torch.inf)
-    probabilities = scores.softmax(-1).masked_fill(~visible, 0)
-    return probabilities, scores.logsumexp(-1)
+    return (query @ k[:, :, None].to(dtype).mT * scale).masked_fill(~visible, -torch.inf), visible
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
