@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from transfusion.kernels.mask_tiles.op import key_tiles, query_tiles
+from transfusion.kernels.mask_tiles.reference import FULL, MASKED, tile_kinds
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -163,7 +166,11 @@ class IntervalMask:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "IntervalMask":
         """The same mask on `device`."""
         start, end = (t.to(device, non_blocking=non_blocking) for t in (self.query_start, self.query_end))
-        return self if start is self.query_start else IntervalMask(start, end, self.num_queries)
+        if start is self.query_start:
+            return self
+        moved = object.__new__(IntervalMask)  # checked and cut already: nothing more to launch on the device
+        moved.query_start, moved.query_end, moved.num_queries, moved._derived = start, end, self.num_queries, {}
+        return moved
 
     def area(self) -> Tensor:
         """Σ_j |interval j|: visible (query, key) pairs of each row, (B or 1,) int64. FLOPs are counted from it."""
@@ -180,61 +187,25 @@ class IntervalMask:
     # ---------------------------------------------------------------- tiles
 
     def query_tiles(self, block_q: int, block_k: int) -> Tensor:
-        """(B or 1, ceil(N / block_q), 4) int32: for each query tile the key tiles [first, full_first, full_last, last).
+        """(B or 1, ceil(N / block_q), WIDTH) int32: each query tile's runs of masked and of full key tiles.
 
-        Outside [first, last) every tile is empty; inside [full_first, full_last) every tile is full, so its
-        elements need no mask. Temporaries take one byte per tile pair.
+        See `transfusion.kernels.mask_tiles.reference`. What is in no run is empty.
         """
-        return self.once(("query_tiles", block_q, block_k), lambda: self._query_tiles(block_q, block_k))
-
-    def _query_tiles(self, block_q: int, block_k: int) -> Tensor:
-        nonempty, full = self._tile_pairs(block_q, block_k)
-        index = torch.arange(full.shape[-1], dtype=torch.int32, device=self.device)
-        first = torch.where(nonempty, index, full.shape[-1]).amin(-1)
-        last = torch.where(nonempty, index + 1, 0).amax(-1)
-        # The run of full tiles that ends at the last full one: for packed text and images, all but a few at its ends.
-        full_last = torch.where(full, index + 1, 0).amax(-1)
-        full_first = torch.where(~full & (index < full_last[..., None]), index + 1, 0).amax(-1)
-        none = full_last == 0
-        full_first, full_last = torch.where(none, last, full_first), torch.where(none, last, full_last)
-        return torch.stack([first, full_first, full_last, last], dim=-1).to(torch.int32)
+        return self.once(("query_tiles", block_q, block_k), lambda: query_tiles(*self._vectors, block_q, block_k))
 
     def key_tiles(self, block_k: int, block_q: int) -> Tensor:
-        """(B or 1, ceil(M / block_k), 4) int32: the same for each key tile, in query tiles."""
-        return self.once(("key_tiles", block_k, block_q), lambda: self._key_tiles(block_k, block_q))
+        """(B or 1, ceil(M / block_k), WIDTH) int32: the same for each key tile, in query tiles."""
+        return self.once(("key_tiles", block_k, block_q), lambda: key_tiles(*self._vectors, block_q, block_k))
 
-    def _key_tiles(self, block_k: int, block_q: int) -> Tensor:
-        start_min, start_max, end_min, end_max = self._tile_extremes(block_k)
-        first, last = start_min // block_q, -(-end_max // block_q)
-        full_first = -(-start_max // block_q)
-        reaches_end = end_min >= self.num_queries
-        full_last = torch.where(reaches_end, -(-self.num_queries // block_q), end_min // block_q)
-        none = full_first >= full_last
-        full_first, full_last = torch.where(none, last, full_first), torch.where(none, last, full_last)
-        return torch.stack([first, full_first, full_last, last], dim=-1).to(torch.int32)
-
-    def _tile_extremes(self, block_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Smallest and largest query_start and query_end of each key tile; keys past the end count as seen by none."""
-        padding = -self.num_keys % block_k
-        start = torch.nn.functional.pad(self.query_start, (0, padding), value=self.num_queries)
-        end = torch.nn.functional.pad(self.query_end, (0, padding), value=0)
-        start, end = start.unflatten(1, (-1, block_k)), end.unflatten(1, (-1, block_k))
-        return start.amin(-1), start.amax(-1), end.amin(-1), end.amax(-1)
-
-    def _tile_pairs(self, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
-        """(B or 1, query tiles, key tiles) bool: may hold a visible pair; holds nothing but visible pairs."""
-        start_min, start_max, end_min, end_max = (t[:, None, :] for t in self._tile_extremes(block_k))
-        tiles = -(-self.num_queries // block_q)
-        first_query = torch.arange(tiles, device=self.device)[None, :, None] * block_q
-        past_query = (first_query + block_q).clamp(max=self.num_queries)
-        nonempty = (start_min < past_query) & (end_max > first_query)
-        return nonempty, (start_max <= first_query) & (end_min >= past_query)
+    @property
+    def _vectors(self) -> tuple[Tensor, Tensor, int]:
+        return self.query_start, self.query_end, self.num_queries
 
     def to_block_mask(self, block_size: int = 128) -> "BlockMask":
         """The same mask for FlexAttention, from tile extremes: no dense mask, no element evaluated."""
         from torch.nn.attention.flex_attention import BlockMask
 
-        nonempty, full = self._tile_pairs(block_size, block_size)
+        kinds = tile_kinds(*self._vectors, block_size, block_size)
         start, end, rows = self.query_start, self.query_end, self.batch_size
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -242,8 +213,8 @@ class IntervalMask:
             return (start[row, kv] <= q) & (q < end[row, kv])
 
         return BlockMask.from_kv_blocks(
-            *_block_list(nonempty & ~full),
-            *_block_list(full),
+            *_block_list(kinds == MASKED),
+            *_block_list(kinds == FULL),
             BLOCK_SIZE=block_size,
             mask_mod=mask_mod,
             seq_lengths=(self.num_queries, self.num_keys),

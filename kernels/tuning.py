@@ -38,6 +38,13 @@ def table_name(device: torch.device) -> str:
     return name if name in _TABLES else "default"
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors of `device`; for the interpreter a few, so that splits occur."""
+    if TRITON_INTERPRET or device.type != "cuda":
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def padded_head_dim(head_dim: int) -> int:
     """The power of two, at least 16, that a kernel's tile pads the head dimension to."""
     return max(16, 1 << (head_dim - 1).bit_length())

@@ -57,24 +57,26 @@ def formula(case: Case, wide: torch.dtype, compute: torch.dtype) -> list[Tensor]
     vectors = case.mask.query_start, case.mask.query_end
     scale = case.q.shape[-1] ** -0.5
     # A query that sees no key has lse = -inf whatever the inputs: no gradient comes through it.
-    forward = reference.forward(q, k, v, *vectors, scale, compute)
-    backward = reference.backward(grad_out, grad_lse, q, k, v, *vectors, scale, compute)
-    return [*forward, *backward]
+    out, lse = reference.forward(q, k, v, *vectors, scale, compute)
+    return [out, lse, *reference.backward(grad_out, grad_lse, q, k, v, out, lse, *vectors, scale, compute)]
 
 
-def eager_orders(case: Case, count: int = 16) -> list[list[Tensor]]:
-    """The formula in the inputs' own precision, `count` times with the head dimension (and so each sum) reordered."""
+def eager_orders(case: Case, count: int = 64) -> list[list[Tensor]]:
+    """The formula in the inputs' own precision, `count` times with head dimension and keys, so every sum, reordered.
 
-    def one(order: Tensor) -> list[Tensor]:
-        def mixed(tensor: Tensor) -> Tensor:
-            return tensor[..., order]
+    lse is rounded once, for a whole row of probabilities: one order of keys may round it exactly, by luck.
+    """
 
-        shuffled = case._replace(q=mixed(case.q), k=mixed(case.k), v=mixed(case.v), grad_out=mixed(case.grad_out))
-        out, lse, *grads = formula(shuffled, case.q.dtype, case.q.dtype)
-        back = order.argsort()
-        return [out[..., back], lse, *(grad[..., back] for grad in grads)]
+    def one(lanes: Tensor, keys: Tensor) -> list[Tensor]:
+        mask = IntervalMask(case.mask.query_start[:, keys], case.mask.query_end[:, keys], case.mask.num_queries)
+        k, v = (t[:, :, keys][..., lanes] for t in (case.k, case.v))
+        shuffled = Case(case.q[..., lanes], k, v, mask, case.grad_out[..., lanes], case.grad_lse)
+        out, lse, dq, dk, dv = formula(shuffled, case.q.dtype, case.q.dtype)
+        lane, key = lanes.argsort(), keys.argsort()
+        return [out[..., lane], lse, dq[..., lane], *(grad[:, :, key][..., lane] for grad in (dk, dv))]
 
-    runs = [one(torch.randperm(case.q.shape[-1])) for _ in range(count)]
+    sizes = case.q.shape[-1], case.k.shape[2]
+    runs = [one(*(torch.randperm(size, device=case.q.device) for size in sizes)) for _ in range(count)]
     return [list(results) for results in zip(*runs, strict=True)]
 
 

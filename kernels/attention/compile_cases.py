@@ -6,15 +6,23 @@ from typing import Any
 import torch
 
 from transfusion.kernels import tuning
-from transfusion.kernels.attention import kernel
+from transfusion.kernels.attention.kernel.gradients import (
+    backward_key_kernel,
+    backward_query_kernel,
+    delta_constexprs,
+    delta_kernel,
+)
+from transfusion.kernels.attention.kernel.blocks import constexprs
+from transfusion.kernels.attention.kernel.online_softmax import combine_constexprs, combine_kernel, forward_kernel
 
 # Beside each power of two a head dimension that it pads.
 HEAD_DIMS = {16: (16,), 32: (32, 24), 64: (64, 40), 128: (128, 80), 256: (256, 160)}
+SPLITS = 16
 
 _TYPES = {
-    **dict.fromkeys(("p_lse", "p_grad_lse", "p_delta"), "*fp32"),
+    **dict.fromkeys(("p_lse", "p_grad_lse", "p_delta", "p_parts", "p_part_lse"), "*fp32"),
     **dict.fromkeys(("p_start", "p_end", "p_tiles"), "*i32"),
-    **dict.fromkeys(("scale", "scale_log2"), "fp32"),
+    "scale": "fp32",
 }
 
 CompileCase = tuple[Any, dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]], int, int]
@@ -23,33 +31,40 @@ CompileCase = tuple[Any, dict[str, str], dict[str, Any], dict[tuple[int], list[l
 def compile_cases(table: str) -> Iterator[CompileCase]:
     """(kernel, signature, constexprs, attrs, num_warps, num_stages) of each launch in the table of that name.
 
-    16-bit launches are compiled for bfloat16. dk and dv are compiled twice, for grouped heads and for a group of 1,
-    which Triton makes a constant.
+    16-bit launches are compiled for bfloat16; heads grouped and not, which Triton makes a constant; the forward alone
+    and split, the decoding one split and with its heads packed.
     """
     for stage, size, padded, launch in tuning.launches(table, "attention"):
         for head_dim in HEAD_DIMS[padded]:
             dtype = torch.bfloat16 if size == 2 else torch.float32
-            constants = kernel.constexprs(launch, head_dim, dtype)
-            options = (launch.num_warps, launch.num_stages)
+            constants = constexprs(launch, head_dim, dtype)
+            options = (dtype, launch.num_warps, launch.num_stages)
             if stage == "forward":
-                yield _specialise(kernel.forward_kernel, dtype, constants, *options)
-                yield _specialise(kernel.delta_kernel, dtype, kernel.delta_constexprs(head_dim), 4, 3)
+                for split in (False, True):
+                    alone = constants | {"PACKED": False, "SPLIT": split, "packed": 1}
+                    yield _specialise(forward_kernel, alone, *options)
+                yield _specialise(delta_kernel, delta_constexprs(head_dim), dtype, 4, 3)
+                yield _specialise(combine_kernel, combine_constexprs(head_dim, SPLITS), dtype, 4, 3)
+            elif stage == "decode":
+                yield _specialise(forward_kernel, constants | {"PACKED": True, "SPLIT": True}, *options)
             elif stage == "backward_query":
-                yield _specialise(kernel.backward_query_kernel, dtype, constants, *options)
+                yield _specialise(backward_query_kernel, constants, *options)
             else:
-                yield _specialise(kernel.backward_key_kernel, dtype, constants, *options)
-                yield _specialise(kernel.backward_key_kernel, dtype, {**constants, "group": 1}, *options)
+                yield _specialise(backward_key_kernel, constants, *options)
+                yield _specialise(backward_key_kernel, {**constants, "group": 1}, *options)
 
 
 def _specialise(
-    jit: Any, dtype: torch.dtype, constants: dict[str, Any], num_warps: int, num_stages: int
+    jit: Any, constants: dict[str, Any], dtype: torch.dtype, num_warps: int, num_stages: int
 ) -> CompileCase:
-    """Pointers and strides are multiples of 16, sizes are any."""
+    """Pointers and strides are multiples of 16, sizes are any. What a split forward writes is float32."""
     element = "*bf16" if dtype == torch.bfloat16 else "*fp32"
 
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
+        if name == "p_out" and constants.get("SPLIT"):
+            return "*fp32"
         return _TYPES.get(name, element if name.startswith("p_") else "i32")
 
     signature = {name: kind(name) for name in jit.arg_names}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from transfusion.kernels import tuning
 from transfusion.kernels.attention import torch_paths
+from transfusion.kernels.attention.plan import plan_forward
 from transfusion.kernels.interval_mask import IntervalMask
 from transfusion.kernels.registry import (
     Implementation,
@@ -90,7 +91,8 @@ def transfusion_attention(
         q: (B, H, N, D) float16, bfloat16 or float32 (the reference takes float64 too).
         k: (B, H_kv, M, D), H a multiple of H_kv: query head h reads key head h // (H / H_kv).
         v: like k. Any strides; a last stride other than 1 costs a copy.
-        mask: N queries by M keys, of B rows or of one row for the whole batch.
+        mask: N queries by M keys, of B rows or of one row for the whole batch. Keys that no query sees (the free
+            room of a cache) must be finite.
         scale: default 1/√D.
         return_lse: also return lse (B, H, N) float32, the natural log of each query's sum of exponentials.
         impl: "auto", "triton", "reference", "sdpa" or "flex"; an explicit request is honoured or raises.
@@ -102,7 +104,7 @@ def transfusion_attention(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, with the offending value.
         RuntimeError: an explicit `impl` that cannot run here, with every reason.
-        NotImplementedError: forward-mode differentiation.
+        NotImplementedError: forward-mode differentiation, torch.vmap.
 
     Source: arXiv 2408.11039 section 3.1 (the mask); FlashAttention-2, arXiv 2307.08691 (the tiling).
     """
@@ -116,22 +118,26 @@ def transfusion_attention(
     if name in ("sdpa", "flex"):
         return (torch_paths.sdpa if name == "sdpa" else torch_paths.flex)(q, k, v, mask, scale)
     if name == "triton":
-        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    tiles = _tiles(q, mask) if name == "triton" else (None, None, None)
+        q, k, v = (_readable(t) for t in (q, k, v))
+    tiles = _tiles(q, k, v, mask) if name == "triton" else (None, None, None)
     out, lse = torch.ops.transfusion.attention(q, k, v, mask.query_start, mask.query_end, *tiles, scale, name)
     return (out, lse) if return_lse else out
 
 
-def _tiles(q: Tensor, mask: IntervalMask) -> tuple[Tensor, Tensor, Tensor]:
-    """Tile bounds of the three kernels, built at the first layer and kept with the mask."""
-    table = tuning.table_name(q.device)
-    stages = ("forward", "backward_query", "backward_key")
-    forward, query, key = (tuning.launch("attention", stage, table, q.dtype, q.shape[3]) for stage in stages)
-    return (
-        mask.query_tiles(forward.block_q, forward.block_k),
-        mask.query_tiles(query.block_q, query.block_k),
-        mask.key_tiles(key.block_k, key.block_q),
-    )
+def _readable(tensor: Tensor) -> Tensor:
+    """As the kernels read it, with a unit last stride: a copy where it has another."""
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def _tiles(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Tiles of the three kernels, built at the first layer and kept with the mask; those of backward where it comes."""
+    table, (batch, heads, queries, dim) = tuning.table_name(q.device), q.shape
+    plan = plan_forward(q.device, q.dtype, batch, heads, k.shape[1], queries, k.shape[2], dim)
+    forward = mask.query_tiles(plan.launch.block_q, plan.launch.block_k)
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        return forward, None, None
+    query, key = (tuning.launch("attention", f"backward_{stage}", table, q.dtype, dim) for stage in ("query", "key"))
+    return forward, mask.query_tiles(query.block_q, query.block_k), mask.key_tiles(key.block_k, key.block_q)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> None:
@@ -223,17 +229,26 @@ def _attention_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = backend(OP, impl).backward
-    if impl == "reference":
-        args: tuple[Any, ...] = (grad_out, grad_lse, q, k, v, query_start, query_end, scale)
-    else:
-        args = (grad_out, grad_lse, q, k, v, out, lse, query_start, query_end, query_tiles, key_tiles, scale)
-    grads: tuple[Tensor, Tensor, Tensor] = run(*args)
+    grad_out = _readable(grad_out)  # expanded, say
+    tiles = () if query_tiles is None else (query_tiles, key_tiles)
+    grads: tuple[Tensor, Tensor, Tensor] = run(
+        grad_out, grad_lse, q, k, v, out, lse, query_start, query_end, *tiles, scale
+    )
     return grads
 
 
 @_attention_backward.register_fake
 def _(grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+@_attention.register_vmap
+@_attention_backward.register_vmap
+def _(*call: Any) -> Any:
+    raise NotImplementedError(
+        "transfusion_attention has no batching rule for torch.vmap: q, k and v have a batch dimension already; "
+        "fold the mapped dimension into it, and the masks with IntervalMask.stack"
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -36,20 +36,22 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     query_start: Tensor,
     query_end: Tensor,
     scale: float,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> gradients like q, k, v."""
+    """-> gradients like q, k, v, from the forward's results."""
     dtype = compute_dtype or _wide(q.dtype)
     heads = (k.shape[1], q.shape[1] // k.shape[1])
-    query, d_out, d_lse = (t.to(dtype).unflatten(1, heads) for t in (q, grad_out, grad_lse))
+    query, d_out, d_lse, result = (t.to(dtype).unflatten(1, heads) for t in (q, grad_out, grad_lse, out))
     key, value = k[:, :, None].to(dtype), v[:, :, None].to(dtype)
     scores, visible = _scores(q, k, query_start, query_end, scale, dtype)
-    lse = scores.to(_wide(dtype)).logsumexp(-1, keepdim=True)  # what the forward keeps, never in 16 bits
-    probabilities = (scores - lse).exp().masked_fill(~visible, 0).to(dtype)
-    delta = (d_out * (probabilities @ value)).sum(-1) - d_lse
+    logarithm = lse.unflatten(1, heads)[..., None]  # never in 16 bits, as the forward keeps it
+    probabilities = (scores - logarithm).exp().masked_fill(~visible, 0).to(dtype)
+    delta = (d_out * result).sum(-1) - d_lse
     d_scores = probabilities * (d_out @ value.mT - delta[..., None])
     results = (
         (d_scores @ key * scale).flatten(1, 2),

@@ -70,35 +70,6 @@ def test_continuation_is_the_bottom_of_the_whole_mask() -> None:
         assert not mask.to_dense()[row, :, length + 12 :].any()
 
 
-@pytest.mark.parametrize(("block_q", "block_k"), [(16, 16), (32, 16), (16, 64), (7, 5)])
-def test_tiles_are_bounds_of_the_dense_mask(block_q: int, block_k: int) -> None:
-    for layout in layouts():
-        mask = layout.mask()
-        dense = mask.to_dense()[0]
-        check_bounds(mask.query_tiles(block_q, block_k)[0], dense, block_q, block_k)
-        check_bounds(mask.key_tiles(block_k, block_q)[0], dense.T, block_k, block_q)
-
-
-def check_bounds(bounds: torch.Tensor, dense: torch.Tensor, block: int, other: int) -> None:
-    """Every visible pair lies in [first, last); every tile of the full run is full; the four are in order."""
-    assert bounds.shape == (-(-dense.shape[0] // block), 4)
-    for tile, (first, full_first, full_last, last) in enumerate(bounds.tolist()):
-        rows = dense[tile * block : (tile + 1) * block]
-        assert not rows[:, : first * other].any()
-        assert not rows[:, last * other :].any()
-        assert rows[:, full_first * other : full_last * other].all()
-        if first < last:
-            assert first <= full_first <= full_last <= last
-
-
-def test_full_tiles_are_found() -> None:
-    """The bounds are not merely safe: of a long causal row and an image, the inner tiles are full."""
-    causal = IntervalMask.causal(128).query_tiles(16, 16)[0].tolist()
-    assert causal == [[0, 0, tile, tile + 1] if tile else [0, 1, 1, 1] for tile in range(8)]
-    image = IntervalMask.from_spans(128, [(32, 96)]).query_tiles(16, 16)[0].tolist()
-    assert image[2] == [0, 0, 6, 6]
-
-
 def test_block_mask_is_the_same_mask() -> None:
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -124,6 +95,7 @@ def test_area_counts_pairs() -> None:
 def test_nothing_is_built_twice_and_to_keeps_the_mask() -> None:
     mask = IntervalMask.causal(50)
     assert mask.query_tiles(16, 16) is mask.query_tiles(16, 16)
+    assert mask.key_tiles(16, 32) is mask.key_tiles(16, 32)
     assert mask.to_dense() is mask.to_dense()
     assert mask.to("cpu") is mask
 

@@ -7,7 +7,7 @@ import torch
 
 from transfusion.kernels import tuning
 
-STAGES = ("forward", "backward_query", "backward_key")
+STAGES = ("forward", "decode", "backward_query", "backward_key")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TABLES = ("default", "gfx942", "interpret", "sm_90")
 

@@ -1,0 +1,83 @@
+"""What the kernels share: loads and stores of blocks of rows, visibility, and what a launch is specialised on.
+
+Names: p_ pointer, BLOCK_Q × BLOCK_K the tile of scores, BLOCK_D the head dimension padded to a power of two. Padded
+lanes are never read.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from transfusion.kernels import tuning
+from transfusion.kernels.mask_tiles.reference import HEADER, RUNS
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+MASKED_RUNS = tl.constexpr(HEADER)  # where a line of tiles holds its masked runs, and its full ones
+FULL_RUNS = tl.constexpr(HEADER + 2 * RUNS)
+
+
+@triton.jit
+def load_rows(p_base, offsets, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
+    """Rows of D numbers at int64 `offsets`; rows not `inside` (where CHECK) and padded lanes give 0."""
+    lanes = tl.arange(0, BLOCK_D)
+    pointers = p_base + offsets[:, None] + lanes[None, :]
+    if CHECK and BLOCK_D != HEAD_DIM:
+        return tl.load(pointers, mask=inside[:, None] & (lanes < HEAD_DIM)[None, :], other=0.0)
+    if CHECK:
+        return tl.load(pointers, mask=inside[:, None], other=0.0)
+    if BLOCK_D != HEAD_DIM:
+        return tl.load(pointers, mask=(lanes < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(p_base, offsets, inside, value, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """value, in the element type of p_base, to rows at int64 `offsets`; padded lanes are not written."""
+    lanes = tl.arange(0, BLOCK_D)
+    pointers = p_base + offsets[:, None] + lanes[None, :]
+    tl.store(pointers, value.to(p_base.dtype.element_ty), mask=inside[:, None] & (lanes < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def load_interval(p_start, p_end, keys, num_keys):
+    """The keys' query intervals; a key past the end is seen by no query."""
+    inside = keys < num_keys
+    return tl.load(p_start + keys, mask=inside, other=0), tl.load(p_end + keys, mask=inside, other=0)
+
+
+@triton.jit
+def probabilities(products, lse, scale, PRECISION: tl.constexpr):
+    """exp(scale·products - lse).
+
+    In 16 bits one multiply-add makes the exponent of 2. In float32 lse is subtracted before the change of base: the
+    difference is small where p is not, and rounds little.
+    """
+    if PRECISION == "ieee":
+        return tl.exp2((products * scale - lse) * LOG2_E)
+    return tl.exp2(products * (scale * LOG2_E) - lse * LOG2_E)
+
+
+def row_strides(query_start: Tensor, tiles: Tensor) -> tuple[int, int]:
+    """Batch strides of the mask vectors and of the tiles: 0 where one row serves the whole batch."""
+    return tuple(0 if t.shape[0] == 1 else t.stride(0) for t in (query_start, tiles))  # type: ignore[return-value]
+
+
+def constexprs(launch: tuning.Launch, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What the kernels are specialised on. Products of float32 are IEEE, not TF32, which would round the inputs."""
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": tuning.padded_head_dim(head_dim),
+        "BLOCK_Q": launch.block_q,
+        "BLOCK_K": launch.block_k,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
+
+
+def launch_options(launch: tuning.Launch, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """`constexprs` with warps and stages."""
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return constexprs(launch, head_dim, dtype) | options

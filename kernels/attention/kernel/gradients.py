@@ -1,0 +1,226 @@
+"""dv = Pᵀ dout, dS = P ∘ (dout vᵀ - δ), dq = scale·dS k, dk = scale·dSᵀ q, P computed again from lse.
+
+Two kernels, each with one owner for every output: no atomics, so the same bits in every run. As in the forward a
+program walks the masked runs of its line of tiles, then the full ones.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from transfusion.kernels import tuning
+from transfusion.kernels.attention.kernel.blocks import (
+    FULL_RUNS,
+    MASKED_RUNS,
+    launch_options,
+    load_interval,
+    load_rows,
+    probabilities,
+    row_strides,
+    store_rows,
+)
+
+
+@triton.jit
+def delta_kernel(
+    p_out, p_grad_out, p_grad_lse, p_delta,
+    out_b, out_h, out_n, go_b, go_h, go_n, gl_b, gl_h, gl_n, heads, num_queries,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """delta_i = grad_out_i·out_i - grad_lse_i, float32."""
+    tiles = tl.cdiv(num_queries, BLOCK_Q)
+    tile = tl.program_id(0) % tiles
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = row // heads, row % heads
+    queries = (tile * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
+    inside = queries < num_queries
+    out = load_rows(p_out + b * out_b + h * out_h, queries * out_n, inside, HEAD_DIM, BLOCK_D, True)
+    grad_out = load_rows(p_grad_out + b * go_b + h * go_h, queries * go_n, inside, HEAD_DIM, BLOCK_D, True)
+    grad_lse = tl.load(p_grad_lse + b * gl_b + h * gl_h + queries * gl_n, mask=inside, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1) - grad_lse
+    tl.store(p_delta + row * num_queries + queries, delta, mask=inside)
+
+
+@triton.jit
+def _query_runs(
+    dq, q, grad_out, lse, delta, queries, runs, p_runs, p_k, p_v, p_start, p_end, stride_k, stride_v, num_keys, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dq += dS k over the key tiles of all runs of one kind."""
+    for run in range(runs):
+        for tile in range(tl.load(p_runs + 2 * run), tl.load(p_runs + 2 * run + 1)):
+            keys = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+            inside = keys < num_keys
+            k = load_rows(p_k, keys.to(tl.int64) * stride_k, inside, HEAD_DIM, BLOCK_D, MASKED)
+            v = load_rows(p_v, keys.to(tl.int64) * stride_v, inside, HEAD_DIM, BLOCK_D, MASKED)
+            products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            p = probabilities(products, lse[:, None], scale, PRECISION)
+            if MASKED:
+                start, end = load_interval(p_start, p_end, keys, num_keys)
+                visible = (start[None, :] <= queries[:, None]) & (queries[:, None] < end[None, :])
+                p = tl.where(visible, p, 0.0)
+            dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def backward_query_kernel(
+    p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_dq, p_start, p_end, p_tiles,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, go_b, go_h, go_n, dq_b, dq_h, dq_n, mask_b, tiles_b, tiles_n,
+    heads, group, num_queries, num_keys, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of queries of one head. Grid: query tiles (last, so longest, first) × B·H."""
+    tiles = tl.cdiv(num_queries, BLOCK_Q)
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = row // heads, row % heads
+    queries = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    inside, rows = queries < num_queries, queries.to(tl.int64)
+    q = load_rows(p_q + b * q_b + h * q_h, rows * q_n, inside, HEAD_DIM, BLOCK_D, True)
+    grad_out = load_rows(p_grad_out + b * go_b + h * go_h, rows * go_n, inside, HEAD_DIM, BLOCK_D, True)
+    lse = tl.load(p_lse + row * num_queries + rows, mask=inside, other=float("inf"))
+    delta = tl.load(p_delta + row * num_queries + rows, mask=inside, other=0.0)
+    p_k += b * k_b + h // group * k_h
+    p_v += b * v_b + h // group * v_h
+    p_start += b * mask_b
+    p_end += b * mask_b
+    p_tiles += b * tiles_b + tile * tiles_n
+
+    dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    dq = _query_runs(
+        dq, q, grad_out, lse, delta, queries, tl.load(p_tiles), p_tiles + MASKED_RUNS, p_k, p_v, p_start, p_end,
+        k_n, v_n, num_keys, scale, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION, True,
+    )  # fmt: skip
+    dq = _query_runs(
+        dq, q, grad_out, lse, delta, queries, tl.load(p_tiles + 1), p_tiles + FULL_RUNS, p_k, p_v, p_start, p_end,
+        k_n, v_n, num_keys, scale, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION, False,
+    )  # fmt: skip
+    store_rows(p_dq + b * dq_b + h * dq_h, rows * dq_n, inside, dq * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _key_runs(
+    dk, dv, k, v, start, end, runs, p_runs, p_q, p_grad_out, p_lse, p_delta, stride_q, stride_go, num_queries, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dv += Pᵀ dout, dk += dSᵀ q over the query tiles of all runs of one kind; scores are (BLOCK_K, BLOCK_Q)."""
+    for run in range(runs):
+        for tile in range(tl.load(p_runs + 2 * run), tl.load(p_runs + 2 * run + 1)):
+            queries = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            inside, rows = queries < num_queries, queries.to(tl.int64)
+            q = load_rows(p_q, rows * stride_q, inside, HEAD_DIM, BLOCK_D, True)
+            products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            # A query past the end has lse = +inf, so p = 0, in full tiles too.
+            lse = tl.load(p_lse + queries, mask=inside, other=float("inf"))
+            p = probabilities(products, lse[None, :], scale, PRECISION)
+            if MASKED:
+                visible = (start[:, None] <= queries[None, :]) & (queries[None, :] < end[:, None])
+                p = tl.where(visible, p, 0.0)
+            grad_out = load_rows(p_grad_out, rows * stride_go, inside, HEAD_DIM, BLOCK_D, True)
+            dv = tl.dot(p.to(grad_out.dtype), grad_out, dv, input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+            delta = tl.load(p_delta + queries, mask=inside, other=0.0)
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def backward_key_kernel(
+    p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_dk, p_dv, p_start, p_end, p_tiles,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, go_b, go_h, go_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
+    mask_b, tiles_b, tiles_n, kv_heads, group, num_queries, num_keys, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk, dv of one tile of keys of one key head, summed over its query heads in order. Grid: key tiles × B·H_kv."""
+    tiles = tl.cdiv(num_keys, BLOCK_K)
+    tile = tl.program_id(0) % tiles
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    b, kv = row // kv_heads, row % kv_heads
+    keys = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside, rows = keys < num_keys, keys.to(tl.int64)
+    k = load_rows(p_k + b * k_b + kv * k_h, rows * k_n, inside, HEAD_DIM, BLOCK_D, True)
+    v = load_rows(p_v + b * v_b + kv * v_h, rows * v_n, inside, HEAD_DIM, BLOCK_D, True)
+    start, end = load_interval(p_start + b * mask_b, p_end + b * mask_b, keys, num_keys)
+    p_tiles += b * tiles_b + tile * tiles_n
+    masked_runs, full_runs = tl.load(p_tiles), tl.load(p_tiles + 1)
+
+    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for h in range(kv * group, kv * group + group):
+        p_qh, p_goh = p_q + b * q_b + h * q_h, p_grad_out + b * go_b + h * go_h
+        offset = (b * kv_heads * group + h) * num_queries
+        dk, dv = _key_runs(
+            dk, dv, k, v, start, end, masked_runs, p_tiles + MASKED_RUNS, p_qh, p_goh, p_lse + offset, p_delta + offset,
+            q_n, go_n, num_queries, scale, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION, True,
+        )  # fmt: skip
+        dk, dv = _key_runs(
+            dk, dv, k, v, start, end, full_runs, p_tiles + FULL_RUNS, p_qh, p_goh, p_lse + offset, p_delta + offset,
+            q_n, go_n, num_queries, scale, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION, False,
+        )  # fmt: skip
+    store_rows(p_dk + b * dk_b + kv * dk_h, rows * dk_n, inside, dk * scale, HEAD_DIM, BLOCK_D)
+    store_rows(p_dv + b * dv_b + kv * dv_h, rows * dv_n, inside, dv, HEAD_DIM, BLOCK_D)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query_start: Tensor,
+    query_end: Tensor,
+    query_tiles: Tensor,
+    key_tiles: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients like q, k, v; bitwise the same in every run."""
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_()
+    batch, heads, num_queries, head_dim = q.shape
+    kv_heads, num_keys = k.shape[1:3]
+    group = heads // kv_heads
+    delta = torch.empty_like(lse)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
+    sizes = (group, num_queries, num_keys, scale)
+    table = tuning.table_name(q.device)
+    with torch.cuda.device_of(q):
+        meta = delta_constexprs(head_dim)
+        delta_kernel[(triton.cdiv(num_queries, meta["BLOCK_Q"]) * batch * heads,)](
+            out, grad_out, grad_lse, delta, *out.stride()[:3], *grad_out.stride()[:3], *grad_lse.stride(),
+            heads, num_queries, **meta,
+        )  # fmt: skip
+        launch = tuning.launch("attention", "backward_key", table, q.dtype, head_dim)
+        backward_key_kernel[(_lines(num_keys, launch.block_k, key_tiles) * batch * kv_heads,)](
+            q, k, v, grad_out, lse, delta, dk, dv, query_start, query_end, key_tiles,
+            *strides, *dk.stride()[:3], *dv.stride()[:3], *row_strides(query_start, key_tiles), key_tiles.stride(1),
+            kv_heads, *sizes, **launch_options(launch, head_dim, q.dtype),
+        )  # fmt: skip
+        launch = tuning.launch("attention", "backward_query", table, q.dtype, head_dim)
+        backward_query_kernel[(_lines(num_queries, launch.block_q, query_tiles) * batch * heads,)](
+            q, k, v, grad_out, lse, delta, dq, query_start, query_end, query_tiles,
+            *strides, *dq.stride()[:3], *row_strides(query_start, query_tiles), query_tiles.stride(1),
+            heads, *sizes, **launch_options(launch, head_dim, q.dtype),
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _lines(length: int, block: int, tiles: Tensor) -> int:
+    count = triton.cdiv(length, block)
+    assert tiles.shape[1] == count, f"{tiles.shape[1]} lines of tiles, the launch has {count}"
+    return count
+
+
+def delta_constexprs(head_dim: int) -> dict[str, int]:
+    """What the delta kernel is specialised on: at least 1024 elements of out a program."""
+    block_d = tuning.padded_head_dim(head_dim)
+    return {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_Q": 1024 // min(block_d, 64)}
