@@ -1,19 +1,23 @@
 """Every shipped launch compiles within its limits: registers, spills, shared memory, threads, and which matrix
 instruction, read from the compiler's output on a machine without a GPU.
 
-    python -m transfusion.kernels.ahead_of_time              # a representative part, in seconds
-    python -m transfusion.kernels.ahead_of_time --all        # everything that ships, in minutes
+    python -m transfusion.kernels.ahead_of_time                  # a representative part, in seconds
+    python -m transfusion.kernels.ahead_of_time --all            # everything that ships, in minutes
+    python -m transfusion.kernels.ahead_of_time --all --write    # and keep the table in ahead_of_time.txt
 
 Exit status 1 where a limit is broken. Not for a process under TRITON_INTERPRET=1, where nothing is compiled.
+`ahead_of_time.txt` shows in a diff what a change of a kernel or of a launch does to registers, spills and memory.
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from transfusion.kernels.attention.compile_cases import compile_cases as attention_cases
+from transfusion.kernels.denoise_step.kernel import compile_cases as denoise_step_cases
 from transfusion.kernels.diffusion_loss.kernel import compile_cases as diffusion_loss_cases
+from transfusion.kernels.mask_tiles.compile_cases import compile_cases as mask_tiles_cases
 from transfusion.kernels.patchify_noise.kernel import compile_cases as patchify_noise_cases
 
 
@@ -30,7 +36,7 @@ class Target(NamedTuple):
     """What is compiled for: Triton's backend and architecture, the launch table that serves it, its limits.
 
     `spill_bytes`: what a thread may spill where `SPILL_BUDGET` does not say otherwise. The tables of sm_90 are made for
-    it; sm_80 shares `default.json`, which is made for no one architecture, and may spill a few addresses.
+    it; sm_80 and sm_100 share `default.json`, which is made for no one architecture, and may spill a few addresses.
     """
 
     backend: str
@@ -45,21 +51,25 @@ class Target(NamedTuple):
 TARGETS = {
     "sm_90": Target("cuda", 90, 32, "sm_90", 227 * 1024, "wgmma", 0),
     "sm_80": Target("cuda", 80, 32, "default", 163 * 1024, "mma", 64),
+    "sm_100": Target("cuda", 100, 32, "default", 227 * 1024, "tcgen05", 64),
     "gfx942": Target("hip", "gfx942", 64, "gfx942", 64 * 1024, "mfma", 0),
 }
 MAX_THREADS = 1024
+GOLDEN = Path(__file__).with_name("ahead_of_time.txt")
 
 # Attention compiled without --all: every kernel for sm_90 in 16 bits, else the forward one.
 REPRESENTATIVE_HEAD_DIMS: dict[str, dict[str, tuple[int, ...]]] = {
     "sm_90": {"bf16": (64, 80, 128), "fp32": (16,)},
     "sm_80": {"bf16": (64, 128)},
+    "sm_100": {"bf16": (128,)},
     "gfx942": {"bf16": (64, 128)},
 }
 
 # Exceptions to a target's `spill_bytes`, by kernel, element type and padded head dim.
-# dk and dv are two accumulators of a tile of keys: with wide heads they fill the 255 registers of a thread.
+# dk and dv are two accumulators of a tile of keys: with wide heads they fill the 255 registers of a thread. At 128 only
+# grouped heads spill, the addresses of the loop over heads; half the tile would spill nothing and starve the products.
 SPILL_BUDGET: dict[tuple[str, str, str, int], int] = {
-    ("sm_90", "backward_key", "bf16", 128): 16,
+    ("sm_90", "backward_key", "bf16", 128): 48,
     ("sm_90", "backward_key", "bf16", 256): 56,
 }
 # The tables were made with this compiler; another allocates registers a little differently and may spill this more.
@@ -100,7 +110,7 @@ class Resources(NamedTuple):
     """What the compiler gave a kernel; registers and spills are those of one thread.
 
     `spill_bytes`: the stack frame (CUDA) or scratch (HIP), where a kernel without arrays or calls has only spills.
-    `matrix_instructions`: of the kinds wgmma, mma, mfma, those in the code. `has_f64`: any float64 instruction.
+    `matrix_instructions`: of the kinds wgmma, tcgen05, mma, mfma, those in the code. `has_f64`: any of float64.
     """
 
     registers: int
@@ -132,7 +142,7 @@ def _cuda_resources(asm: Any, shared_bytes: int) -> Resources:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     ptx = asm["ptx"]
-    kinds = {"wgmma": r"\bwgmma\.mma_async\b", "mma": r"\bmma\.sync\b"}
+    kinds = {"wgmma": r"\bwgmma\.mma_async\b", "tcgen05": r"\btcgen05\.mma\b", "mma": r"\bmma\.sync\b"}
     return Resources(
         registers=_number(r"\bREG:(\d+)", usage),
         spill_bytes=_number(r"\bSTACK:(\d+)", usage),
@@ -178,21 +188,27 @@ def broken_limits(case: Case, target: str, resources: Resources) -> list[str]:
         broken.append(f"{resources.threads} threads, {MAX_THREADS} allowed")
     if resources.has_f64:
         broken.append("computes in float64")
-    if _multiplies(case) and limits.matrix_instruction not in resources.matrix_instructions:
-        broken.append(f"no {limits.matrix_instruction} instruction")
+    wanted = _matrix_instruction(case, limits)
+    if wanted and wanted not in resources.matrix_instructions:
+        broken.append(f"no {wanted} instruction")
     return broken
 
 
-def _multiplies(case: Case) -> bool:
-    """Whether the kernel's products belong on the matrix units: attention in 16 bits."""
-    return "PRECISION" in case.constants and case.dtype in ("bf16", "fp16")
+def _matrix_instruction(case: Case, limits: Target) -> str | None:
+    """What the products of attention in 16 bits belong on; a tile of few queries is below a warp group's 64 rows."""
+    if "PRECISION" not in case.constants or case.dtype not in ("bf16", "fp16"):
+        return None
+    few = case.function == "forward" and case.constants["BLOCK_Q"] < 64
+    return "mma" if few and limits.backend == "cuda" else limits.matrix_instruction
 
 
 def all_cases(target: str) -> Iterator[Case]:
     """Every launch that ships for `target`."""
     yield from (Case(*case) for case in attention_cases(TARGETS[target].table))
+    yield from (Case(*case) for case in mask_tiles_cases(TARGETS[target].table))
     yield from (Case(*case) for case in patchify_noise_cases())
     yield from (Case(*case) for case in diffusion_loss_cases())
+    yield from (Case(*case) for case in denoise_step_cases())
 
 
 def representative(case: Case, target: str) -> bool:
@@ -204,10 +220,34 @@ def representative(case: Case, target: str) -> bool:
     return wanted and (case.function == "forward" or (target == "sm_90" and case.dtype == "bf16"))
 
 
-def _row(case: Case, target: str, resources: Resources, broken: list[str]) -> str:
+def _row(name: str, target: str, resources: Resources) -> str:
     matrix = "+".join(resources.matrix_instructions) or "-"
     numbers = f"{resources.registers:>9} {resources.spill_bytes:>6} {resources.shared_bytes:>7} {resources.threads:>7}"
-    return f"{target:7} {numbers} {matrix:9}  {case.name}" + "".join(f"\n    FAIL: {reason}" for reason in broken)
+    return f"{target:7} {numbers} {matrix:11}  {name}"
+
+
+def header() -> str:
+    """The compiler's version and the names of the columns."""
+    columns = f"{'target':7} {'registers':>9} {'spills':>6} {'shared':>7} {'threads':>7} {'matrix':11}  launch"
+    units = "bytes and registers are those of one thread, shared those of one program"
+    return f"triton {triton.__version__}: {units}\n\n{columns}"
+
+
+def _compile(number: tuple[str, int]) -> tuple[str, str, Resources, list[str]]:
+    """Target, name, resources and broken limits of a target's case of that number: what a worker process can send."""
+    target, index = number
+    case = list(all_cases(target))[index]
+    resources = compile_case(case, target)
+    return target, case.name, resources, broken_limits(case, target, resources)
+
+
+def compile_all(numbers: Sequence[tuple[str, int]], jobs: int) -> Iterator[tuple[str, str, Resources, list[str]]]:
+    """`_compile` of each, in order, `jobs` at a time."""
+    if jobs == 1:
+        yield from map(_compile, numbers)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        yield from pool.map(_compile, numbers)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -216,24 +256,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every launch that ships (minutes), not a part")
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; default: every target")
     parser.add_argument("--format", choices=("table", "json"), default="table")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
+    parser.add_argument("--write", action="store_true", help=f"keep the table of --all in {GOLDEN.name}")
     options = parser.parse_args(argv)
+    if options.write and (options.target or not options.all):
+        parser.error("--write keeps the table of everything: give --all, and no --target")
+    numbers = [
+        (target, index)
+        for target in options.target or TARGETS
+        for index, case in enumerate(all_cases(target))
+        if options.all or representative(case, target)
+    ]
     as_table = options.format == "table"
     if as_table:
-        print(
-            f"triton {triton.__version__}, bytes and registers are those of one thread, shared those of one program\n"
-        )
-        print(f"{'target':7} {'registers':>9} {'spills':>6} {'shared':>7} {'threads':>7} {'matrix':9}  launch")
-    rows, failed = [], 0
-    for target in options.target or TARGETS:
-        for case in all_cases(target):
-            if not (options.all or representative(case, target)):
-                continue
-            resources = compile_case(case, target)
-            broken = broken_limits(case, target, resources)
-            failed += bool(broken)
-            rows.append({"case": case.name, "target": target, **resources._asdict(), "broken": broken})
-            if as_table:
-                print(_row(case, target, resources, broken), flush=True)
+        print(header(), flush=True)
+    rows, lines, failed = [], [], 0
+    for target, name, resources, broken in compile_all(numbers, options.jobs):
+        failed += bool(broken)
+        rows.append({"case": name, "target": target, **resources._asdict(), "broken": broken})
+        lines.append(_row(name, target, resources))
+        if as_table:
+            print(lines[-1] + "".join(f"\n    FAIL: {reason}" for reason in broken), flush=True)
+    if options.write:
+        GOLDEN.write_text("\n".join([header(), *lines, ""]))
     print(f"\n{len(rows) - failed} passed, {failed} failed" if as_table else json.dumps(rows, indent=1))
     return 1 if failed else 0
 

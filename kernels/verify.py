@@ -22,6 +22,7 @@ import torch
 
 from transfusion.kernels import registry
 from transfusion.kernels.attention import check as attention
+from transfusion.kernels.denoise_step import check as denoise_step
 from transfusion.kernels.diffusion_loss import check as diffusion_loss
 from transfusion.kernels.patchify_noise import check as patchify_noise
 from transfusion.kernels.testing import Verdict, poison_empty
@@ -32,6 +33,7 @@ CHECKS: dict[str, Checks] = {
     "transfusion_attention": attention.checks,
     "patchify_noise": patchify_noise.checks,
     "diffusion_loss": diffusion_loss.checks,
+    "denoise_step": denoise_step.checks,
 }
 
 

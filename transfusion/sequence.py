@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from transfusion.kernels import IntervalMask
+from transfusion.diffusion.times import TimeSampling
+from transfusion.kernels import IntervalMask, RaggedLatents
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class SpecialTokens:
     eos: int = 2
     boi: int = 3
     eoi: int = 4
+
+
+_SAMPLING = TimeSampling()
 
 
 class Text(NamedTuple):
@@ -62,16 +66,17 @@ def document_length(document: Document, patch_size: int) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one training step reads. B rows of N tokens, I images of n tokens each.
+    """What one training step reads. B rows of N tokens, I images of n_i tokens each, T of them together.
 
     token_ids    (B, N) int64   image positions hold `pad`; their embedding is replaced
     positions    (B, N) int64   counted from the start of the token's document (for RoPE)
     mask         IntervalMask   documents apart, images bidirectional
-    image_rows   (I·n,) int64   flat index b·N + i of each image token, image by image
-    text_rows    (T,)   int64   flat index of each position that the LM loss reads: a text token, not BOI, whose
+    image_rows   (T,)   int64   flat index b·N + i of each image token, image by image
+    token_image  (T,)   int64   which image that token is of
+    text_rows    (L,)   int64   flat index of each position that the LM loss reads: a text token, not BOI, whose
                                 successor in its document is a text token
-    text_targets (T,)   int64   that successor
-    latents      (I, C, h, w)   float32, clean
+    text_targets (L,)   int64   that successor
+    latents      (I, C, h, w)   float32, clean; `RaggedLatents` where the images differ in size
     times        (I,)   float32 diffusion time in [0, 1), already within each image's limit
     noise_seed   ()     int64   the noise of the whole batch; the same seed gives the same noise
     """
@@ -80,9 +85,10 @@ class Batch:
     positions: Tensor
     mask: IntervalMask
     image_rows: Tensor
+    token_image: Tensor
     text_rows: Tensor
     text_targets: Tensor
-    latents: Tensor
+    latents: Tensor | RaggedLatents
     times: Tensor
     noise_seed: Tensor
 
@@ -94,7 +100,7 @@ class Batch:
     @property
     def num_images(self) -> int:
         """I, known on the host."""
-        return self.latents.shape[0]
+        return self.times.shape[0]
 
 
 class _Row:
@@ -157,12 +163,13 @@ def collate(
     patch_size: int,
     special: SpecialTokens,
     generator: torch.Generator,
+    sampling: TimeSampling = _SAMPLING,
 ) -> Batch:
     """Packs row b's documents one after the other into `length` tokens and draws times and the noise seed.
 
-    times = u·max_time with u stratified over the batch's images, from `generator`: the batch is a pure
-    function of its arguments and the generator's state. Raises `ValueError` where a row overflows, or where
-    latents differ in shape.
+    Times are drawn as `sampling` says, each within its image's limit, from `generator`: the batch is a pure function of
+    its arguments and the generator's state. Raises `ValueError` where a row overflows, or where latents differ in
+    their number of channels.
     """
     packed = []
     for documents in rows:
@@ -172,31 +179,30 @@ def collate(
         row.pad_to(length)
         packed.append(row)
     images = [image for row in packed for image in row.images]
-    shapes = {tuple(image.latent.shape) for image in images}
-    if len(shapes) > 1:
-        raise ValueError(f"the latents of one batch must have one shape, got {sorted(shapes)}")
+    spans = [(b * length + start, b * length + end) for b, row in enumerate(packed) for start, end in row.spans]
+    counts = torch.tensor([end - start for start, end in spans], dtype=torch.int64)
+    image_rows = [i for span in spans for i in range(*span)]
     text_rows = [b * length + i for b, row in enumerate(packed) for i in row.text_rows()]
     flat_ids = torch.tensor([row.token_ids for row in packed], dtype=torch.int64)
-    image_rows = [b * length + i for b, row in enumerate(packed) for span in row.spans for i in range(*span)]
     text_index = torch.tensor(text_rows, dtype=torch.int64)
     return Batch(
         token_ids=flat_ids,
         positions=torch.tensor([row.positions for row in packed], dtype=torch.int64),
         mask=IntervalMask.stack([IntervalMask.from_spans(length, row.spans, row.documents) for row in packed]),
         image_rows=torch.tensor(image_rows, dtype=torch.int64),
+        token_image=torch.repeat_interleave(counts),
         text_rows=text_index,
         text_targets=flat_ids.flatten()[text_index + 1],
-        latents=torch.stack([i.latent.float() for i in images])
-        if images
-        else torch.zeros(0, 1, patch_size, patch_size),
-        times=_stratified_times([image.max_time for image in images], generator),
+        latents=_latents([image.latent for image in images], patch_size),
+        times=sampling.draw([image.max_time for image in images], generator),
         noise_seed=torch.randint(0, 2**62, (), dtype=torch.int64, generator=generator),
     )
 
 
-def _stratified_times(limits: list[float], generator: torch.Generator) -> Tensor:
-    """time_i = limit_i·(slot_i + jitter_i) / I with the slots a random permutation: uniform, and evenly spread."""
-    count = len(limits)
-    slots = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
-    uniform = (slots / max(count, 1)).clamp(max=1 - 2**-24)
-    return uniform * torch.tensor(limits, dtype=torch.float32)
+def _latents(images: Sequence[Tensor], patch_size: int) -> Tensor | RaggedLatents:
+    """float32, dense where all shapes are the same, ragged where they differ."""
+    if not images:
+        return torch.zeros(0, 1, patch_size, patch_size)
+    if len({tuple(image.shape) for image in images}) == 1:
+        return torch.stack([image.float() for image in images])
+    return RaggedLatents.pack([image.float() for image in images])

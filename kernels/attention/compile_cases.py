@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from transfusion.kernels import tuning
+from transfusion.kernels.attention.kernel.blocks import constexprs
 from transfusion.kernels.attention.kernel.gradients import (
     backward_key_kernel,
     backward_query_kernel,
     delta_constexprs,
     delta_kernel,
 )
-from transfusion.kernels.attention.kernel.blocks import constexprs
 from transfusion.kernels.attention.kernel.online_softmax import combine_constexprs, combine_kernel, forward_kernel
 
 # Beside each power of two a head dimension that it pads.

@@ -199,7 +199,8 @@ def _attention(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     tiles = () if forward_tiles is None else (forward_tiles,)
-    result: tuple[Tensor, Tensor] = backend(OP, impl).forward(q, k, v, query_start, query_end, *tiles, scale)
+    with torch.autocast(q.device.type, enabled=False):  # which would round inside the reference's formula
+        result: tuple[Tensor, Tensor] = backend(OP, impl).forward(q, k, v, query_start, query_end, *tiles, scale)
     return result
 
 
@@ -230,10 +231,12 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = backend(OP, impl).backward
     grad_out = _readable(grad_out)  # expanded, say
+    assert impl == "reference" or query_tiles is not None, "the forward ran without a gradient in sight"
     tiles = () if query_tiles is None else (query_tiles, key_tiles)
-    grads: tuple[Tensor, Tensor, Tensor] = run(
-        grad_out, grad_lse, q, k, v, out, lse, query_start, query_end, *tiles, scale
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        grads: tuple[Tensor, Tensor, Tensor] = run(
+            grad_out, grad_lse, q, k, v, out, lse, query_start, query_end, *tiles, scale
+        )
     return grads
 
 
@@ -242,13 +245,15 @@ def _(grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-@_attention.register_vmap
-@_attention_backward.register_vmap
-def _(*call: Any) -> Any:
+def _refuse_vmap(*call: Any) -> Any:
     raise NotImplementedError(
         "transfusion_attention has no batching rule for torch.vmap: q, k and v have a batch dimension already; "
         "fold the mapped dimension into it, and the masks with IntervalMask.stack"
     )
+
+
+_attention.register_vmap(_refuse_vmap)
+_attention_backward.register_vmap(_refuse_vmap)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -4,6 +4,7 @@ The loss is a sum, judged with the formula in several orders of summation; its g
 `transfusion.kernels.testing.judge`.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,8 +13,21 @@ from torch import Tensor
 
 from transfusion.kernels.diffusion_loss import reference
 from transfusion.kernels.diffusion_loss.op import diffusion_loss
-from transfusion.kernels.patchify_noise.check import SHAPES, SOURCES
+from transfusion.kernels.patchify_noise.check import (
+    SHAPES,
+    SOURCES,
+    Shape,
+    as_double,
+    as_latents,
+    layout_or_none,
+    make_weights,
+    num_images,
+    shape_name,
+    tokens_shape,
+)
+from transfusion.kernels.patchify_noise.contract import Latents, unwrap
 from transfusion.kernels.patchify_noise.op import patchify_noise
+from transfusion.kernels.ragged_latents import RaggedLatents
 from transfusion.kernels.testing import Verdict, judge
 
 
@@ -21,12 +35,13 @@ class Case(NamedTuple):
     """Everything `diffusion_loss` reads but its source of noise."""
 
     prediction: Tensor
-    latents: Tensor
+    latents: Latents
     data_weight: Tensor
     noise_weight: Tensor
     patch_size: int
     noise: Tensor
     seed: Tensor
+    weight: Tensor | None
 
     def source(self, name: str) -> dict[str, Any]:
         """`noise=` or `seed=`."""
@@ -34,64 +49,80 @@ class Case(NamedTuple):
 
     def wide(self) -> "Case":
         """The same in float64."""
-        return self._replace(
-            prediction=self.prediction.detach().double(), latents=self.latents.double(), noise=self.noise.double()
-        )
+        prediction, latents = self.prediction.detach().double(), as_double(self.latents)
+        return self._replace(prediction=prediction, latents=latents, noise=self.noise.double())
 
 
 def make_case(
-    shape: tuple[int, int, int, int],
+    shape: Shape,
     patch_size: int,
     dtype: torch.dtype,
     device: torch.device | str,
     generator: torch.Generator,
 ) -> Case:
-    """Normal prediction (of `dtype`), latents, noise, weights in [0.5, 1), any seed, drawn from a CPU generator."""
-    images, channels, height, width = shape
-    tokens = (images, height * width // patch_size**2, patch_size**2 * channels)
+    """Normal prediction (of `dtype`), latents and noise, `make_weights`, any seed, drawn from a CPU generator."""
+    tokens, images = tokens_shape(shape, patch_size), num_images(shape)
     prediction = torch.randn(tokens, generator=generator).to(device, dtype)
-    latents, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
-    data_weight, noise_weight = (0.5 + 0.5 * torch.rand(images, generator=generator).to(device) for _ in range(2))
+    latents, noise = (
+        as_latents(torch.randn(math.prod(tokens), generator=generator).to(device), shape) for _ in range(2)
+    )
+    data_weight, noise_weight, weight = (make_weights(images, device, generator) for _ in range(3))
     seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator).to(device)
-    return Case(prediction, latents, data_weight, noise_weight, patch_size, noise, seed)
+    return Case(prediction, latents, data_weight, noise_weight, patch_size, unwrap(noise)[0], seed, weight)
 
 
 def run(case: Case, source: str, impl: str) -> Tensor:
     """The loss of each image."""
-    return diffusion_loss(*case[:5], **case.source(source), impl=impl)
+    return diffusion_loss(*case[:5], **case.source(source), weight=case.weight, impl=impl)
+
+
+def gradient(case: Case, source: str, impl: str, grad_loss: Tensor) -> Tensor:
+    """Of the prediction."""
+    prediction = case.prediction.detach().requires_grad_()
+    loss = run(case._replace(prediction=prediction), source, impl)
+    return torch.autograd.grad(loss, prediction, grad_loss.to(loss.dtype))[0]
+
+
+def formula_gradient(case: Case, source: str, grad_loss: Tensor) -> Tensor:
+    """`reference.backward`."""
+    values, layout = unwrap(case.latents)[0], layout_or_none(case.latents)
+    noise, seed = (case.noise, None) if source == "noise" else (None, case.seed)
+    inputs = grad_loss, case.prediction, values, case.data_weight, case.noise_weight
+    return reference.backward(*inputs, noise, seed, case.weight, case.patch_size, layout)
 
 
 def eager_orders(case: Case, source: str, count: int = 8) -> list[Tensor]:
     """The formula in float32, `count` times with the elements of the sum reordered."""
     target = patchify_noise(*case[1:5], **case.source(source), impl="reference", dtype=torch.float32)
-    squares = (case.prediction.float() - target).square().flatten(1)
-    return [squares[:, torch.randperm(squares.shape[1])].mean(1) for _ in range(count)]
+    squares = (case.prediction.float() - target).square()
+    if isinstance(case.latents, RaggedLatents):
+        tokens = [height * width // case.patch_size**2 for height, width in case.latents.sizes]
+        images = [part.flatten() for part in squares.split(tokens)]
+    else:
+        images = list(squares.flatten(1))
+    weight = torch.ones(len(images), device=squares.device) if case.weight is None else case.weight
+    return [weight * torch.stack([image[torch.randperm(len(image))].mean() for image in images]) for _ in range(count)]
 
 
 def verdicts(case: Case, source: str, grad_loss: Tensor) -> dict[str, Verdict]:
     """The Triton kernels' loss and gradient of the prediction."""
-    prediction = case.prediction.detach().requires_grad_()
-    loss = run(case._replace(prediction=prediction), source, "triton")
-    (grad,) = torch.autograd.grad(loss, prediction, grad_loss)
-
-    def gradient(of: Case) -> Tensor:
-        noise, seed = (of.noise, None) if source == "noise" else (None, of.seed)
-        return reference.backward(
-            grad_loss, of.prediction, of.latents, of.data_weight, of.noise_weight, noise, seed, of.patch_size
-        )
-
+    loss, grad = run(case, source, "triton"), gradient(case, source, "triton", grad_loss)
+    gold = run(case.wide(), source, "reference")
+    eager_grad, gold_grad = (formula_gradient(of, source, grad_loss) for of in (case, case.wide()))
     return {
-        "loss": judge(loss.detach(), eager_orders(case, source), run(case.wide(), source, "reference")),
-        "grad_prediction": judge(grad, gradient(case), gradient(case.wide()), factor=1.0),
+        "loss": judge(loss.detach(), eager_orders(case, source), gold),
+        "grad_prediction": judge(grad, eager_grad, gold_grad, factor=1.0),
     }
 
 
 def checks(
     device: torch.device, dtype: torch.dtype, generator: torch.Generator
 ) -> Iterator[tuple[str, dict[str, Verdict]]]:
-    """(what, verdicts) of the Triton kernels over shapes, patch sizes and sources of noise."""
-    for shape, patch_size in SHAPES:
+    """(what, verdicts) of the Triton kernels over shapes, patch sizes, sources of noise, with weights and without."""
+    for number, (shape, patch_size) in enumerate(SHAPES):
         for source in SOURCES:
             case = make_case(shape, patch_size, dtype, device, generator)
-            grad_loss = 0.5 + 0.5 * torch.rand(shape[0], generator=generator).to(device)
-            yield f"{'x'.join(map(str, shape))}_patch_{patch_size}_{source}", verdicts(case, source, grad_loss)
+            if number % 2:
+                case = case._replace(weight=None)
+            grad_loss = make_weights(num_images(shape), device, generator)
+            yield f"{shape_name(shape)}_patch_{patch_size}_{source}", verdicts(case, source, grad_loss)

@@ -6,12 +6,16 @@ import torch
 from torch import Tensor
 
 from transfusion.kernels.patchify_noise.contract import (
-    check_device,
+    Latents,
     check_latents,
     check_noise,
+    check_tokens,
     check_weights,
+    layout_of,
     reasons_by_dtype,
     refuse_gradient,
+    token_shape,
+    unwrap,
 )
 from transfusion.kernels.registry import Implementation, Op, backend, choose, refuse_forward_mode, register
 
@@ -30,28 +34,33 @@ OP = register(
 
 def diffusion_loss(
     prediction: Tensor,
-    latents: Tensor,
+    latents: Latents,
     data_weight: Tensor,
     noise_weight: Tensor,
     patch_size: int,
     *,
     noise: Tensor | None = None,
     seed: Tensor | None = None,
+    weight: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """loss[i] = mean((prediction[i] - target[i])²), target = data_weight[i]·latents[i] + noise_weight[i]·noise[i].
+    """loss[i] = weight[i]·mean((prediction[i] - target[i])²), target = data_weight·latents + noise_weight·noise.
 
-    The target is brought into token order, 'i c (y p) (x q) -> i (y x) (p q c)', and never stored; with `seed` neither
-    is the noise: forward and backward make it again, the same as `patchify_noise` and `philox.randn` with that seed.
+    The target's weights are each image's own. It is brought into token order, 'i c (y p) (x q) -> i (y x) (p q c)', and
+    never stored; with `seed` neither is the noise: forward and backward make it again, the same as `patchify_noise` and
+    `philox.randn` with that seed.
 
     Args:
-        prediction: (I, n, P·P·C) float16, bfloat16, float32 or float64, n = (h/P)·(w/P), any strides.
-        latents: (I, C, h, w) floating point, any strides; h and w multiples of `patch_size`.
+        prediction: (I, n, P·P·C) float16, bfloat16, float32 or float64, n = (h/P)·(w/P), any strides; (T, P·P·C) for
+            ragged latents, image after image.
+        latents: (I, C, h, w) floating point, any strides; h and w multiples of `patch_size`. Or `RaggedLatents`.
         data_weight: (I,) float32.
         noise_weight: (I,) float32.
         patch_size: P.
-        noise: like the latents in shape, floating point; exactly one of `noise` and `seed` is given.
+        noise: like the latents in shape, (E,) like the values of ragged ones, floating point; exactly one of `noise`
+            and `seed` is given.
         seed: () int64 on the latents' device.
+        weight: (I,) float32, of each image's error, such as `NoiseSchedule.min_snr_weight`; default, one.
         impl: "auto", "triton" or "reference".
 
     Returns:
@@ -66,28 +75,18 @@ def diffusion_loss(
         NotImplementedError: forward-mode differentiation.
     """
     check_latents(latents, patch_size)
-    _check_prediction(prediction, latents, patch_size)
-    check_weights("diffusion_loss", latents, data_weight=data_weight, noise_weight=noise_weight)
-    check_noise("diffusion_loss", latents, noise, seed)
-    refuse_gradient("diffusion_loss", "latents", latents)
-    refuse_forward_mode("diffusion_loss", prediction, latents, data_weight, noise_weight, noise)
-    others = (latents.dtype,) if noise is None else (latents.dtype, noise.dtype)
-    impl = choose(OP, impl, device=latents.device, dtype=prediction.dtype, others=others)
-    return _diffusion_loss(prediction, latents, data_weight, noise_weight, noise, seed, patch_size, impl)
-
-
-def _check_prediction(prediction: Tensor, latents: Tensor, patch_size: int) -> None:
-    images, channels, height, width = latents.shape
-    tokens = (height // patch_size) * (width // patch_size)
-    expected = (images, tokens, patch_size * patch_size * channels)
-    if tuple(prediction.shape) != expected:
-        raise ValueError(
-            f"prediction has shape {tuple(prediction.shape)}; latents {tuple(latents.shape)} in patches of "
-            f"{patch_size}x{patch_size} make {expected}"
-        )
-    if not prediction.dtype.is_floating_point:
-        raise TypeError(f"prediction must be floating point, got {prediction.dtype}")
-    check_device(latents, "prediction", prediction)
+    values, layout = unwrap(latents)
+    expected = token_shape(values, layout[0], layout[2], patch_size)
+    check_tokens("prediction", prediction, values, expected, patch_size)
+    check_weights("diffusion_loss", latents, data_weight=data_weight, noise_weight=noise_weight, weight=weight)
+    check_noise("diffusion_loss", values, noise, seed)
+    refuse_gradient("diffusion_loss", "latents", values)
+    refuse_forward_mode("diffusion_loss", prediction, values, data_weight, noise_weight, noise, weight)
+    others = (values.dtype,) if noise is None else (values.dtype, noise.dtype)
+    impl = choose(OP, impl, device=values.device, dtype=prediction.dtype, others=others)
+    return _diffusion_loss(
+        prediction, values, data_weight, noise_weight, noise, seed, weight, *layout, patch_size, impl
+    )
 
 
 @torch.library.custom_op("transfusion::diffusion_loss", mutates_args=())
@@ -98,10 +97,18 @@ def _diffusion_loss(
     noise_weight: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
+    weight: Tensor | None,
+    planes: Tensor | None,
+    tiles: Tensor | None,
+    channels: int,
+    alignment: int,
     patch_size: int,
     impl: str,
 ) -> Tensor:
-    loss: Tensor = backend(OP, impl).forward(prediction, latents, data_weight, noise_weight, noise, seed, patch_size)
+    layout = layout_of(planes, tiles, channels, alignment)
+    loss: Tensor = backend(OP, impl).forward(
+        prediction, latents, data_weight, noise_weight, noise, seed, weight, patch_size, layout
+    )
     return loss
 
 
@@ -113,11 +120,16 @@ def _(
     noise_weight: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
+    weight: Tensor | None,
+    planes: Tensor | None,
+    tiles: Tensor | None,
+    channels: int,
+    alignment: int,
     patch_size: int,
     impl: str,
 ) -> Tensor:
     dtype = torch.float64 if torch.float64 in (prediction.dtype, latents.dtype) else torch.float32
-    return prediction.new_empty(prediction.shape[:1], dtype=dtype)
+    return prediction.new_empty(data_weight.shape, dtype=dtype)
 
 
 @torch.library.custom_op("transfusion::diffusion_loss_backward", mutates_args=())
@@ -129,11 +141,17 @@ def _diffusion_loss_backward(
     noise_weight: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
+    weight: Tensor | None,
+    planes: Tensor | None,
+    tiles: Tensor | None,
+    channels: int,
+    alignment: int,
     patch_size: int,
     impl: str,
 ) -> Tensor:
+    layout = layout_of(planes, tiles, channels, alignment)
     grad_prediction: Tensor = backend(OP, impl).backward(
-        grad_loss, prediction, latents, data_weight, noise_weight, noise, seed, patch_size
+        grad_loss, prediction, latents, data_weight, noise_weight, noise, seed, weight, patch_size, layout
     )
     return grad_prediction
 
@@ -147,6 +165,11 @@ def _(
     noise_weight: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
+    weight: Tensor | None,
+    planes: Tensor | None,
+    tiles: Tensor | None,
+    channels: int,
+    alignment: int,
     patch_size: int,
     impl: str,
 ) -> Tensor:
@@ -154,13 +177,13 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.patch_size, ctx.impl = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:9])
+    ctx.numbers = inputs[9:]
 
 
 def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    grad_prediction = _diffusion_loss_backward(grad_loss, *ctx.saved_tensors, ctx.patch_size, ctx.impl)
-    return grad_prediction, None, None, None, None, None, None, None
+    grad_prediction = _diffusion_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.numbers)
+    return grad_prediction, *[None] * 12
 
 
 _diffusion_loss.register_autograd(_backward, setup_context=_setup_context)

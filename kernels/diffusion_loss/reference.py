@@ -1,4 +1,4 @@
-"""loss[i] = mean((prediction[i] - target[i])²): the formula and its derivative, nothing else.
+"""loss[i] = weight[i]·mean((prediction[i] - target[i])²): the formula and its derivative, nothing else.
 
 target = data_weight[i]·latents[i] + noise_weight[i]·noise[i], which is `patchify_noise` with other weights. Computed
 in float32, in float64 where the prediction or the latents are float64.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from transfusion.kernels.patchify_noise import reference as patchify_noise
+from transfusion.kernels.ragged_latents import Layout, image_of_token
 
 
 def forward(
@@ -19,11 +20,19 @@ def forward(
     noise_weight: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
+    weight: Tensor | None,
     patch_size: int,
+    layout: Layout | None = None,
 ) -> Tensor:
     """-> (I,) float32 or float64."""
-    difference = _difference(prediction, latents, data_weight, noise_weight, noise, seed, patch_size)
-    return difference.square().flatten(1).mean(1)  # flat, so that the order of the sum is that of the tokens
+    squares = _difference(prediction, latents, data_weight, noise_weight, noise, seed, patch_size, layout).square()
+    if layout is None:
+        mean = squares.flatten(1).mean(1)  # flat, so that the order of the sum is that of the tokens
+    else:
+        pixels = layout.planes[:, 1]
+        total = torch.segment_reduce(squares.sum(1), "sum", lengths=pixels // patch_size**2, unsafe=True)
+        mean = total / (pixels * layout.channels)
+    return mean if weight is None else weight.to(mean.dtype) * mean
 
 
 def backward(
@@ -34,12 +43,21 @@ def backward(
     noise_weight: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
+    weight: Tensor | None,
     patch_size: int,
+    layout: Layout | None = None,
 ) -> Tensor:
-    """grad_prediction = grad_loss[i]·2·(prediction - target)/(n·P·P·C), shape and dtype of `prediction`."""
-    difference = _difference(prediction, latents, data_weight, noise_weight, noise, seed, patch_size)
-    scale = 2.0 * grad_loss.to(difference.dtype) / math.prod(latents.shape[1:])
-    return (scale.view(-1, 1, 1) * difference).to(prediction.dtype).contiguous()
+    """grad_prediction = grad_loss[i]·weight[i]·2·(prediction - target)/(C·h·w), shape and dtype of `prediction`."""
+    difference = _difference(prediction, latents, data_weight, noise_weight, noise, seed, patch_size, layout)
+    scale = 2.0 * grad_loss.to(difference.dtype)
+    if weight is not None:
+        scale = scale * weight.to(difference.dtype)
+    if layout is None:
+        scale = (scale / math.prod(latents.shape[1:])).view(-1, 1, 1)
+    else:
+        scale = scale / (layout.planes[:, 1] * layout.channels)
+        scale = scale[image_of_token(layout, patch_size, len(prediction))][:, None]
+    return (scale * difference).to(prediction.dtype).contiguous()
 
 
 def _difference(
@@ -50,9 +68,10 @@ def _difference(
     noise: Tensor | None,
     seed: Tensor | None,
     patch_size: int,
+    layout: Layout | None,
 ) -> Tensor:
     compute = torch.float64 if torch.float64 in (prediction.dtype, latents.dtype) else torch.float32
     target = patchify_noise.forward(
-        latents.to(compute), data_weight, noise_weight, noise, seed, patch_size, dtype=compute
+        latents.to(compute), data_weight, noise_weight, noise, seed, patch_size, compute, layout
     )
     return prediction.to(compute) - target

@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from transfusion.kernels.philox import check_seed
+from transfusion.kernels.ragged_latents import Layout, RaggedLatents
 from transfusion.kernels.registry import triton_reasons
+
+Latents = Tensor | RaggedLatents
+PlainLayout = tuple[Tensor | None, Tensor | None, int, int]
 
 
 def reasons_by_dtype(
@@ -17,29 +21,77 @@ def reasons_by_dtype(
     return list(dict.fromkeys(reason for of_one in reasons for reason in of_one))
 
 
-def check_latents(latents: Tensor, patch_size: int) -> None:
-    """Raises unless `latents` are (I, C, h, w) floating point, none of C, h, w zero, and patches tile them."""
+def unwrap(latents: Latents) -> tuple[Tensor, PlainLayout]:
+    """The tensor of the latents, (I, C, h, w) or (E,), and a layout as an op takes it: plain tensors and numbers."""
+    if isinstance(latents, RaggedLatents):
+        layout = latents.layout
+        return latents.values, (layout.planes, layout.tiles, layout.channels, layout.alignment)
+    return latents, (None, None, latents.shape[1], 0)
+
+
+def layout_of(planes: Tensor | None, tiles: Tensor | None, channels: int, alignment: int) -> Layout | None:
+    """The layout again, inside an op; None for dense latents."""
+    return None if planes is None or tiles is None else Layout(planes, tiles, channels, alignment)
+
+
+def token_shape(latents: Tensor, planes: Tensor | None, channels: int, patch_size: int) -> tuple[int, ...]:
+    """(I, n, P·P·C), or (T, P·P·C) of ragged ones."""
+    features = patch_size * patch_size * channels
+    if planes is not None:
+        return latents.shape[0] // features, features
+    images, _, height, width = latents.shape
+    return images, (height // patch_size) * (width // patch_size), features
+
+
+def check_latents(latents: Latents, patch_size: int) -> None:
+    """Raises unless `latents` are ragged, or floating point (I, C, h, w) not empty, and patches tile every image."""
+    if patch_size < 1:
+        raise ValueError(f"patch_size={patch_size} must be at least 1")
+    if isinstance(latents, RaggedLatents):
+        if latents.divisor % patch_size:
+            uneven = (size for size in latents.sizes if size[0] % patch_size or size[1] % patch_size)
+            _refuse_size(*next(uneven), patch_size)
+        return
+    if not isinstance(latents, Tensor):
+        raise TypeError(f"latents must be a tensor or RaggedLatents, got {type(latents).__name__}")
     if latents.ndim != 4:
         raise ValueError(f"latents must be (images, channels, height, width), got shape {tuple(latents.shape)}")
     if not latents.dtype.is_floating_point:
         raise TypeError(f"latents must be floating point, got {latents.dtype}")
-    if patch_size < 1:
-        raise ValueError(f"patch_size={patch_size} must be at least 1")
     _, channels, height, width = latents.shape
     if not (channels and height and width):
         raise ValueError(f"latents of shape {tuple(latents.shape)} have images without elements")
     if height % patch_size or width % patch_size:
+        _refuse_size(height, width, patch_size)
+
+
+def _refuse_size(height: int, width: int, patch_size: int) -> None:
+    raise ValueError(
+        f"latents of {height}x{width} do not divide into patches of {patch_size}x{patch_size}; "
+        "crop, resize or pad them to a multiple"
+    )
+
+
+def check_tokens(name: str, tokens: Tensor, latents: Tensor, expected: tuple[int, ...], patch_size: int) -> None:
+    """Raises unless `tokens` are floating point of the `expected` shape (`token_shape`), on the latents' device."""
+    if tuple(tokens.shape) != expected:
         raise ValueError(
-            f"latents of {height}x{width} do not divide into patches of {patch_size}x{patch_size}; "
-            "crop, resize or pad them to a multiple"
+            f"{name} has shape {tuple(tokens.shape)}; latents {tuple(latents.shape)} in patches of "
+            f"{patch_size}x{patch_size} make {expected}"
         )
+    if not tokens.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {tokens.dtype}")
+    check_device(latents, name, tokens)
 
 
-def check_weights(op: str, latents: Tensor, **weights: Tensor) -> None:
-    """Raises unless each of `weights` is (I,) float32 on the latents' device and asks for no gradient."""
+def check_weights(op: str, latents: Latents, **weights: Tensor | None) -> None:
+    """Raises unless each of `weights` is None or (I,) float32 on the latents' device and asks for no gradient."""
+    images = len(latents) if isinstance(latents, RaggedLatents) else latents.shape[0]
     for name, weight in weights.items():
-        if weight.shape != latents.shape[:1]:
-            raise ValueError(f"{name} must have one value per image, ({latents.shape[0]},), got {tuple(weight.shape)}")
+        if weight is None:
+            continue
+        if weight.ndim != 1 or weight.shape[0] != images:
+            raise ValueError(f"{name} must have one value per image, ({images},), got {tuple(weight.shape)}")
         if weight.dtype != torch.float32:
             raise TypeError(f"{name} must be float32, got {weight.dtype}")
         check_device(latents, name, weight)
@@ -47,7 +99,7 @@ def check_weights(op: str, latents: Tensor, **weights: Tensor) -> None:
 
 
 def check_noise(op: str, latents: Tensor, noise: Tensor | None, seed: Tensor | None) -> None:
-    """Raises unless exactly one is given: noise like the latents, or an int64 seed without dimensions."""
+    """Raises unless exactly one is given: noise like the latents' tensor, or an int64 seed without dimensions."""
     if (noise is None) == (seed is None):
         given = "neither" if noise is None else "both"
         raise ValueError(f"{op} takes exactly one of noise= and seed=, got {given}")
@@ -63,7 +115,7 @@ def check_noise(op: str, latents: Tensor, noise: Tensor | None, seed: Tensor | N
         refuse_gradient(op, "noise", noise)
 
 
-def check_device(latents: Tensor, name: str, tensor: Tensor) -> None:
+def check_device(latents: Latents, name: str, tensor: Tensor) -> None:
     """Raises unless `tensor` is on the latents' device."""
     if tensor.device != latents.device:
         raise ValueError(f"{name} is on {tensor.device}, the latents are on {latents.device}; move it with .to(...)")

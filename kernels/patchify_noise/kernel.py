@@ -3,18 +3,23 @@
 One program takes a tile of BLOCK_C channels × BLOCK_S pixels of one image, pixels flat over (y, x). The tile is read
 along pixels, the unit stride of latents, and written along channels, the unit stride of tokens; because every
 channel of its pixels is in it, it writes whole runs of memory. A plane whose size is a multiple of 4 is cut into
-quads, and each call of Philox yields the noise of one quad; any other plane calls it per element.
+quads, and each call of Philox yields the noise of one quad; any other plane calls it per element. ALIGN divides the
+pixels of every plane: 16, or what is left of it.
 
-`diffusion_loss` is built from the same `tile_of_program` and `noised_tile`.
+`diffusion_loss` and `denoise_step` are built from the same `tile_of_program` and `noised_tile`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from transfusion.kernels.patchify_noise.contract import token_shape
+from transfusion.kernels.ragged_latents import Layout, tile_shape
 
 
 @triton.jit
@@ -67,81 +72,153 @@ def noise_tile(noise, seed, first, mask, BLOCK_C: tl.constexpr, BLOCK_S: tl.cons
 
 
 @triton.jit
-def tile_of_program(width, num_pixels, P: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
-    """-> image (int64), channel (BLOCK_C,), start, y, x, token, feature (BLOCK_S,) and mask (BLOCK_C, BLOCK_S).
+def tile_of_program(
+    planes, tiles, width, num_pixels,
+    P: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """-> image and its first pixel in the batch (int64), width, num_pixels, channel (BLOCK_C,), start, y, x, token,
+    feature (BLOCK_S,) and mask (BLOCK_C, BLOCK_S).
 
-    Pixel start + s is (y[s], x[s]), and its channel c is entry feature[s] + c of token[s]: feature = (p·P + q)·C.
+    Pixel start + s is (y[s], x[s]), and its channel c is entry feature[s] + c of token[s]: feature = (p·P + q)·C. A
+    dense batch is counted out; where the images lie in a ragged one is read from `Layout`.
     """
+    blocks_of_channels: tl.constexpr = tl.cdiv(C, BLOCK_C)
     program = tl.program_id(0)
-    blocks_of_pixels = tl.cdiv(num_pixels, BLOCK_S)
-    start = (program % blocks_of_pixels) * BLOCK_S
-    block_of_channels = (program // blocks_of_pixels) % tl.cdiv(C, BLOCK_C)
-    image = (program // (blocks_of_pixels * tl.cdiv(C, BLOCK_C))).to(tl.int64)
+    if tiles is None:
+        blocks_of_pixels = tl.cdiv(num_pixels, BLOCK_S)
+        start = (program % blocks_of_pixels) * BLOCK_S
+        block_of_channels = (program // blocks_of_pixels) % blocks_of_channels
+        image = (program // (blocks_of_pixels * blocks_of_channels)).to(tl.int64)
+        first_pixel = image * num_pixels
+    else:
+        block_of_channels = program % blocks_of_channels
+        row = tiles + (program // blocks_of_channels) * 2
+        image = tl.load(row).to(tl.int64)
+        start = tl.multiple_of(tl.load(row + 1), BLOCK_S)
+        plane = planes + image * 4
+        first_pixel = tl.multiple_of(tl.load(plane), ALIGN)
+        num_pixels = tl.multiple_of(tl.load(plane + 1).to(tl.int32), ALIGN)
+        width = tl.load(plane + 2).to(tl.int32)
     channel = block_of_channels * BLOCK_C + tl.arange(0, BLOCK_C)
     pixel = start + tl.arange(0, BLOCK_S)
     y, x = pixel // width, pixel % width
     token = (y // P) * (width // P) + x // P
     feature = ((y % P) * P + x % P) * C
     mask = (channel < C)[:, None] & (pixel < num_pixels)[None, :]
-    return image, channel, start, y, x, token, feature, mask
+    return image, first_pixel, num_pixels, channel, start, y, x, token, feature, mask
+
+
+@triton.jit
+def latent_tile(
+    latents, tiles, image, first, channel, y, x, mask, stride_i, stride_c, stride_y, stride_x, BLOCK_S: tl.constexpr
+):
+    """The latents of a tile, (BLOCK_C, BLOCK_S) float32; `first` (BLOCK_C,): the tile's first element of a channel."""
+    if tiles is None:
+        rows = latents + image * stride_i + channel.to(tl.int64) * stride_c
+        columns = y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+    else:
+        rows, columns = latents + first, tl.arange(0, BLOCK_S)
+    return tl.load(rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def noised_tile(
-    latents, data_weight, noise_weight, noise, seed, image, channel, start, y, x, mask, num_pixels,
+    latents, data_weight, noise_weight, noise, seed, tiles, image, first_pixel, num_pixels, channel, start, y, x, mask,
     stride_i, stride_c, stride_y, stride_x,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, QUADS: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """data_weight[i]·latents[i] + noise_weight[i]·noise[i]: (BLOCK_C, BLOCK_S) float32."""
-    rows = latents + image * stride_i + channel.to(tl.int64) * stride_c
-    columns = y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
-    data = tl.load(rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    first = (image * C + channel) * num_pixels + start
-    drawn = noise_tile(noise, seed, first, mask, BLOCK_C, BLOCK_S, QUADS)
+    first = first_pixel * C + channel * num_pixels + start
+    data = latent_tile(
+        latents, tiles, image, first, channel, y, x, mask, stride_i, stride_c, stride_y, stride_x, BLOCK_S
+    )
+    drawn = noise_tile(noise, seed, first, mask, BLOCK_C, BLOCK_S, ALIGN % 4 == 0)
     return tl.load(data_weight + image) * data + tl.load(noise_weight + image) * drawn
 
 
 @triton.jit
 def patchify_noise_kernel(
-    latents, alpha, sigma, noise, seed, tokens, width, num_pixels,
+    latents, alpha, sigma, noise, seed, planes, tiles, tokens, width, num_pixels,
     stride_i, stride_c, stride_y, stride_x,
-    P: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, QUADS: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """tokens[i, (y x), (p q c)] = alpha[i]·latents[i] + sigma[i]·noise[i]."""
-    image, channel, start, y, x, token, feature, mask = tile_of_program(width, num_pixels, P, C, BLOCK_C, BLOCK_S)
+    image, first_pixel, num_pixels, channel, start, y, x, token, feature, mask = tile_of_program(
+        planes, tiles, width, num_pixels, P, C, BLOCK_C, BLOCK_S, ALIGN
+    )
     noised = noised_tile(
-        latents, alpha, sigma, noise, seed, image, channel, start, y, x, mask, num_pixels,
-        stride_i, stride_c, stride_y, stride_x, C, BLOCK_C, BLOCK_S, QUADS,
+        latents, alpha, sigma, noise, seed, tiles, image, first_pixel, num_pixels, channel, start, y, x, mask,
+        stride_i, stride_c, stride_y, stride_x, C, BLOCK_C, BLOCK_S, ALIGN,
     )  # fmt: skip
     place = token.to(tl.int64) * (P * P * C) + feature
-    pointers = tokens + image * num_pixels * C + place[None, :] + channel[:, None]
+    pointers = tokens + first_pixel * C + place[None, :] + channel[:, None]
     tl.store(pointers, noised.to(tokens.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def patchify_noise_backward_kernel(
-    grad_tokens, alpha, grad_latents, width, num_pixels, stride_i, stride_n, stride_f,
-    P: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    grad_tokens, alpha, planes, tiles, grad_latents, width, num_pixels, stride_i, stride_n, stride_f,
+    P: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """grad_latents[i] = alpha[i]·unpatchify(grad_tokens[i])."""
-    image, channel, start, _y, _x, token, feature, mask = tile_of_program(width, num_pixels, P, C, BLOCK_C, BLOCK_S)
+    image, first_pixel, num_pixels, channel, start, _y, _x, token, feature, mask = tile_of_program(
+        planes, tiles, width, num_pixels, P, C, BLOCK_C, BLOCK_S, ALIGN
+    )
+    pointers = tokens_of_tile(
+        grad_tokens, tiles, image, first_pixel, channel, token, feature, stride_i, stride_n, stride_f, P
+    )
+    grad = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    first = first_pixel * C + channel * num_pixels + start
+    results = grad_latents + first[:, None] + tl.arange(0, BLOCK_S)[None, :]
+    tl.store(results, (tl.load(alpha + image) * grad).to(grad_latents.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def tokens_of_tile(
+    tokens, tiles, image, first_pixel, channel, token, feature, stride_i, stride_n, stride_f, P: tl.constexpr
+):
+    """Pointers (BLOCK_C, BLOCK_S) to the tile in tokens (I, n, P·P·C), or (T, P·P·C) of ragged latents, by strides."""
+    base = image * stride_i if tiles is None else (first_pixel // (P * P)) * stride_n
+    rows = tokens + base + channel.to(tl.int64) * stride_f
     columns = token.to(tl.int64) * stride_n + feature.to(tl.int64) * stride_f
-    rows = grad_tokens + image * stride_i + channel.to(tl.int64) * stride_f
-    grad = tl.load(rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    first = (image * C + channel) * num_pixels + start
-    pointers = grad_latents + first[:, None] + tl.arange(0, BLOCK_S)[None, :]
-    tl.store(pointers, (tl.load(alpha + image) * grad).to(grad_latents.dtype.element_ty), mask=mask)
+    return rows[:, None] + columns[None, :]
 
 
-def launch_parameters(channels: int) -> dict[str, int]:
-    """Tile of 2048 elements with as many of the channels, at most 16, as one run of memory in the tokens needs."""
-    block_c = min(triton.next_power_of_2(channels), 16)
-    return {"BLOCK_C": block_c, "BLOCK_S": 2048 // block_c, "num_warps": 4}
+class Grid(NamedTuple):
+    """How the kernels of a batch are launched: programs of all images and of one (dense only), what says where the
+    images lie, and the tile."""
+
+    programs: int
+    programs_per_image: int
+    arguments: dict[str, Any]
+    constants: dict[str, int]
 
 
-def num_programs(images: int, channels: int, num_pixels: int, parameters: dict[str, int]) -> int:
-    """Size of the one-dimensional grid: images × channel blocks × pixel blocks."""
-    return images * triton.cdiv(channels, parameters["BLOCK_C"]) * triton.cdiv(num_pixels, parameters["BLOCK_S"])
+def grid_of(shape: Sequence[int], patch_size: int, layout: Layout | None) -> Grid:
+    """For latents of `shape`, (I, C, h, w), or (E,) with their layout."""
+    channels = shape[1] if layout is None else layout.channels
+    block_c, block_s = tile_shape(channels)
+    blocks = triton.cdiv(channels, block_c)
+    constants = {"P": patch_size, "C": channels, "BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": 4}
+    if layout is None:
+        images, _, height, width = shape
+        num_pixels = height * width
+        each = blocks * triton.cdiv(num_pixels, block_s)
+        arguments = {"planes": None, "tiles": None, "width": width, "num_pixels": num_pixels}
+        return Grid(images * each, each, arguments, constants | {"ALIGN": math.gcd(num_pixels, 16)})
+    where = {"planes": layout.planes, "tiles": layout.tiles, "width": None, "num_pixels": None}
+    return Grid(layout.tiles.shape[0] * blocks, 0, where, constants | {"ALIGN": layout.alignment})
+
+
+def latent_strides(latents: Tensor, layout: Layout | None) -> dict[str, int | None]:
+    """By which a dense batch is read; ragged values are contiguous."""
+    names = ("stride_i", "stride_c", "stride_y", "stride_x")
+    return dict(zip(names, latents.stride() if layout is None else (None,) * 4, strict=True))
+
+
+def token_strides(tokens: Tensor, layout: Layout | None) -> dict[str, int | None]:
+    """Of tokens (I, n, P·P·C), or (T, P·P·C) of ragged latents."""
+    return dict(zip(("stride_i", "stride_n", "stride_f"), (*[None] * (3 - tokens.ndim), *tokens.stride()), strict=True))
 
 
 def forward(
@@ -152,36 +229,42 @@ def forward(
     seed: Tensor | None,
     patch_size: int,
     dtype: torch.dtype,
+    layout: Layout | None = None,
 ) -> Tensor:
-    """-> (I, n, P·P·C) `dtype`. Given noise is read in the latents' element order, so a strided one is copied."""
-    images, channels, height, width = latents.shape
-    num_pixels = height * width
-    tokens = latents.new_empty((images, num_pixels // patch_size**2, patch_size**2 * channels), dtype=dtype)
-    if not images:
+    """-> (I, n, P·P·C) or (T, P·P·C) `dtype`. Given noise is read in the latents' element order, so a strided one is
+    copied."""
+    grid = grid_of(latents.shape, patch_size, layout)
+    planes = None if layout is None else layout.planes
+    tokens = latents.new_empty(token_shape(latents, planes, grid.constants["C"], patch_size), dtype=dtype)
+    if not grid.programs:
         return tokens
-    parameters = launch_parameters(channels)
+    if layout is not None:
+        latents = latents.contiguous()
     with torch.cuda.device_of(latents):
-        patchify_noise_kernel[(num_programs(images, channels, num_pixels, parameters),)](
+        patchify_noise_kernel[(grid.programs,)](
             latents, alpha.contiguous(), sigma.contiguous(), None if noise is None else noise.contiguous(), seed,
-            tokens, width, num_pixels, *latents.stride(),
-            P=patch_size, C=channels, QUADS=num_pixels % 4 == 0, **parameters,
+            tokens=tokens, **grid.arguments, **latent_strides(latents, layout), **grid.constants,
         )  # fmt: skip
     return tokens
 
 
 def backward(
-    grad_tokens: Tensor, alpha: Tensor, latents_shape: Sequence[int], patch_size: int, dtype: torch.dtype
+    grad_tokens: Tensor,
+    alpha: Tensor,
+    latents_shape: Sequence[int],
+    patch_size: int,
+    dtype: torch.dtype,
+    layout: Layout | None = None,
 ) -> Tensor:
-    """grad_latents = alpha[i]·unpatchify(grad_tokens), (I, C, h, w) `dtype`, contiguous."""
-    images, channels, height, width = latents_shape
+    """grad_latents = alpha[i]·unpatchify(grad_tokens), (I, C, h, w) or (E,) `dtype`, contiguous."""
     grad_latents = grad_tokens.new_empty(tuple(latents_shape), dtype=dtype)
-    if not images:
+    grid = grid_of(latents_shape, patch_size, layout)
+    if not grid.programs:
         return grad_latents
-    parameters = launch_parameters(channels)
     with torch.cuda.device_of(grad_tokens):
-        patchify_noise_backward_kernel[(num_programs(images, channels, height * width, parameters),)](
-            grad_tokens, alpha.contiguous(), grad_latents, width, height * width, *grad_tokens.stride(),
-            P=patch_size, C=channels, **parameters,
+        patchify_noise_backward_kernel[(grid.programs,)](
+            grad_tokens, alpha.contiguous(), grad_latents=grad_latents, **grid.arguments,
+            **token_strides(grad_tokens, layout), **grid.constants,
         )  # fmt: skip
     return grad_latents
 
@@ -200,24 +283,50 @@ def compile_case(kernel: Any, types: dict[str, str], constexprs: dict[str, Any],
     return kernel, signature, constexprs, {(i,): [["tt.divisibility", 16]] for i in aligned}
 
 
-# (element type, C, P, h·w % 4 == 0, sizes are multiples of 16): the paper's 32x32x8 latents, pixels, and an odd size.
-COMPILE_SHAPES = (("bf16", 8, 2, True, True), ("fp32", 3, 8, True, True), ("fp16", 5, 1, False, False))
+class CompileShape(NamedTuple):
+    """A launch to compile: whether sizes and strides are multiples of 16, whether the batch is ragged, and `ALIGN`."""
+
+    element: str
+    channels: int
+    patch_size: int
+    divide: bool
+    alignment: int
+    ragged: bool = False
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """P, C, the tile and its alignment."""
+        block_c, block_s = tile_shape(self.channels)
+        tile = {"BLOCK_C": block_c, "BLOCK_S": block_s, "ALIGN": self.alignment}
+        return {"P": self.patch_size, "C": self.channels, **tile}
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Of what says where the images lie."""
+        if self.ragged:
+            return {"planes": "*i64", "tiles": "*i32"}
+        return dict.fromkeys(("width", "num_pixels", "stride_i", "stride_c", "stride_y"), "i32")
 
 
-def compile_constexprs(channels: int, patch_size: int) -> dict[str, int]:
-    """P, C and the tile of a launch."""
-    tile = {name: size for name, size in launch_parameters(channels).items() if name.startswith("BLOCK")}
-    return {"P": patch_size, "C": channels, **tile}
+# The paper's 32x32x8 latents, one by one and ragged, pixels, planes that are no multiple of 16 or of 4.
+COMPILE_SHAPES = (
+    CompileShape("bf16", 8, 2, True, 16),
+    CompileShape("bf16", 8, 2, True, 16, ragged=True),
+    CompileShape("fp32", 16, 1, True, 4, ragged=True),
+    CompileShape("fp32", 3, 8, True, 16),
+    CompileShape("fp16", 5, 1, False, 1),
+    CompileShape("fp16", 5, 1, False, 1, ragged=True),
+)
 
 
 def compile_cases() -> Iterator[CompileCase]:
     """Representative launches on contiguous tensors, for ahead-of-time compilation."""
-    weights = {"alpha": "*fp32", "sigma": "*fp32"}
-    sizes = dict.fromkeys(("width", "num_pixels", "stride_i", "stride_c", "stride_y", "stride_n"), "i32")
-    for element, channels, patch_size, quads, divide in COMPILE_SHAPES:
-        constexprs = {**compile_constexprs(channels, patch_size), "stride_x": 1, "stride_f": 1, "QUADS": quads}
-        for source in ({"seed": "*i64"}, {"noise": f"*{element}"}):
-            types = {"latents": f"*{element}", "tokens": f"*{element}", **weights, **source, **sizes}
-            yield compile_case(patchify_noise_kernel, types, constexprs, divide)
-        types = {"grad_tokens": f"*{element}", "grad_latents": f"*{element}", **weights, **sizes}
-        yield compile_case(patchify_noise_backward_kernel, types, constexprs, divide)
+    for shape in COMPILE_SHAPES:
+        pointer = f"*{shape.element}"
+        common = {"alpha": "*fp32", "sigma": "*fp32", **shape.types}
+        constants = shape.constants | {"stride_x": None if shape.ragged else 1, "stride_f": 1}
+        for source in ({"seed": "*i64"}, {"noise": pointer}):
+            types = {"latents": pointer, "tokens": pointer, **common, **source}
+            yield compile_case(patchify_noise_kernel, types, constants, shape.divide)
+        types = {"grad_tokens": pointer, "grad_latents": pointer, "stride_n": "i32", **common}
+        yield compile_case(patchify_noise_backward_kernel, types, constants, shape.divide)

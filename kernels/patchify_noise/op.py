@@ -6,7 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transfusion.kernels.patchify_noise.contract import check_latents, check_noise, check_weights, reasons_by_dtype
+from transfusion.kernels.patchify_noise.contract import (
+    Latents,
+    check_latents,
+    check_noise,
+    check_weights,
+    layout_of,
+    reasons_by_dtype,
+    token_shape,
+    unwrap,
+)
 from transfusion.kernels.registry import Implementation, Op, backend, choose, refuse_forward_mode, register
 
 OP = register(
@@ -23,7 +32,7 @@ OP = register(
 
 
 def patchify_noise(
-    latents: Tensor,
+    latents: Latents,
     alpha: Tensor,
     sigma: Tensor,
     patch_size: int,
@@ -40,18 +49,21 @@ def patchify_noise(
     the tokens are the channels-last image.
 
     Args:
-        latents: (I, C, h, w) float16, bfloat16, float32 or float64, any strides; h and w multiples of `patch_size`.
+        latents: (I, C, h, w) float16, bfloat16, float32 or float64, any strides; h and w multiples of `patch_size`. Or
+            `RaggedLatents`, images of different sizes.
         alpha: (I,) float32.
         sigma: (I,) float32.
         patch_size: P.
-        noise: like the latents in shape, floating point; exactly one of `noise` and `seed` is given.
+        noise: like the latents in shape, (E,) like the values of ragged ones, floating point; exactly one of `noise`
+            and `seed` is given.
         seed: () int64 on the latents' device.
         dtype: of the tokens; default, the latents'.
         impl: "auto", "triton" or "reference".
 
     Returns:
-        (I, (h/P)·(w/P), P·P·C) tokens, contiguous; computed in float32 (float64 for float64 latents), rounded once.
-        Differentiable in `latents`; `alpha` is what backward keeps. Bitwise deterministic.
+        (I, (h/P)·(w/P), P·P·C) tokens, (Σ (h_i/P)·(w_i/P), P·P·C) of ragged latents, image after image; contiguous,
+        computed in float32 (float64 for float64 latents), rounded once. Differentiable in the latents; backward keeps
+        `alpha`. Bitwise deterministic.
 
     Raises:
         ValueError: a shape or device that does not fit, noise and seed both or neither, a gradient asked of
@@ -62,14 +74,15 @@ def patchify_noise(
     """
     check_latents(latents, patch_size)
     check_weights("patchify_noise", latents, alpha=alpha, sigma=sigma)
-    check_noise("patchify_noise", latents, noise, seed)
-    refuse_forward_mode("patchify_noise", latents, alpha, sigma, noise)
-    dtype = latents.dtype if dtype is None else dtype
+    values, layout = unwrap(latents)
+    check_noise("patchify_noise", values, noise, seed)
+    refuse_forward_mode("patchify_noise", values, alpha, sigma, noise)
+    dtype = values.dtype if dtype is None else dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype} is not a floating-point dtype")
     others = (dtype,) if noise is None else (dtype, noise.dtype)
-    impl = choose(OP, impl, device=latents.device, dtype=latents.dtype, others=others)
-    return _patchify_noise(latents, alpha, sigma, noise, seed, patch_size, dtype, impl)
+    impl = choose(OP, impl, device=values.device, dtype=values.dtype, others=others)
+    return _patchify_noise(values, alpha, sigma, noise, seed, *layout, patch_size, dtype, impl)
 
 
 @torch.library.custom_op("transfusion::patchify_noise", mutates_args=())
@@ -79,11 +92,16 @@ def _patchify_noise(
     sigma: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
+    planes: Tensor | None,
+    tiles: Tensor | None,
+    channels: int,
+    alignment: int,
     patch_size: int,
     dtype: torch.dtype,
     impl: str,
 ) -> Tensor:
-    tokens: Tensor = backend(OP, impl).forward(latents, alpha, sigma, noise, seed, patch_size, dtype)
+    layout = layout_of(planes, tiles, channels, alignment)
+    tokens: Tensor = backend(OP, impl).forward(latents, alpha, sigma, noise, seed, patch_size, dtype, layout)
     return tokens
 
 
@@ -94,13 +112,15 @@ def _(
     sigma: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
+    planes: Tensor | None,
+    tiles: Tensor | None,
+    channels: int,
+    alignment: int,
     patch_size: int,
     dtype: torch.dtype,
     impl: str,
 ) -> Tensor:
-    images, channels, height, width = latents.shape
-    tokens = (height // patch_size) * (width // patch_size)
-    return latents.new_empty((images, tokens, patch_size * patch_size * channels), dtype=dtype)
+    return latents.new_empty(token_shape(latents, planes, channels, patch_size), dtype=dtype)
 
 
 @torch.library.custom_op("transfusion::patchify_noise_backward", mutates_args=())
@@ -108,11 +128,16 @@ def _patchify_noise_backward(
     grad_tokens: Tensor,
     alpha: Tensor,
     latents_shape: Sequence[int],
+    planes: Tensor | None,
+    tiles: Tensor | None,
+    channels: int,
+    alignment: int,
     patch_size: int,
     dtype: torch.dtype,
     impl: str,
 ) -> Tensor:
-    grad_latents: Tensor = backend(OP, impl).backward(grad_tokens, alpha, latents_shape, patch_size, dtype)
+    layout = layout_of(planes, tiles, channels, alignment)
+    grad_latents: Tensor = backend(OP, impl).backward(grad_tokens, alpha, latents_shape, patch_size, dtype, layout)
     return grad_latents
 
 
@@ -121,6 +146,10 @@ def _(
     grad_tokens: Tensor,
     alpha: Tensor,
     latents_shape: Sequence[int],
+    planes: Tensor | None,
+    tiles: Tensor | None,
+    channels: int,
+    alignment: int,
     patch_size: int,
     dtype: torch.dtype,
     impl: str,
@@ -129,19 +158,20 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    latents, alpha, _, _, _, ctx.patch_size, _, ctx.impl = inputs
-    ctx.save_for_backward(alpha)
+    latents, alpha, _, _, _, planes, tiles, *ctx.numbers, ctx.patch_size, _, ctx.impl = inputs
+    ctx.save_for_backward(alpha, planes, tiles)
     ctx.latents_shape, ctx.latents_dtype = latents.shape, latents.dtype
 
 
 def _backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
-    (alpha,) = ctx.saved_tensors
+    alpha, planes, tiles = ctx.saved_tensors
     grad_latents = None
     if ctx.needs_input_grad[0]:
+        layout = (planes, tiles, *ctx.numbers)
         grad_latents = _patchify_noise_backward(
-            grad_tokens, alpha, ctx.latents_shape, ctx.patch_size, ctx.latents_dtype, ctx.impl
+            grad_tokens, alpha, ctx.latents_shape, *layout, ctx.patch_size, ctx.latents_dtype, ctx.impl
         )
-    return grad_latents, None, None, None, None, None, None, None
+    return grad_latents, *[None] * 11
 
 
 _patchify_noise.register_autograd(_backward, setup_context=_setup_context)

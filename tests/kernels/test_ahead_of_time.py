@@ -50,7 +50,7 @@ def test_every_limit_is_kept(compiled: list[dict[str, Any]]) -> None:
 @pytest.mark.xdist_group("ahead_of_time")
 def test_every_kernel_and_target_is_compiled(compiled: list[dict[str, Any]]) -> None:
     functions = {target: {row["case"].split()[0] for row in compiled if row["target"] == target} for target in TARGETS}
-    fused = {"patchify_noise", "patchify_noise_backward", "diffusion_loss"}
+    fused = {"patchify_noise", "patchify_noise_backward", "diffusion_loss", "denoise_step"}
     assert functions["sm_90"] == {"forward", "delta", "backward_query", "backward_key", *fused}
     assert functions["sm_80"] == functions["gfx942"] == {"forward", *fused}
 

@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from transfusion.kernels import IntervalMask, transfusion_attention
 from transfusion.kernels.attention import check as rule
@@ -151,65 +150,6 @@ def test_reference_gradients_in_float64() -> None:
         return out, lse.masked_fill(~seen, 0)
 
     assert torch.autograd.gradcheck(outputs, leaves)
-
-
-@pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_opcheck(impl: str) -> None:
-    case = make_case(LAYOUTS["adjacent_images"].mask(), torch.float32)
-    calls: list[tuple] = []  # type: ignore[type-arg]
-    original = torch.ops.transfusion.attention
-
-    class Recorder:
-        def __call__(self, *args: object) -> object:
-            calls.append(args)
-            return original(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.ops.transfusion, "attention", Recorder())
-        transfusion_attention(*case[:4], impl=impl)
-    arguments = [t.requires_grad_() if i < 3 else t for i, t in enumerate(calls[0])]
-    torch.library.opcheck(original.default, tuple(arguments))
-    out, lse = (t.detach() for t in original(*arguments))
-    saved = [case.grad_out, case.grad_lse, *case[:3], out, lse, *arguments[3:5], *arguments[6:]]
-    torch.library.opcheck(
-        torch.ops.transfusion.attention_backward.default,
-        tuple(t.detach() if isinstance(t, Tensor) else t for t in saved),
-    )
-
-
-def test_compiles_without_graph_breaks_or_recompiling_per_mask() -> None:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-
-    @torch.compile(backend=counter, fullgraph=True)
-    def two_layers(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> Tensor:
-        hidden = transfusion_attention(q, k, v, mask, impl="triton")
-        return transfusion_attention(hidden, k, v, mask, impl="triton")
-
-    for length in (70, 71, 83, 97, 113, 150):
-        case = make_case(random_layout(random.Random(length), length).mask(), torch.float32)
-        q = case.q.requires_grad_()
-        eager = transfusion_attention(q, case.k, case.v, case.mask, impl="triton")
-        expected = transfusion_attention(eager, case.k, case.v, case.mask, impl="triton")
-        actual = two_layers(q, case.k, case.v, case.mask)
-        assert torch.equal(actual, expected)
-        assert all(map(torch.equal, *(torch.autograd.grad(x.sum(), q) for x in (actual, expected))))
-    # One graph with the first length, one with any; each again where the mask already holds its tiles.
-    assert counter.frame_count <= 4
-
-
-def test_forward_mode_is_refused() -> None:
-    case = make_case(LAYOUTS["text_only"].mask(), torch.float32)
-    for impl in ("auto", "reference", "triton"):
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            torch.func.jvp(lambda q, impl=impl: transfusion_attention(q, *case[1:4], impl=impl), (case.q,), (case.q,))
-
-
-def test_autocast_casts_to_its_dtype() -> None:
-    case = make_case(LAYOUTS["text_only"].mask(), torch.float32)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        out = transfusion_attention(case.q, case.k.bfloat16(), case.v, case.mask, impl="reference")
-    assert out.dtype == torch.bfloat16
 
 
 def test_bad_input_names_the_value() -> None:

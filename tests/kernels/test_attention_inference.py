@@ -1,4 +1,4 @@
-"""Few queries over many keys: heads packed into one program, keys split over several, over a cache with unequal rows."""
+"""Few queries over many keys: heads packed in one program, keys split over several, over a cache with unequal rows."""
 
 import random
 

@@ -1,14 +1,19 @@
 """diffusion_loss: both implementations against the float64 gold, and the contract of the op."""
 
 import random
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from transfusion.kernels.diffusion_loss import kernel, op, reference
+from transfusion.kernels import RaggedLatents
+from transfusion.kernels.diffusion_loss import op, reference
+from transfusion.kernels.diffusion_loss.check import Case, eager_orders, formula_gradient, gradient, run, verdicts
+from transfusion.kernels.diffusion_loss.check import make_case as draw_case
 from transfusion.kernels.diffusion_loss.op import diffusion_loss
+from transfusion.kernels.patchify_noise import kernel
+from transfusion.kernels.patchify_noise.check import SHAPES, SOURCES, Shape, make_weights, num_images, shape_name
 from transfusion.kernels.patchify_noise.op import patchify_noise
 from transfusion.kernels.philox import randn
 from transfusion.kernels.registry import TRITON_INTERPRET
@@ -18,126 +23,57 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly; on a device all three run.
 DTYPES = [torch.float32, torch.float16] + ([] if TRITON_INTERPRET else [torch.bfloat16])
 IMPLS = ["triton", "reference"]
-
-# (I, C, h, w), P: several tiles, quads across rows, planes without quads, two channel blocks, a single pixel.
-SHAPES = [
-    ((2, 8, 16, 16), 2),
-    ((2, 3, 32, 32), 8),
-    ((3, 2, 2, 6), 1),
-    ((3, 3, 5, 7), 1),
-    ((1, 5, 9, 15), 3),
-    ((2, 20, 8, 12), 4),
-    ((16, 1, 1, 1), 1),
-]
+SHAPE_NAMES = [f"{shape_name(shape)} patch {patch_size}" for shape, patch_size in SHAPES]
 
 
-class Case(NamedTuple):
-    """Everything `diffusion_loss` reads but its source of noise."""
-
-    prediction: Tensor
-    latents: Tensor
-    data_weight: Tensor
-    noise_weight: Tensor
-    patch_size: int
-    noise: Tensor
-    seed: Tensor
-
-    def source(self, name: str) -> dict[str, Tensor]:
-        return {name: getattr(self, name)}
-
-    def wide(self) -> "Case":
-        return self._replace(
-            prediction=self.prediction.detach().double(), latents=self.latents.double(), noise=self.noise.double()
-        )
-
-
-def weights(images: int, generator: torch.Generator | None = None) -> Tensor:
-    """(I,) in ±[0.5, 1]: the error of an element is judged by the largest of all, so none may be scaled far beyond."""
-    magnitude, sign = torch.rand(2, images, generator=generator)
-    return torch.where(sign < 0.5, -1, 1).to(DEVICE) * (0.5 + 0.5 * magnitude).to(DEVICE)
-
-
-def make_case(shape: tuple[int, int, int, int], patch_size: int, dtype: torch.dtype = torch.float32) -> Case:
+def make_case(shape: Shape, patch_size: int, dtype: torch.dtype = torch.float32, weighted: bool = False) -> Case:
     input_seed = random.randrange(2**32)
     print(f"input seed {input_seed}")
-    generator = torch.Generator().manual_seed(input_seed)
-    images, channels, height, width = shape
-    features = patch_size * patch_size * channels
-    tokens = (images, height * width // patch_size**2, features)
-    prediction = torch.randn(tokens, generator=generator).to(DEVICE, dtype)
-    latents, noise = (torch.randn(shape, generator=generator).to(DEVICE) for _ in range(2))
-    data_weight, noise_weight = (weights(images, generator) for _ in range(2))
-    seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator).to(DEVICE)
-    return Case(prediction, latents, data_weight, noise_weight, patch_size, noise, seed)
+    case = draw_case(shape, patch_size, dtype, DEVICE, torch.Generator().manual_seed(input_seed))
+    return case if weighted else case._replace(weight=None)
 
 
-def run(case: Case, source: str, impl: str) -> Tensor:
-    return diffusion_loss(*case[:5], **case.source(source), impl=impl)
+def weights(images: int) -> Tensor:
+    return make_weights(images, DEVICE, torch.Generator().manual_seed(random.randrange(2**32)))
 
 
-def gradient(case: Case, source: str, impl: str, grad_loss: Tensor) -> Tensor:
-    prediction = case.prediction.detach().requires_grad_()
-    loss = run(case._replace(prediction=prediction), source, impl)
-    return torch.autograd.grad(loss, prediction, grad_loss.to(loss.dtype))[0]
-
-
-def eager_orders(case: Case, source: str, count: int = 8) -> list[Tensor]:
-    """The formula in float32, `count` times with the elements of the sum reordered."""
-    target = patchify_noise(*case[1:5], **case.source(source), impl="reference", dtype=torch.float32)
-    squares = (case.prediction.float() - target).square().flatten(1)
-    return [squares[:, torch.randperm(squares.shape[1])].mean(1) for _ in range(count)]
-
-
-@pytest.mark.parametrize("source", ["noise", "seed"])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("source", "weighted"), [("noise", True), ("seed", False)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "patch_size"), SHAPES, ids=str)
-def test_forward_against_gold(
-    shape: tuple[int, int, int, int],
-    patch_size: int,
-    dtype: torch.dtype,
-    impl: str,
-    source: str,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("shape", "patch_size"), SHAPES, ids=SHAPE_NAMES)
+def test_kernels_against_gold(
+    shape: Shape, patch_size: int, dtype: torch.dtype, source: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = make_case(shape, patch_size, dtype)
-    eager, gold = eager_orders(case, source), run(case.wide(), source, "reference")
-    assert gold.dtype == torch.float64
+    case = make_case(shape, patch_size, dtype, weighted)
     poison_empty(monkeypatch.setattr)
-    loss = run(case, source, impl)
-    assert loss.dtype == torch.float32 and loss.shape == (shape[0],)
-    verdict = judge(loss, eager, gold)
+    found = verdicts(case, source, weights(num_images(shape)))
+    assert all(verdict.passed for verdict in found.values()), found
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("shape", "patch_size"), SHAPES, ids=SHAPE_NAMES)
+def test_the_reference_against_gold(shape: Shape, patch_size: int, source: str) -> None:
+    case = make_case(shape, patch_size, weighted=True)
+    loss = run(case, source, "reference")
+    assert loss.dtype == torch.float32 and loss.shape == (num_images(shape),)
+    verdict = judge(loss, eager_orders(case, source), run(case.wide(), source, "reference"))
     assert verdict.passed, verdict
 
 
-@pytest.mark.parametrize("source", ["noise", "seed"])
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "patch_size"), SHAPES, ids=str)
-def test_gradient(
-    shape: tuple[int, int, int, int],
-    patch_size: int,
-    dtype: torch.dtype,
-    impl: str,
-    source: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Against autograd through the formula, in float64 for the gold."""
-    case = make_case(shape, patch_size, dtype)
-    grad_loss = weights(shape[0])
-
-    def through_formula(case: Case) -> Tensor:
-        prediction = case.prediction.requires_grad_()
-        given = (case.noise, None) if source == "noise" else (None, case.seed)
-        loss = reference.forward(prediction, *case[1:4], *given, patch_size)
-        return torch.autograd.grad(loss, prediction, grad_loss.to(loss.dtype))[0]
-
-    eager, gold = through_formula(case), through_formula(case.wide())
-    poison_empty(monkeypatch.setattr)
-    grad = gradient(case, source, impl, grad_loss)
-    assert grad.dtype == dtype and grad.shape == case.prediction.shape
-    verdict = judge(grad, eager, gold, factor=1.0)
-    assert verdict.passed, verdict
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("shape", "patch_size"), SHAPES, ids=SHAPE_NAMES)
+def test_formula_of_the_gradient_is_autograds(shape: Shape, patch_size: int, weighted: bool) -> None:
+    """What the kernels are judged by, against autograd through the reference's forward, in float64."""
+    case = make_case(shape, patch_size, weighted=weighted).wide()
+    prediction, latents = case.prediction.requires_grad_(), case.latents
+    ragged = isinstance(latents, RaggedLatents)
+    values, layout = (latents.values, latents.layout) if ragged else (latents, None)
+    loss = reference.forward(prediction, values, *case[2:4], case.noise, None, case.weight, patch_size, layout)
+    grad_loss = weights(num_images(shape)).double()
+    expected = torch.autograd.grad(loss, prediction, grad_loss)[0]
+    found = formula_gradient(case._replace(prediction=prediction.detach()), "noise", grad_loss)
+    # Two roundings are ordered differently; nothing cancels in a product.
+    eps = torch.finfo(torch.float64).eps
+    assert ((found - expected).abs() <= 8 * eps * expected.abs()).all()
 
 
 def test_reference_is_the_formula() -> None:
@@ -172,11 +108,10 @@ def test_independent_of_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     eager, gold = eager_orders(case, "seed"), run(case.wide(), "seed", "reference")
     expected = gradient(case, "seed", "triton", grad_loss)
     for block_c, block_s in ((1, 64), (2, 16), (4, 32), (4, 256)):
-        tile = {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": 1}
-        monkeypatch.setattr(kernel, "launch_parameters", lambda channels, tile=tile: tile)
+        monkeypatch.setattr(kernel, "tile_shape", lambda channels, tile=(block_c, block_s): tile)
         assert torch.equal(gradient(case, "seed", "triton", grad_loss), expected)
         verdict = judge(run(case, "seed", "triton"), eager, gold)
-        assert verdict.passed, (tile, verdict)
+        assert verdict.passed, (block_c, block_s, verdict)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -257,11 +192,12 @@ def test_opcheck(impl: str, source: str) -> None:
     case = make_case((2, 3, 4, 4), 2, torch.float16)
     pair = (case.noise, None) if source == "noise" else (None, case.seed)
     case.prediction.requires_grad_()
-    arguments = (*case[:4], *pair, 2, impl)
+    rest = (None, None, None, 3, 0, 2, impl)
+    arguments = (*case[:4], *pair, *rest)
     torch.library.opcheck(torch.ops.transfusion.diffusion_loss.default, arguments)
     backward = torch.ops.transfusion.diffusion_loss_backward.default
     grad_loss = torch.randn(2, device=DEVICE)
-    torch.library.opcheck(backward, (grad_loss, case.prediction.detach(), *case[1:4], *pair, 2, impl))
+    torch.library.opcheck(backward, (grad_loss, case.prediction.detach(), *case[1:4], *pair, *rest))
 
 
 @pytest.mark.parametrize("impl", ["auto", *IMPLS])
@@ -321,6 +257,8 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"data_weight": ZEROS(())}, ValueError, r"data_weight .*\(2,\), got \(\)"),
     ({"noise_weight": ZEROS(2).double()}, TypeError, r"noise_weight must be float32, got torch\.float64"),
     ({"noise_weight": ZEROS(2, device="meta")}, ValueError, "noise_weight is on meta"),
+    ({"weight": ZEROS(3)}, ValueError, r"weight must have one value per image, \(2,\), got \(3,\)"),
+    ({"weight": ZEROS(2, dtype=torch.float64)}, TypeError, "weight must be float32"),
     ({"seed": None}, ValueError, "exactly one of noise= and seed=, got neither"),
     ({"noise": ZEROS(2, 3, 8, 8)}, ValueError, "exactly one of noise= and seed=, got both"),
     ({"seed": None, "noise": ZEROS(2, 4, 48)}, ValueError, r"noise has shape \(2, 4, 48\)"),

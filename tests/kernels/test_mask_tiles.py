@@ -15,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def masks() -> list[IntervalMask]:
-    """The layouts that broke others, random rows, random intervals, and stripes of more runs than a row has room for."""
+    """The layouts that broke others, random rows, random intervals, stripes of more runs than a row has room for."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)

@@ -1,14 +1,28 @@
 """patchify_noise: both implementations against the float64 gold, and the contract of the op."""
 
 import random
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from transfusion.kernels import RaggedLatents
 from transfusion.kernels.patchify_noise import kernel, op, reference
+from transfusion.kernels.patchify_noise.check import (
+    SHAPES,
+    SOURCES,
+    Case,
+    Shape,
+    formula_gradient,
+    gradient,
+    run,
+    shape_name,
+    tokens_shape,
+    verdicts,
+)
+from transfusion.kernels.patchify_noise.check import make_case as draw_case
 from transfusion.kernels.patchify_noise.op import patchify_noise
 from transfusion.kernels.philox import randn
 from transfusion.kernels.registry import TRITON_INTERPRET
@@ -18,66 +32,28 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly; on a device all three run.
 DTYPES = [torch.float32, torch.float16] + ([] if TRITON_INTERPRET else [torch.bfloat16])
 IMPLS = ["triton", "reference"]
-
-# (I, C, h, w), P: several tiles, quads across rows, planes without quads, two channel blocks, a single pixel.
-SHAPES = [
-    ((2, 8, 16, 16), 2),
-    ((2, 3, 32, 32), 8),
-    ((3, 2, 2, 6), 1),
-    ((3, 3, 5, 7), 1),
-    ((1, 5, 9, 15), 3),
-    ((2, 20, 8, 12), 4),
-    ((16, 1, 1, 1), 1),
-]
+SHAPE_NAMES = [f"{shape_name(shape)} patch {patch_size}" for shape, patch_size in SHAPES]
 
 
-class Case(NamedTuple):
-    """Everything `patchify_noise` reads but its source of noise."""
-
-    latents: Tensor
-    alpha: Tensor
-    sigma: Tensor
-    patch_size: int
-    noise: Tensor
-    seed: Tensor
-
-    def source(self, name: str) -> dict[str, Tensor]:
-        return {name: getattr(self, name)}
-
-
-def make_case(shape: tuple[int, int, int, int], patch_size: int, dtype: torch.dtype = torch.float32) -> Case:
+def make_case(shape: Shape, patch_size: int, dtype: torch.dtype = torch.float32) -> Case:
     input_seed = random.randrange(2**32)
     print(f"input seed {input_seed}")
-    generator = torch.Generator().manual_seed(input_seed)
-    latents, noise = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(2))
-    # In [0.5, 1]: the error of an element is judged by the largest of all, so none may be scaled far beyond.
-    alpha, sigma = (0.5 + 0.5 * torch.rand(shape[0], generator=generator).to(DEVICE) for _ in range(2))
-    seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator).to(DEVICE)
-    return Case(latents, alpha, sigma, patch_size, noise, seed)
+    return draw_case(shape, patch_size, dtype, DEVICE, torch.Generator().manual_seed(input_seed))
 
 
-def run(case: Case, source: str, impl: str, **options: Any) -> Tensor:
-    return patchify_noise(*case[:4], **case.source(source), impl=impl, **options)
-
-
-def gold_of(case: Case, source: str) -> Tensor:
-    wide = case._replace(latents=case.latents.double(), noise=case.noise.double())
-    return run(wide, source, "reference")
-
-
-@pytest.mark.parametrize("source", ["noise", "seed"])
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "patch_size"), SHAPES, ids=str)
-def test_forward_against_gold(
-    shape: tuple[int, int, int, int], patch_size: int, dtype: torch.dtype, source: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("shape", "patch_size"), SHAPES, ids=SHAPE_NAMES)
+def test_kernels_against_gold(
+    shape: Shape, patch_size: int, dtype: torch.dtype, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case(shape, patch_size, dtype)
-    eager, gold = run(case, source, "reference"), gold_of(case, source)
+    grad_tokens = torch.randn(tokens_shape(shape, patch_size), device=DEVICE, dtype=dtype)
     poison_empty(monkeypatch.setattr)
+    found = verdicts(case, source, grad_tokens)
+    assert all(verdict.passed for verdict in found.values()), found
     tokens = run(case, source, "triton")
-    assert tokens.dtype == dtype and tokens.is_contiguous()
-    verdict = judge(tokens, eager, gold, factor=1.0)
-    assert verdict.passed, verdict
+    assert tokens.dtype == dtype and tokens.is_contiguous() and tokens.shape == grad_tokens.shape
 
 
 def test_reference_is_the_formula() -> None:
@@ -105,7 +81,9 @@ def test_dtypes_are_independent(latents_dtype: torch.dtype, dtype: torch.dtype, 
     case = case._replace(noise=torch.randn_like(case.noise, dtype=torch.float32))
     tokens = run(case, source, "triton", dtype=dtype)
     assert tokens.dtype == dtype
-    verdict = judge(tokens, run(case, source, "reference", dtype=dtype), gold_of(case, source), factor=1.0)
+    verdict = judge(
+        tokens, run(case, source, "reference", dtype=dtype), run(case.wide(), source, "reference"), factor=1.0
+    )
     assert verdict.passed, verdict
 
 
@@ -125,8 +103,7 @@ def test_noise_is_independent_of_block_and_patch_size(
         tokens = run(case._replace(patch_size=patch_size), "seed", "triton")
         assert torch.equal(reference.unpatchify(tokens, shape, patch_size), expected)
     for block_c, block_s in ((1, 64), (2, 16), (4, 8), (4, 256)):
-        tile = {"BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": 1}
-        monkeypatch.setattr(kernel, "launch_parameters", lambda channels, tile=tile: tile)
+        monkeypatch.setattr(kernel, "tile_shape", lambda channels, tile=(block_c, block_s): tile)
         assert torch.equal(run(case._replace(patch_size=4), "seed", "triton"), reference.patchify(expected, 4))
 
 
@@ -193,32 +170,19 @@ def test_no_images(impl: str, source: str) -> None:
     assert latents.grad is not None and latents.grad.shape == latents.shape
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "patch_size"), SHAPES, ids=str)
-def test_gradient(
-    shape: tuple[int, int, int, int],
-    patch_size: int,
-    dtype: torch.dtype,
-    impl: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Against autograd through the formula, in float64 for the gold."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("shape", "patch_size"), SHAPES, ids=SHAPE_NAMES)
+def test_formula_of_the_gradient_is_autograds(shape: Shape, patch_size: int, dtype: torch.dtype) -> None:
+    """What the kernels are judged by, against autograd through the reference's forward."""
     case = make_case(shape, patch_size, dtype)
-    grad_tokens = torch.randn_like(run(case, "seed", "reference"))
-
-    def through_formula(wide: torch.dtype) -> Tensor:
-        latents = case.latents.to(wide).requires_grad_()
-        tokens = reference.forward(latents, case.alpha, case.sigma, None, case.seed, patch_size, wide)
-        return torch.autograd.grad(tokens, latents, grad_tokens.to(wide))[0]
-
-    eager, gold = through_formula(dtype), through_formula(torch.float64)
-    latents = case.latents.requires_grad_()
-    poison_empty(monkeypatch.setattr)
-    (grad,) = torch.autograd.grad(run(case, "seed", impl), latents, grad_tokens)
-    assert grad.dtype == dtype and grad.shape == latents.shape
-    verdict = judge(grad, eager, gold, factor=1.0)
-    assert verdict.passed, verdict
+    latents = case.latents
+    leaf = (latents.values if isinstance(latents, RaggedLatents) else latents).detach().requires_grad_()
+    layout = latents.layout if isinstance(latents, RaggedLatents) else None
+    tokens = reference.forward(leaf, case.alpha, case.sigma, None, case.seed, patch_size, dtype, layout)
+    grad_tokens = torch.randn_like(tokens)
+    expected = torch.autograd.grad(tokens, leaf, grad_tokens)[0]
+    assert torch.equal(formula_gradient(case, grad_tokens, dtype), expected)
+    assert torch.equal(gradient(case, "seed", "reference", grad_tokens), expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -250,11 +214,12 @@ def test_opcheck(impl: str, source: str) -> None:
     case = make_case((2, 3, 4, 4), 2)
     pair = (case.noise, None) if source == "noise" else (None, case.seed)
     latents = case.latents.requires_grad_()
-    arguments = (latents, case.alpha, case.sigma, *pair, 2, torch.float16, impl)
+    dense = (None, None, 3, 0)
+    arguments = (latents, case.alpha, case.sigma, *pair, *dense, 2, torch.float16, impl)
     torch.library.opcheck(torch.ops.transfusion.patchify_noise.default, arguments)
     grad = torch.randn(2, 4, 12, device=DEVICE)
     backward = torch.ops.transfusion.patchify_noise_backward.default
-    torch.library.opcheck(backward, (grad, case.alpha, list(latents.shape), 2, torch.float32, impl))
+    torch.library.opcheck(backward, (grad, case.alpha, list(latents.shape), *dense, 2, torch.float32, impl))
 
 
 @pytest.mark.parametrize("impl", ["auto", *IMPLS])
@@ -325,6 +290,7 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"seed": torch.tensor([7])}, ValueError, r"seed .*\(1,\)"),
     ({"seed": torch.empty((), dtype=torch.int64, device="meta")}, ValueError, "seed is on meta"),
     ({"dtype": torch.int8}, TypeError, r"dtype=torch\.int8"),
+    ({"latents": [1.0]}, TypeError, "latents must be a tensor or RaggedLatents, got list"),
     ({"impl": "sdpa"}, ValueError, "impl='sdpa' is unknown"),
     ({"impl": "triton", "dtype": torch.float64}, RuntimeError, r"dtype torch\.float64"),
     ({"impl": "triton", "latents": ZEROS(2, 3, 8, 8).double()}, RuntimeError, r"dtype torch\.float64"),

@@ -89,8 +89,8 @@ def test_uniform_is_in_the_unit_interval() -> None:
 
 
 def test_moments_and_distribution() -> None:
-    """2^21 normals: every statistic within five standard errors of its value for a standard normal."""
-    count = 2**21
+    """Over 10^7 normals: every statistic within five standard errors of its value for a standard normal."""
+    count = 10 * 2**20
     noise = randn((count,), fresh_seed(), dtype=torch.float64)
     # E[x^k] and the variance of x^k for a standard normal.
     moments = {1: (0, 1), 2: (1, 2), 3: (0, 15), 4: (3, 96)}
@@ -112,6 +112,18 @@ def test_neighbours_and_words_are_uncorrelated() -> None:
     for lag in (1, 2, 3, 4, 32, 1024):
         z = (noise[:-lag] * noise[lag:]).sum().item() / math.sqrt(count - lag)
         assert abs(z) < 5, f"elements {lag} apart correlate: {z:.1f} standard errors"
+
+
+def test_ranks_draw_disjoint_noise() -> None:
+    """A rank's batches have seeds of their own; a seed is the key, so no call of Philox is common to two streams."""
+    generator = torch.Generator().manual_seed(random.randrange(2**32))
+    seeds = torch.randint(0, 2**62, (8,), generator=generator).to(DEVICE)  # as a batch draws its seed
+    print(f"seeds {seeds.tolist()}")
+    streams = torch.stack([randn((2**14,), seed, dtype=torch.float64) for seed in seeds])
+    calls = streams.view(8 * 2**12, 4)
+    assert calls.unique(dim=0).shape == calls.shape
+    z = streams @ streams.T / math.sqrt(streams.shape[1])
+    assert (z.triu(1).abs() < 5).all(), z
 
 
 @triton.jit

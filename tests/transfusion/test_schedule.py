@@ -177,6 +177,41 @@ def test_from_data_to_noise(prediction: str) -> None:
         assert ((alpha.double() ** 2 + sigma.double() ** 2 - 1).abs() <= 8 * EPS).all()
 
 
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_min_snr_weight(prediction: str, gamma: float) -> None:
+    """Against the definition in float64: min(SNR, gamma) times what a unit error of the prediction does to the estimate
+    of the clean latent, taken from two predictions; and the paper's forms for epsilon and v."""
+    schedule = NoiseSchedule(prediction, sigma_data=0.7)
+    timestep = schedule.timestep(torch.arange(1, 200) / 200)
+    weight = schedule.min_snr_weight(timestep, gamma)
+    assert weight.dtype == torch.float32 and weight.shape == (199,)
+    alpha, sigma, data_weight, noise_weight = (c.double() for c in schedule.coefficients(timestep))
+    deviation = 0.7 if prediction == "trigflow" else 1.0
+    snr = (deviation * alpha / sigma).square()
+
+    def estimate(target: float) -> Tensor:
+        """x of noisy = alpha·x + sigma·z = 0 and data_weight·x + noise_weight·z = target."""
+        return -sigma * target / (alpha * noise_weight - sigma * data_weight)
+
+    expected = snr.clamp(max=gamma) * ((estimate(1.0) - estimate(0.0)) / deviation).square()
+    eps = torch.finfo(torch.float32).eps
+    assert ((weight - expected).abs() <= 16 * eps * expected).all()
+    if prediction == "epsilon":
+        assert ((weight - (gamma / snr).clamp(max=1)).abs() <= 16 * eps).all()
+    if prediction == "v_prediction":
+        assert ((weight - snr.clamp(max=gamma) / (snr + 1)).abs() <= 32 * eps * weight).all()
+
+
+def test_min_snr_weight_is_finite_at_the_ends_and_refuses_gamma() -> None:
+    for prediction in PREDICTIONS:
+        schedule = NoiseSchedule(prediction)
+        weight = schedule.min_snr_weight(schedule.timestep(torch.tensor([0.0, 1 - 2**-24])))
+        assert weight.isfinite().all() and (weight >= 0).all(), prediction
+    with pytest.raises(ValueError, match=r"gamma=0\.0"):
+        NoiseSchedule().min_snr_weight(torch.tensor([3]), gamma=0.0)
+
+
 def test_timestep_units() -> None:
     time = torch.tensor([0.0, 0.25, 0.5, 0.9999, 1 - 2**-24])
     cosine = NoiseSchedule("v_prediction").timestep(time)

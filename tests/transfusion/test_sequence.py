@@ -5,6 +5,8 @@ import random
 import pytest
 import torch
 
+from transfusion.diffusion.times import TimeSampling
+from transfusion.kernels import RaggedLatents
 from transfusion.sequence import Document, Image, SpecialTokens, Text, collate, document_length, image_tokens
 
 SPECIAL = SpecialTokens()
@@ -64,6 +66,7 @@ def test_every_field_of_a_batch() -> None:
                 text_rows.append(b * length + i)
                 targets.append(following[0])
     assert batch.image_rows.tolist() == image_rows
+    assert batch.token_image.tolist() == [i // 2 for i in range(len(image_rows))]
     assert batch.text_rows.tolist() == text_rows
     assert batch.text_targets.tolist() == targets
     images = [s for row in rows for document in row for s in document if isinstance(s, Image)]
@@ -117,5 +120,30 @@ def test_bad_documents_are_named() -> None:
         collate([[(Image(torch.zeros(3, 5, 4)),)]], 30, PATCH, SPECIAL, generator)
     with pytest.raises(ValueError, match="holds 6 tokens, more than the row length 5"):
         collate([[(Image(torch.zeros(3, 4, 4)),)]], 5, PATCH, SPECIAL, generator)
-    with pytest.raises(ValueError, match=r"one shape, got \[\(3, 2, 2\), \(3, 4, 4\)\]"):
-        collate([[(Image(torch.zeros(3, 4, 4)), Image(torch.zeros(3, 2, 2)))]], 30, PATCH, SPECIAL, generator)
+    with pytest.raises(ValueError, match=r"one number of channels, got \[\(1, 2, 2\), \(3, 4, 4\)\]"):
+        collate([[(Image(torch.zeros(3, 4, 4)), Image(torch.zeros(1, 2, 2)))]], 30, PATCH, SPECIAL, generator)
+
+
+def test_images_of_different_sizes_are_ragged() -> None:
+    """Tokens in the order of the packed rows, each with its image; equal sizes stay dense."""
+    generator = torch.Generator().manual_seed(random.randrange(2**32))
+    one, two, three = (torch.randn(3, *size) for size in ((4, 2), (2, 6), (4, 4)))
+    text = Text(torch.tensor([7, 8]))
+    rows = [[(text, Image(one), text, Image(two))], [(Image(three, max_time=0.5), text)]]
+    batch = collate(rows, 16, PATCH, SPECIAL, generator)
+    assert isinstance(batch.latents, RaggedLatents) and batch.num_images == 3
+    assert all(torch.equal(a, b) for a, b in zip(batch.latents.images(), (one, two, three), strict=True))
+    assert batch.token_image.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert batch.image_rows.tolist() == [3, 4, 9, 10, 11, 17, 18, 19, 20]
+    moved = batch.to("meta")
+    assert moved.latents.device.type == moved.latents.layout.tiles.device.type == "meta" and moved.num_images == 3
+    dense = collate([[(Image(one), Image(one + 1))]], 16, PATCH, SPECIAL, generator)
+    assert torch.equal(dense.latents, torch.stack([one, one + 1])) and dense.token_image.tolist() == [0, 0, 1, 1]
+
+
+def test_times_are_drawn_as_the_sampling_says() -> None:
+    rows = random_rows()
+    sampling = TimeSampling("logit_normal", mean=0.3, spread="antithetic")
+    batch = collate(rows, 300, PATCH, SPECIAL, torch.Generator().manual_seed(3), sampling)
+    limits = [s.max_time for row in rows for document in row for s in document if isinstance(s, Image)]
+    assert torch.equal(batch.times, sampling.draw(limits, torch.Generator().manual_seed(3)))

@@ -106,18 +106,38 @@ class NoiseSchedule:
             return Coefficients(alpha, sigma, -sigma, alpha)
         return Coefficients(alpha, sigma, torch.zeros_like(alpha), torch.ones_like(alpha))
 
+    def min_snr_weight(self, timestep: Tensor, gamma: float = 5.0) -> Tensor:
+        """(I,) float32 weight of each image's loss that makes it min(SNR, gamma) times the error of the clean latent.
 
-def cosine_path(timestep: Tensor, num_train_timesteps: int) -> tuple[Tensor, Tensor]:
-    """(sqrt(ᾱ_t), sqrt(1 - ᾱ_t)) float32 for t (I,) int64: ᾱ_t = Π_{k<=t} (1 - beta_k), beta <= 0.999.
+        The estimate of the clean latent that a prediction implies is off by sigma / (alpha·noise_weight -
+        sigma·data_weight) times the prediction's error. SNR = alpha²·var(x) / sigma², with the latents' variance
+        sigma_data² for TrigFlow and 1 otherwise. For epsilon the weight is min(1, gamma / SNR), for v_prediction
+        min(SNR, gamma) / (SNR + 1). No host sync.
+
+        Source: Hang et al. 2023 (arXiv 2303.09556, section 3.4), whose gamma is 5. Raises `ValueError` unless gamma is
+        positive, and `TypeError` as `coefficients` does.
+        """
+        if not gamma > 0:
+            raise ValueError(f"gamma={gamma} must be positive")
+        alpha, sigma, data_weight, noise_weight = self.coefficients(timestep)
+        deviation = self.sigma_data if self.path == "trigflow" else 1.0
+        implied = deviation * (alpha * noise_weight - sigma * data_weight)
+        return torch.minimum((deviation * alpha).square(), gamma * sigma.square()) / implied.square()
+
+
+def cosine_path(
+    timestep: Tensor, num_train_timesteps: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """(sqrt(ᾱ_t), sqrt(1 - ᾱ_t)) `dtype` for t (I,) int64: ᾱ_t = Π_{k<=t} (1 - beta_k), beta <= 0.999.
 
     With 1 - beta_k = f(k + 1)/f(k), f(k) = cos²((k/T + s)/(1 + s)·π/2), the product telescopes to f(t + 1)/f(0); only
     the last step meets the limit on beta, because f(T) = 0. So no table is needed, and cos θ = sin(π/2 - θ) and
-    cos²θ0 - cos²θ = sin(θ - θ0)·sin(θ + θ0) keep every digit of float32 at both ends of the path.
+    cos²θ0 - cos²θ = sin(θ - θ0)·sin(θ + θ0) keep every digit of `dtype` at both ends of the path.
     """
     step = math.pi / 2 / (1 + _COSINE_OFFSET) / num_train_timesteps
     theta0 = _COSINE_OFFSET * num_train_timesteps * step
     last = timestep == num_train_timesteps - 1
-    k = (timestep + 1).clamp(max=num_train_timesteps - 1).float()
+    k = (timestep + 1).clamp(max=num_train_timesteps - 1).to(dtype)
     alpha = torch.sin(step * (num_train_timesteps - k)) / math.cos(theta0)
     sigma = torch.sqrt(torch.sin(step * k) * torch.sin(step * k + 2 * theta0)) / math.cos(theta0)
     alpha = torch.where(last, alpha * math.sqrt(1 - _MAX_BETA), alpha)

@@ -1,0 +1,161 @@
+"""transfusion_attention as an op of PyTorch: opcheck, compile, checkpointing, autocast, transforms, FlexAttention."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from transfusion.kernels import IntervalMask, transfusion_attention
+from transfusion.kernels.attention import check as rule
+from transfusion.kernels.attention.check import Case
+from transfusion.kernels.testing import LAYOUTS, random_layout
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_case(mask: IntervalMask, **shape: Any) -> Case:
+    seed = random.randrange(2**32)
+    print(f"input seed {seed}")
+    return rule.make_case(mask.to(DEVICE), torch.float32, torch.Generator().manual_seed(seed), **shape)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_opcheck(impl: str) -> None:
+    case = make_case(LAYOUTS["adjacent_images"].mask())
+    calls: list[tuple] = []  # type: ignore[type-arg]
+    original = torch.ops.transfusion.attention
+
+    class Recorder:
+        def __call__(self, *args: object) -> object:
+            calls.append(args)
+            return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.transfusion, "attention", Recorder())
+        leaves = [t.clone().requires_grad_() for t in case[:3]]
+        transfusion_attention(*leaves, case.mask, impl=impl)  # a call without gradients makes no tiles for backward
+    arguments = [t.requires_grad_() if i < 3 else t for i, t in enumerate(calls[0])]
+    torch.library.opcheck(original.default, tuple(arguments))
+    out, lse = (t.detach() for t in original(*arguments))
+    saved = [case.grad_out, case.grad_lse, *case[:3], out, lse, *arguments[3:5], *arguments[6:]]
+    torch.library.opcheck(
+        torch.ops.transfusion.attention_backward.default,
+        tuple(t.detach() if isinstance(t, Tensor) else t for t in saved),
+    )
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_at_most_two_graphs_over_lengths_and_masks(grouped: bool) -> None:
+    """One graph for the first length, one for any: the tiles of a new mask are a node of the graph."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def two_layers(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        mask = IntervalMask(start, end, q.shape[2])
+        hidden = transfusion_attention(q, k, v, mask, impl="triton")
+        return transfusion_attention(hidden, k, v, mask, impl="triton")
+
+    for length in (70, 71, 83, 97, 113, 150):
+        case = make_case(random_layout(random.Random(length), length).mask(), heads=(2, 1) if grouped else (1, 1))
+        q = case.q.requires_grad_()
+        eager = transfusion_attention(q, case.k, case.v, case.mask, impl="triton")
+        expected = transfusion_attention(eager, case.k, case.v, case.mask, impl="triton")
+        actual = two_layers(q, case.k, case.v, case.mask.query_start, case.mask.query_end)
+        assert torch.equal(actual, expected)
+        assert all(map(torch.equal, *(torch.autograd.grad(x.sum(), q) for x in (actual, expected))))
+    assert counter.frame_count <= 2
+
+
+def test_a_mask_made_outside_the_graph() -> None:
+    """As the model uses it: a new mask comes with each batch, and its tiles stay with it from layer to layer."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def two_layers(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> Tensor:
+        hidden = transfusion_attention(q, k, v, mask, impl="triton")
+        return transfusion_attention(hidden, k, v, mask, impl="triton")
+
+    for length in (70, 71, 83, 97, 113, 150):
+        case = make_case(random_layout(random.Random(length), length).mask())
+        q = case.q.requires_grad_()
+        fresh = IntervalMask(case.mask.query_start, case.mask.query_end, length)
+        actual = two_layers(q, case.k, case.v, fresh)
+        assert fresh._derived, "the tiles stay with the mask"
+        hidden = transfusion_attention(q, case.k, case.v, case.mask, impl="triton")
+        assert torch.equal(actual, transfusion_attention(hidden, case.k, case.v, case.mask, impl="triton"))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_selective_checkpointing_keeps_the_output(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the op's outputs kept, backward runs no second forward; gradients are the same to the last bit."""
+    case = make_case(LAYOUTS["adjacent_images"].mask())
+    calls = []
+    from transfusion.kernels.attention import kernel
+
+    original = kernel.forward
+    monkeypatch.setattr(kernel, "forward", lambda *call: (calls.append(1), original(*call))[1])
+
+    def policy(context: Any, function: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept = keep and function == torch.ops.transfusion.attention.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return transfusion_attention(q * 2, k, v, case.mask, impl="triton").sin()
+
+    leaves = [t.clone().requires_grad_() for t in case[:3]]
+    expected = torch.autograd.grad(block(*leaves).sum(), leaves)
+    calls.clear()
+    out = checkpoint(
+        block, *leaves, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
+    )
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert all(map(torch.equal, grads, expected))
+    assert len(calls) == (1 if keep else 2)
+
+
+def test_forward_mode_is_refused() -> None:
+    case = make_case(LAYOUTS["text_only"].mask())
+    for impl in ("auto", "reference", "triton"):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(lambda q, impl=impl: transfusion_attention(q, *case[1:4], impl=impl), (case.q,), (case.q,))
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_vmap_is_refused(impl: str) -> None:
+    case = make_case(LAYOUTS["text_only"].mask())
+    with pytest.raises(NotImplementedError, match=r"no batching rule for torch\.vmap"):
+        torch.vmap(lambda q: transfusion_attention(q, *case[1:4], impl=impl))(torch.stack([case.q, case.q]))
+
+
+def test_autocast_casts_to_its_dtype() -> None:
+    """Of mixed inputs too; gradients come back in each input's own dtype."""
+    case = make_case(LAYOUTS["text_only"].mask())
+    leaves = [case.q.clone().requires_grad_(), case.k.bfloat16().requires_grad_(), case.v.clone().requires_grad_()]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = transfusion_attention(*leaves, case.mask, impl="reference")
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, transfusion_attention(*(t.bfloat16() for t in leaves), case.mask, impl="reference"))
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert [grad.dtype for grad in grads] == [leaf.dtype for leaf in leaves]
+
+
+def test_flex_is_the_same_attention() -> None:
+    """FlexAttention under `to_block_mask`, eager here (its compiled form needs a GPU), grouped heads and a batch."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    masks = [random_layout(random.Random(seed), 300).mask() for seed in range(2)]
+    case = make_case(IntervalMask.stack(masks), heads=(4, 2))
+    if DEVICE == "cuda":
+        out = transfusion_attention(*case[:4], impl="flex")
+    else:
+        out = flex_attention(*case[:3], block_mask=case.mask.to_block_mask(), enable_gqa=True)  # type: ignore[assignment]
+    gold = rule.formula(case, torch.float64, torch.float64)[0]
+    verdict = rule.judge(out, rule.eager_orders(case, 8)[0], gold)
+    assert verdict.passed, verdict
