@@ -1,0 +1,110 @@
+"""`python -m benchmarks`: checks, then times; rows go to benchmarks/results/<gpu or cpu>/<suite>.jsonl.
+
+    python -m benchmarks                              every suite on this machine
+    python -m benchmarks --suite attention --filter 7b --quick
+    python -m benchmarks --suite attention --budget 540 --resume      in calls of nine minutes, until none is left
+    python -m benchmarks --compare HEAD~1             this tree against another commit, interleaved, in one run
+    python -m benchmarks --report                     plots, and the tables of README.md, from the rows
+
+Exits with 1 where a check failed: such a kernel is not timed.
+"""
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from benchmarks import rows
+from benchmarks.clock import QUICK, Effort
+
+SUITES = ("attention", "ops", "tiles", "train", "denoise")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """-> 0, or 1 where a check failed."""
+    options = _parser().parse_args(arguments)
+    if options.report:
+        from benchmarks import report
+
+        return report.main()
+    if options.compare:
+        from benchmarks import compare
+
+        return compare.main(options.compare, options.suite or "attention", options.filter, options.quick)
+    suites = (options.suite,) if options.suite else SUITES
+    work = [(suite, *pair) for suite in suites for pair in _module(suite).pairs()]
+    work = [item for item in work if options.filter in " ".join(item)]
+    if options.list:
+        print("\n".join("  ".join(item) for item in work))
+        return 0
+    return _run(work, options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", choices=SUITES)
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only what has TEXT in 'suite case baseline'")
+    parser.add_argument("--quick", action="store_true", help="a few calls each, for a look; rows say so")
+    parser.add_argument("--list", action="store_true", help="names, and nothing else")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start nothing after so long; say what is left")
+    parser.add_argument("--resume", action="store_true", help="skip what this commit has rows of")
+    parser.add_argument("--rows", type=Path, default=rows.RESULTS, metavar="FOLDER", help="where rows go")
+    parser.add_argument("--compare", metavar="REF", help="against another commit")
+    parser.add_argument("--report", action="store_true", help="plots and README tables from the rows")
+    return parser
+
+
+def _module(suite: str) -> ModuleType:
+    return importlib.import_module(f"benchmarks.{suite}")
+
+
+def _run(work: list[tuple[str, str, str]], options: argparse.Namespace) -> int:
+    began, failed, left = time.monotonic(), [], []
+    files = {suite: rows.path(suite, options.rows) for suite, _, _ in work}
+    before = {suite: {key[:3] for key in rows.done(rows.read(file))} for suite, file in files.items()}
+    effort = QUICK if options.quick else Effort()
+    for suite, case, baseline in work:
+        if options.resume and (suite, case, baseline) in before[suite]:
+            continue
+        if options.budget is not None and time.monotonic() - began > options.budget:
+            left.append((suite, case, baseline))
+            continue
+        # one at a time and at once on disk: a run that is killed loses what it was measuring, and nothing else
+        for row in _module(suite).run(case, baseline, *([] if suite == "tiles" else [effort])):
+            rows.append([row | {"quick": options.quick}], files[suite])
+            print(_line(row), flush=True)
+            if row["status"] == "failed":
+                failed.append(row)
+    if left:
+        print(f"\nthe budget is spent; {len(left)} left, --resume goes on with them:")
+        print("\n".join("  " + "  ".join(item) for item in left))
+    if failed:
+        print(f"\n{len(failed)} FAILED and were not timed:\n" + "\n".join(_line(row) for row in failed))
+    return 1 if failed else 0
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row, short."""
+    what = f"{row['suite']:9} {row['case']:32} {row['baseline']:26} {row['measure']:14}"
+    if row["status"] != "ok":
+        return f"{what} {row['status']}: {row['reason']}"
+    figures = [f"{row['p50'] * 1e3:9.3f} ms [{row['p20'] * 1e3:.3f}, {row['p80'] * 1e3:.3f}]"] if "p50" in row else []
+    for key, name in (
+        ("tflops", "TFLOP/s"),
+        ("gigabytes_per_second", "GB/s"),
+        ("share", "of the ceiling"),
+        ("overhead", "× the least tiles"),
+    ):
+        if row.get(key) is not None:
+            figures.append(f"{row[key]:.3g} {name}")
+    return f"{what} " + "  ".join(figures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""`python -m benchmarks --report`: tables and plots from the rows, so that no figure stands anywhere without its row.
+
+A document asks for a table with two comment lines, and what is between them is written here:
+
+    <!-- rows: SUITE MACHINE -->   ...   <!-- end of rows -->
+
+MACHINE is a folder of benchmarks/results. Plots go to benchmarks/results/<machine>/<suite>-<plot>.png. Rows of --quick
+are left out, and of each key the last one counts.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import plots, rows
+from benchmarks.rows import Row
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "kernels/*/README.md")
+BLOCK = re.compile(r"(<!-- rows: (\S+) (\S+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
+# A speed in prose, which no row stands behind; TB/s is how data sheets tell a memory's.
+SPEED = re.compile(r"\d\s*(?:TFLOP/s|GB/s|tok(?:ens?)?/s|% MFU|images/s|×\s+(?:faster|slower|as fast))")
+
+
+def main() -> int:
+    """Draws every plot and fills every table."""
+    for folder in sorted(rows.RESULTS.iterdir()):
+        for file in sorted(folder.glob("*.jsonl")):
+            for plot in plots.draw(current(file), folder):
+                print(plot)
+    for document in documents():
+        text = document.read_text(encoding="utf-8")
+        filled = fill(text)
+        if filled != text:
+            document.write_text(filled, encoding="utf-8")
+            print(document)
+    return 0
+
+
+def documents() -> list[Path]:
+    """Documents that may hold tables."""
+    return [path for pattern in DOCUMENTS for path in sorted(ROOT.glob(pattern))]
+
+
+def current(file: Path) -> list[Row]:
+    """The rows of a file that count."""
+    return rows.latest([row for row in rows.read(file) if not row.get("quick")])
+
+
+def fill(text: str, results: Path = rows.RESULTS) -> str:
+    """`text` with every table made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        opening, suite, machine, closing = match.groups()
+        return f"{opening}{table(suite, machine, results)}{closing}"
+
+    return BLOCK.sub(block, text)
+
+
+def bare_speeds(text: str) -> list[str]:
+    """Speeds that stand outside every table of rows."""
+    return [match[0] for match in SPEED.finditer(BLOCK.sub("", text))]
+
+
+def table(suite: str, machine: str, results: Path = rows.RESULTS) -> str:
+    """The Markdown of one suite on one machine, its conditions first; or which command would fill it."""
+    if suite not in _TABLES:
+        raise ValueError(f"there is no table of suite {suite!r}; choose one of {', '.join(_TABLES)}")
+    found = [row for row in current(results / machine / f"{suite}.jsonl") if row["status"] == "ok"]
+    command = f"python -m benchmarks --suite {suite}"
+    if not found:
+        return f"\nNo rows yet; on such a machine `{command}` makes them.\n\n"
+    return f"\n{conditions(found)} `{command}`\n\n{_TABLES[suite](found)}\n"
+
+
+def conditions(found: list[Row]) -> str:
+    """Where the rows come from, in words; what most of them share."""
+
+    def most(name: str) -> str:
+        return str(Counter(str(row.get(name)) for row in found).most_common(1)[0][0])
+
+    dirty = " with changes" if any(row.get("dirty") for row in found) else ""
+    parts = [f"{most('device')}", f"torch {most('torch')}", f"triton {most('triton')}"]
+    if most("driver") != "None":
+        parts.append(f"driver {most('driver')}")
+    else:
+        parts.append(f"{most('threads')} threads")
+    dates = sorted({row["date"][:10] for row in found})
+    commits = sorted({row["commit"][:10] for row in found})
+    return (
+        f"{', '.join(parts)}; commit {', '.join(commits)}{dirty}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
+    )
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A table."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in [header, ["---"] * len(header), *lines])
+
+
+def _pivot(found: list[Row], cell: Callable[[Row], str]) -> str:
+    """Cases and measures down, baselines across."""
+    baselines = list(dict.fromkeys(row["baseline"] for row in found))
+    cells = {(row["case"], row["measure"], row["baseline"]): cell(row) for row in found}
+    lines = [
+        [case, measure, *(cells.get((case, measure, baseline), "–") for baseline in baselines)]
+        for case, measure in dict.fromkeys((row["case"], row["measure"]) for row in found)
+    ]
+    return markdown(["case", "", *baselines], lines)
+
+
+def _attention(found: list[Row]) -> str:
+    prepare = [row for row in found if row["measure"] == "prepare"]
+    timed = [row for row in found if row["measure"] != "prepare"]
+    starred = any(not row["same_mask"] for row in timed)
+    text = "TFLOP/s over the area of the mask, median; in brackets the share of the roofline of this run.\n"
+    text += "\\* another mask (causal) of the same shape: a speed of light.\n" if starred else ""
+    text += "\n" + _pivot(timed, lambda r: f"{r['tflops']:.3g} ({r['share']:.0%}){'' if r['same_mask'] else ' *'}")
+    if prepare:
+        text += "\nMilliseconds to prepare the mask of a new batch, median:\n\n"
+        text += _pivot(prepare, lambda row: f"{row['p50'] * 1e3:.3g}")
+    return text
+
+
+def _ops(found: list[Row]) -> str:
+    text = (
+        "GB/s, each input and output counted once, median; in brackets the share of the copy bandwidth of this run.\n\n"
+    )
+    return text + _pivot(found, lambda row: f"{row['gigabytes_per_second']:.3g} ({row['share']:.0%})")
+
+
+def _tiles(found: list[Row]) -> str:
+    lines = [
+        [
+            row["case"],
+            row["baseline"],
+            row["measure"],
+            f"{row['block_q']} × {row['block_k']}",
+            f"{row['masked'] + row['full']}",
+            f"{row['full'] / (row['masked'] + row['full']):.0%}",
+            f"{row['granularity']:.2f}",
+            f"{row['walk']:.2f}",
+            f"{row['overhead']:.2f}",
+        ]
+        for row in found
+    ]
+    header = ["mask", "", "stage", "tile", "visited", "full", "granularity", "walk", "overhead"]
+    return markdown(header, lines)
+
+
+def _train(found: list[Row]) -> str:
+    text = "Milliseconds of a training step, median; in brackets the share of this run's matrix product rate.\n\n"
+    return text + _pivot(found, lambda row: f"{row['p50'] * 1e3:.4g} ({row['share']:.0%})")
+
+
+def _denoise(found: list[Row]) -> str:
+    return "Milliseconds of a denoising step, median.\n\n" + _pivot(found, lambda row: f"{row['p50'] * 1e3:.4g}")
+
+
+_TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "attention": _attention,
+    "ops": _ops,
+    "tiles": _tiles,
+    "train": _train,
+    "denoise": _denoise,
+}

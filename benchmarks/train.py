@@ -1,0 +1,250 @@
+"""Suite "train": one training step (losses, gradients, clipping, AdamW) on packed captions, images and text.
+
+FLOPs are counted by what each token passes: 6 for every weight of a block, of the head where a text token is predicted
+and of the codec where a patch is; and attention's own over the area of the mask. "share" is that over this run's matrix
+product rate. Every step gets its mask anew, as training does.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import peers, rows
+from benchmarks.attention import fresh
+from benchmarks.cases import DEVICE
+from benchmarks.clock import Effort, matmul_rate, peak_memory, wall_time
+from benchmarks.gate import failures
+from transfusion import Transfusion, presets
+from transfusion.data.documents import caption_image_document, text_documents
+from transfusion.kernels.testing import Verdict, judge
+from transfusion.model import transformer
+from transfusion.sequence import Batch, Document, SpecialTokens, collate, document_length
+
+SUITE = "train"
+PEER = "transfusion-pytorch"
+# baseline -> the implementation of attention, where it is not that of "ours"
+BASELINES = {"ours": "", "flex": "flex", "sdpa dense": "sdpa", "eager": "reference", PEER: ""}
+
+
+@dataclass(frozen=True)
+class TrainCase:
+    """A preset trained on `rows` rows of `length` tokens, with latents of `side` × `side`."""
+
+    preset: str
+    rows: int
+    length: int
+    side: int
+
+
+CASES = {
+    "cpu": {"tiny_6x160": TrainCase("tiny", 6, 160, 32), "tiny_2x1024": TrainCase("tiny", 2, 1024, 32)},
+    "cuda": {"0.16b_8x4096": TrainCase("0.16b", 8, 4096, 32), "1.4b_2x4096": TrainCase("1.4b", 2, 4096, 32)},
+}[DEVICE]
+
+
+def pairs() -> list[tuple[str, str]]:
+    """(case, baseline) of the suite."""
+    return [(case, baseline) for case in CASES for baseline in BASELINES]
+
+
+def documents(case: TrainCase, seed: int = 0) -> list[list[Document]]:
+    """Rows of documents as the paper mixes them: captioned images, and text, each row filled as far as they fit."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    config, special = presets.get(case.preset), SpecialTokens()
+
+    def words(count: int) -> torch.Tensor:
+        return torch.randint(5, config.vocab_size, (count,), generator=generator)
+
+    def document() -> Document:
+        if rng.random() < 0.3:
+            return text_documents(words(rng.randint(16, min(1024, case.length // 2))), case.length, special)[0]
+        latent = torch.randn(config.latent_channels, case.side, case.side, generator=generator)
+        return caption_image_document(words(rng.randint(8, 40)), latent, special=special)
+
+    result = []
+    for _ in range(case.rows):
+        row: list[Document] = []
+        free = case.length
+        while (length := document_length(candidate := document(), config.patch_size)) <= free:
+            row.append(candidate)
+            free -= length
+        result.append(row)
+    return result
+
+
+def batch(case: TrainCase, seed: int = 0) -> Batch:
+    """Those rows as one batch on the host."""
+    config = presets.get(case.preset)
+    generator = torch.Generator().manual_seed(seed)
+    return collate(documents(case, seed), case.length, config.patch_size, SpecialTokens(), generator)
+
+
+def run(case_name: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:
+    """The step's time under one baseline, after its gradients passed the check; or why it is not timed."""
+    case = CASES[case_name]
+
+    def row(status: str, **values: Any) -> rows.Row:
+        return rows.row(SUITE, case_name, baseline, "step", status, **values)
+
+    reason = why_not(baseline)
+    if reason:
+        yield row("skipped", reason=reason)
+        return
+    torch._dynamo.reset()
+    try:
+        if baseline == PEER:
+            yield row(
+                "ok", **_timed(*peers.training_step(case.preset, documents(case), presets.get(case.preset)), effort)
+            )
+            return
+        checked = check(case, BASELINES[baseline])
+        if wrong := failures(checked):
+            yield row("failed", reason=wrong, gate=checked)
+            return
+        yield row("ok", gate=checked, **_ours(case, BASELINES[baseline], effort))
+    except torch.OutOfMemoryError as error:
+        yield row("skipped", reason=f"out of memory: {str(error).splitlines()[0]}")
+
+
+def why_not(baseline: str) -> str | None:
+    """Why a baseline cannot run here."""
+    if baseline == PEER:
+        return peers.why_not()
+    if baseline == "flex" and DEVICE != "cuda":
+        return "FlexAttention compiles for minutes on a CPU and has no backward there"
+    return None
+
+
+@contextmanager
+def attention_by(impl: str) -> Iterator[None]:
+    """The model's attention by `impl`, all else as ever; "" changes nothing."""
+    original = transformer.transfusion_attention
+    if impl:
+        change: Callable[..., Any] = lambda *args, **named: original(*args, **{**named, "impl": impl})  # noqa: E731
+        transformer.transfusion_attention = change  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        transformer.transfusion_attention = original
+
+
+def _cast() -> AbstractContextManager[Any]:
+    return torch.autocast("cuda", torch.bfloat16) if DEVICE == "cuda" else nullcontext()
+
+
+def check(case: TrainCase, impl: str) -> dict[str, Verdict]:
+    """The embedding's gradient, which the whole step has a part in, against float64; two layers and one row of it."""
+    config = replace(presets.get(case.preset), layers=2)
+    model = Transfusion(config).to(DEVICE)
+    small = batch(replace(case, rows=1, length=min(case.length, 1024))).to(DEVICE)
+
+    def gradient(model: Transfusion, impl: str, cast: AbstractContextManager[Any]) -> torch.Tensor:
+        again = replace(small, mask=fresh(small.mask.to("cpu")))
+        with attention_by(impl), cast:
+            total = model(again).total
+        return torch.autograd.grad(total, model.embedding.weight)[0]
+
+    actual, eager = (gradient(model, each, _cast()) for each in (impl, "reference"))
+    return {"embedding gradient": judge(actual, eager, gradient(model.double(), "reference", nullcontext()))}
+
+
+def own_step(case: TrainCase) -> Callable[[int], None]:
+    """A step of our model on one of four batches in turn."""
+    return _own(case)[0]
+
+
+def _own(case: TrainCase) -> tuple[Callable[[int], None], Transfusion, list[Batch]]:
+    model = Transfusion(presets.get(case.preset)).to(DEVICE)
+    batches = [batch(case, seed) for seed in range(4)]
+    return _step(model, lambda number: _loss(model, batches[number % len(batches)])), model, batches
+
+
+def _ours(case: TrainCase, impl: str, effort: Effort) -> rows.Row:
+    step, model, batches = _own(case)
+    with attention_by(impl):
+        figures = _timed(step, model, case.rows * case.length, effort)
+        parts = breakdown(step) if not impl else None
+    flops = sum(step_flops(model, each) for each in batches) / len(batches)
+    share = flops / figures["p50"] / matmul_rate()
+    return figures | {"flops": flops, "tflops": flops / figures["p50"] / 1e12, "share": share, "breakdown": parts}
+
+
+def _loss(model: Transfusion, batch: Batch) -> torch.Tensor:
+    moved = replace(batch.to(DEVICE), mask=fresh(batch.mask))
+    with _cast():
+        return model(moved).total
+
+
+def _step(model: nn.Module, loss: Callable[[int], torch.Tensor]) -> Callable[[int], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+
+    def step(number: int) -> None:
+        loss(number).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _timed(step: Callable[[int], Any], model: nn.Module, tokens: int, effort: Effort) -> rows.Row:
+    step(0)
+    with peak_memory() as peak:
+        step(1)
+    times = wall_time(step, effort._replace(seconds=10 * effort.seconds))
+    parameters = sum(weight.numel() for weight in model.parameters())
+    return {
+        **times._asdict(),
+        "parameters": parameters,
+        "tokens": tokens,
+        "tokens_per_second": tokens / times.p50,
+        "peak_bytes": (peak or [None])[0],
+        "share": 6 * parameters * tokens / times.p50 / matmul_rate(),
+    }
+
+
+def step_flops(model: Transfusion, batch: Batch) -> float:
+    """Floating point operations of forward and backward, by modality and mask area; nothing recomputed is counted."""
+    config = model.config
+    positions, predicted, patches = batch.token_ids.numel(), batch.text_rows.numel(), batch.image_rows.numel()
+    products = (
+        positions * _matrices(model.transformer) + predicted * _matrices(model.head) + patches * _matrices(model.codec)
+    )
+    area = int(batch.mask.area().sum())
+    return 6.0 * products + 3.5 * 4 * area * config.heads * config.head_dim * config.layers
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters() if weight.ndim > 1)
+
+
+_PARTS = (
+    ("attention", r"attention|forward_kernel|backward_(query|key)_kernel|delta_kernel|flash|fmha|flex|merge_kernel"),
+    ("matrix products", r"aten::(mm|addmm|bmm)$|gemm|nvjet|cutlass|xmma|linear_cross_entropy"),
+    ("noise and diffusion loss", r"patchify|diffusion_loss|philox"),
+    ("optimizer", r"adam|_foreach|multi_tensor|norm\.Scalar|clip"),
+)
+
+
+def breakdown(step: Callable[[int], Any], steps: int = 3) -> dict[str, float]:
+    """Seconds of a step by what they are spent on, from the profiler: of the device on CUDA, else of CPU operators."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activity = ProfilerActivity.CUDA if DEVICE == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        for number in range(steps):
+            step(number)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+    parts: dict[str, float] = {}
+    for event in profiler.key_averages():
+        spent = event.self_device_time_total if DEVICE == "cuda" else event.self_cpu_time_total
+        name = next((part for part, pattern in _PARTS if re.search(pattern, event.key, re.IGNORECASE)), "other")
+        parts[name] = parts.get(name, 0.0) + spent / 1e6 / steps
+    return parts

@@ -1,0 +1,172 @@
+"""Rows on disk, the command line, and documents whose figures all have rows."""
+
+import json
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import attention, compare, plots, report, rows, tiles, train
+from benchmarks.clock import quantiles
+
+STAMP = {
+    "device": "a GPU",
+    "torch": "2",
+    "triton": "3",
+    "driver": None,
+    "threads": 2,
+    "commit": "c0ffee",
+    "dirty": False,
+}
+
+
+def timed(case="causal", baseline="ours", measure="forward", **values):
+    row = {
+        "suite": "ops",
+        "case": case,
+        "baseline": baseline,
+        "measure": measure,
+        "status": "ok",
+        "date": "2026-01-02T",
+    }
+    return row | STAMP | {"p50": 1e-3, "gigabytes_per_second": 123.4, "share": 0.5} | values
+
+
+def test_rows_come_back_and_the_last_of_a_key_counts(tmp_path):
+    file = tmp_path / "new" / "ops.jsonl"
+    rows.append([timed(p50=1.0), timed("full")], file)
+    rows.append([timed(p50=2.0)], file)
+    assert [row["p50"] for row in rows.read(file)] == [1.0, 1e-3, 2.0]
+    assert [(row["case"], row["p50"]) for row in rows.latest(rows.read(file))] == [("causal", 2.0), ("full", 1e-3)]
+    assert rows.read(tmp_path / "none.jsonl") == []
+
+
+def test_a_malformed_row_is_named(tmp_path):
+    (tmp_path / "ops.jsonl").write_text(json.dumps(timed()) + "\n{cut off\n")
+    with pytest.raises(ValueError, match=r"ops\.jsonl:2"):
+        rows.read(tmp_path / "ops.jsonl")
+
+
+def test_only_this_commit_is_done():
+    here = rows.row("ops", "causal", "ours", "forward", "ok")
+    assert rows.done([here]) == {rows.key(here)}
+    assert rows.done([here | {"commit": "another"}]) == set()
+    assert rows.done([here | {"torch": "1"}]) == set()
+
+
+def test_quantiles():
+    assert quantiles([float(number) for number in range(11)])[:3] == (2.0, 5.0, 8.0)
+
+
+@pytest.mark.parametrize("name", [str(path.relative_to(report.ROOT)) for path in report.documents()])
+def test_every_figure_of_a_document_has_its_row(name):
+    text = (report.ROOT / name).read_text(encoding="utf-8")
+    assert report.fill(text) == text, "run `python -m benchmarks --report`"
+    assert report.bare_speeds(text) == []
+
+
+@pytest.mark.parametrize("text", ["550 TFLOP/s", "70 % MFU", "430 GB/s", "2.1 × faster than", "1200 tokens/s"])
+def test_a_speed_without_a_row_is_found(text):
+    assert report.bare_speeds(f"It reaches {text}.")
+    assert not report.bare_speeds(f"<!-- rows: ops gpu -->\n{text}\n<!-- end of rows -->")
+
+
+def test_tables_are_made_from_rows_and_quick_ones_do_not_count(tmp_path):
+    text = "before\n<!-- rows: ops gpu -->\nstale\n<!-- end of rows -->\nafter\n"
+    empty = report.fill(text, tmp_path)
+    assert "No rows yet" in empty
+    assert "stale" not in empty
+    rows.append(
+        [timed(), timed("full", gigabytes_per_second=77.0), timed(quick=True, gigabytes_per_second=9.0)],
+        tmp_path / "gpu" / "ops.jsonl",
+    )
+    filled = report.fill(text, tmp_path)
+    assert "| causal | forward | 123 (50%) |" in filled
+    assert "| full | forward | 77 (50%) |" in filled
+    assert "a GPU" in filled
+    assert "c0ffee" in filled
+    assert report.fill(filled, tmp_path) == filled
+    assert filled.startswith("before\n<!--")
+    assert filled.endswith("-->\nafter\n")
+
+
+def test_an_unknown_table_is_refused():
+    with pytest.raises(ValueError, match="speed"):
+        report.fill("<!-- rows: speed gpu -->\n<!-- end of rows -->")
+
+
+def test_every_suite_has_its_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    shape = {"group": "e", "layout": "causal", "heads": 2, "kv_heads": 2}
+    rates = {"tflops": 1.0, "ceiling_tflops": 2.0, "ceiling_gigabytes_per_second": 300.0, "peak_bytes": 1 << 20}
+    found = [
+        timed(f"causal {keys}", baseline, measure, suite="attention", shape=shape | {"keys": keys}, **rates)
+        for keys in (1024, 2048)
+        for baseline in ("ours", "flex")
+        for measure in ("forward", "backward")
+    ]
+    names = {path.name for path in plots.draw(found, tmp_path)}
+    assert names == {f"attention-{name}.png" for name in ("forward", "backward", "length", "roofline", "memory")}
+    assert len(plots.draw(tiles.run("causal", "head dim 64"), tmp_path)) == 1
+    step = timed(suite="train", breakdown={"attention": 0.1, "other": 0.2})
+    assert len(plots.draw([step], tmp_path)) == 2
+    assert plots.draw([timed(suite="train", status="skipped")], tmp_path) == []
+
+
+def test_list_and_filter(capsys):
+    assert command.main(["--list", "--suite", "attention", "--filter", "causal_512"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all("causal_512" in line for line in lines)
+    assert len(lines) < len(attention.pairs())
+
+
+def test_budget_resume_and_exit_code(tmp_path, capsys, monkeypatch):
+    arguments = ["--suite", "tiles", "--filter", "causal", "--rows", str(tmp_path)]
+    assert command.main([*arguments, "--budget", "-1"]) == 0
+    assert "2 left" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.jsonl"))
+    assert command.main(arguments) == 0
+    (file,) = tmp_path.rglob("tiles.jsonl")
+    before = file.read_text()
+    assert len(before.splitlines()) == 2 * len(tiles.STAGES)
+    assert command.main([*arguments, "--resume"]) == 0
+    assert file.read_text() == before
+    failed = rows.row("tiles", "causal", "head dim 64", "forward", "failed", reason="error of out above its bound")
+    monkeypatch.setattr(tiles, "run", lambda *_: [failed])
+    capsys.readouterr()
+    assert command.main(arguments) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_comparison_takes_medians_and_says_what_is_missing():
+    before = [timed(p50=p50) for p50 in (4e-3, 1e-3, 2e-3)] + [timed("gone")]
+    text = compare.compared(before, [timed(p50=1e-3), timed(status="failed", measure="backward")], "c0ffee")
+    assert "2.000 ms" in text
+    assert "2.000×" in text
+    assert "one side only: ops gone" in text
+
+
+def test_an_unknown_reference_says_so():
+    with pytest.raises(SystemExit, match="no-such-commit"):
+        compare.main("no-such-commit", "tiles", "", quick=True)
+
+
+def test_a_training_row_counts_the_formula():
+    """FLOPs of the transformer by the formula, within 1 % of what torch counts."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from transfusion import Transfusion, presets
+
+    case = train.TrainCase("tiny", 2, 160, 32)
+    model, batch = Transfusion(presets.get("tiny")), train.batch(case)
+    x = torch.randn(*batch.token_ids.shape, model.config.dim, requires_grad=True)
+    with FlopCounterMode(display=False) as counter, train.attention_by("sdpa"):
+        model.transformer(x, batch.positions, batch.mask).sum().backward()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    positions = batch.token_ids.numel()
+    assert 6 * positions * train._matrices(model.transformer) == pytest.approx(counted, rel=0.01)
+    whole = train.step_flops(model, batch)
+    area = int(batch.mask.area().sum())
+    attention_flops = 14 * area * model.config.dim * model.config.layers
+    assert whole > counted + attention_flops
