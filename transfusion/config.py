@@ -11,7 +11,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from transfusion.diffusion.schedule import NoiseSchedule
 from transfusion.sequence import SpecialTokens
@@ -25,8 +25,61 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's slowing of the low rotary frequencies, for contexts longer than the weights were first trained on.
+
+    Args:
+        factor: by which frequencies with a wavelength of original_length / low_frequency tokens or more are divided.
+        low_frequency: turns within original_length, below which a frequency is divided by the whole factor.
+        high_frequency: turns within original_length, above which a frequency stays; between the two, a linear blend.
+        original_length: context of the first training, tokens.
+    """
+
+    factor: float = 8.0
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low_frequency < self.high_frequency:
+            raise ValueError(f"0 < low_frequency < high_frequency, got {self.low_frequency} and {self.high_frequency}")
+        if self.factor <= 0 or self.original_length < 1:
+            raise ValueError(f"factor {self.factor} and original_length {self.original_length} must be positive")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The U-Net codec: down blocks before the transformer, up blocks after it (arXiv 2408.11039, section 3.2).
+
+    Level l works at 1/2^l of the latent's sides, l = 0 .. log2(patch_size). The paper says neither widths nor depth.
+
+    Args:
+        width: channels of level 0.
+        deep_width: channels of every level below it.
+        blocks: residual blocks of a level on the way down; the way up has one more (Nichol & Dhariwal).
+        attention: whether the levels below 0 attend, after each residual block.
+        head_dim: of that attention; it divides deep_width.
+        skips: whether the way up reads what the way down has seen, level by level.
+    """
+
+    width: int = 512
+    deep_width: int = 1024
+    blocks: int = 2
+    attention: bool = True
+    head_dim: int = 64
+    skips: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("width", "deep_width", "blocks", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.attention and self.deep_width % self.head_dim:
+            raise ValueError(f"deep_width {self.deep_width} does not split into heads of {self.head_dim}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Llama's shape and a linear image codec (arXiv 2408.11039, section 3.2 and table 2).
+    """Llama's shape and an image codec, by default the linear one (arXiv 2408.11039, section 3.2 and table 2).
 
     Args:
         vocab_size: text tokens, special ones included.
@@ -34,10 +87,17 @@ class ModelConfig:
         layers: depth.
         heads: query heads.
         kv_heads: key heads; None is as many as query heads.
+        ffn_width: of SwiGLU; None is 2/3·4·dim rounded up to a multiple of 256.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: Llama 3.1's, where imported weights were trained with it.
         norm_eps: of RMSNorm.
+        qk_norm: RMSNorm over each head's query and key before they are turned. Not in the paper.
+        image_positions: "sequence" turns an image token by its place in the document, as the paper does; "grid" by its
+            row and column (`transfusion.model.transformer.grid_positions`).
         latent_channels: C of an image latent.
         patch_size: P; a P×P window of latents is one token.
+        codec: between latents and tokens, "linear" or "unet".
+        unet: sizes of the U-Net codec.
         image_loss_weight: λ of L_LM + λ·L_DDPM.
         schedule: what the network predicts about an image, and the noise path.
         special: ids of the special tokens.
@@ -48,10 +108,16 @@ class ModelConfig:
     layers: int = 16
     heads: int = 12
     kv_heads: int | None = None
+    ffn_width: int | None = None
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
+    qk_norm: bool = False
+    image_positions: Literal["sequence", "grid"] = "sequence"
     latent_channels: int = 8
     patch_size: int = 2
+    codec: Literal["linear", "unet"] = "linear"
+    unet: UNetConfig = field(default_factory=UNetConfig)
     image_loss_weight: float = 5.0
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
     special: SpecialTokens = field(default_factory=SpecialTokens)
@@ -64,6 +130,14 @@ class ModelConfig:
             raise ValueError(f"dim {self.dim} does not split into {self.heads} heads of an even size")
         if self.heads % self.num_kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.ffn_dim < 1:
+            raise ValueError(f"ffn_width must be at least 1, got {self.ffn_width}")
+        if self.image_positions == "grid" and self.head_dim % 4:
+            raise ValueError(f"image_positions='grid' needs a head size that is a multiple of 4, got {self.head_dim}")
+        if self.codec == "unet" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
+            raise ValueError(
+                f"the U-Net codec halves the sides: patch_size must be 2, 4, 8, ..., got {self.patch_size}"
+            )
         largest = max(dataclasses.astuple(self.special))
         if largest >= self.vocab_size:
             raise ValueError(f"special token {largest} is outside the vocabulary of {self.vocab_size}")
@@ -80,13 +154,18 @@ class ModelConfig:
 
     @property
     def ffn_dim(self) -> int:
-        """2/3·4·dim rounded up to a multiple of 256."""
-        return -(-(8 * self.dim // 3) // 256) * 256
+        """ffn_width, or 2/3·4·dim rounded up to a multiple of 256."""
+        return -(-(8 * self.dim // 3) // 256) * 256 if self.ffn_width is None else self.ffn_width
 
     @property
     def patch_dim(self) -> int:
         """P·P·C: numbers in one image token."""
         return self.patch_size**2 * self.latent_channels
+
+    @property
+    def codec_window(self) -> int:
+        """Side of the windows that the codec reads and predicts: P of the linear codec, 1, a pixel, of the U-Net."""
+        return 1 if self.codec == "unet" else self.patch_size
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -117,12 +196,12 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a table, got {value!r}")
-        return from_dict(hint, value, where + ".")  # type: ignore[arg-type]
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
+        if dataclasses.is_dataclass(option):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where} must be a table, got {value!r}")
+            return from_dict(option, value, where + ".")  # type: ignore[arg-type]
         if option is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         origin = typing.get_origin(option)

@@ -7,9 +7,9 @@ import pytest
 
 from transfusion import config as configs
 from transfusion import presets
-from transfusion.config import ModelConfig
-from transfusion.data import LoaderConfig
-from transfusion.run import DataConfig, RunConfig
+from transfusion.config import ModelConfig, RopeScaling, UNetConfig
+from transfusion.data import DataConfig, LoaderConfig
+from transfusion.run import RunConfig
 from transfusion.training import TrainConfig
 
 CONFIG = RunConfig(
@@ -50,3 +50,36 @@ def test_whole_numbers_pass_for_floats() -> None:
 def test_patch_sizes_must_agree() -> None:
     with pytest.raises(ValueError, match=r"data\.loader\.patch_size 2 differs from model\.patch_size 8"):
         RunConfig(presets.get("tiny"), DataConfig(loader=LoaderConfig(rows=1)))
+
+
+def test_optional_tables_and_tables_in_tables(tmp_path: Path) -> None:
+    unet, scaling = UNetConfig(width=16, deep_width=64, skips=False), RopeScaling(4.0)
+    config = presets.get("0.76b-unet-8x8", unet=unet, rope_scaling=scaling, qk_norm=True, image_positions="grid")
+    configs.save(config, tmp_path / "config.toml")
+    assert configs.load(ModelConfig, tmp_path / "config.toml") == config
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_preset_goes_through_toml(tmp_path: Path, name: str) -> None:
+    configs.save(presets.get(name), tmp_path / "config.toml")
+    assert configs.load(ModelConfig, tmp_path / "config.toml") == presets.get(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rope_scaling = 8.0", "rope_scaling must be a table, got 8.0"),
+        ("[rope_scaling]\nfactor = 0.0", "rope_scaling: factor 0.0"),
+        ("[rope_scaling]\nlow_frequency = 5.0", "0 < low_frequency < high_frequency, got 5.0 and 4.0"),
+        ("[unet]\nwidths = 3", "unknown key 'unet.widths'"),
+        ('codec = "vqgan"', "codec must be"),
+        ('image_positions = "hilbert"', "image_positions must be"),
+        ('image_positions = "grid"\nheads = 128', "needs a head size that is a multiple of 4, got 6"),
+        ("ffn_width = 0", "ffn_width must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_in_the_options_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        configs.load(ModelConfig, path)

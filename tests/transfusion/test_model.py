@@ -12,19 +12,46 @@ from transfusion import ModelConfig, Transfusion, presets
 from transfusion.diffusion.schedule import NoiseSchedule
 from transfusion.kernels import philox
 from transfusion.kernels.testing import judge
-from transfusion.sequence import Image, SpecialTokens, Text, collate
+from transfusion.sequence import Image, SpecialTokens, Text, collate, image_tokens
 
 # arXiv 2408.11039, table 2, with Llama's shape and an untied vocabulary of 32,000
 PAPER = {"0.16b": 162e6, "0.37b": 374e6, "0.76b": 778e6, "1.4b": 1364e6, "7b": 6738e6}
+# tables 6 and 7: the preset of each row, the transformer it is built around, and what its U-Net adds, in billions
+TABLES = {name: (name, None) for name in PAPER}
+TABLES |= {f"{name}-unet": (name, 0.17 if name == "0.16b" else 0.27) for name in PAPER}
+TABLES |= {f"0.76b-{side}": ("0.76b", None) for side in ("1x1", "4x4", "8x8")}
+TABLES |= {f"0.76b-unet-{side}": ("0.76b", 0.27) for side in ("4x4", "8x8")}
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_parameters_of_the_papers_sizes(name: str) -> None:
+@pytest.mark.parametrize("name", TABLES)
+def test_parameters_of_the_papers_models(name: str) -> None:
+    """Every row builds on the meta device, and has the paper's count, rounded as the paper rounds it."""
     with torch.device("meta"):
         model = Transfusion(presets.get(name))
+    backbone, unet = TABLES[name]
     codec = sum(p.numel() for p in model.codec.parameters())
-    assert round((model.num_parameters() - codec) / 1e6) == PAPER[name] / 1e6
-    assert codec < 0.005 * model.num_parameters()  # the paper: the linear codec adds less than 0.5 %
+    assert round((model.num_parameters() - codec) / 1e6) == PAPER[backbone] / 1e6
+    if unet is None:
+        assert codec < 0.005 * model.num_parameters()  # the paper: a linear codec adds less than 0.5 %
+    else:
+        assert round(codec / 1e9, 2) == unet
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("0.76b-1x1", 1024),
+        ("0.76b", 256),
+        ("0.76b-4x4", 64),
+        ("0.76b-8x8", 16),
+        ("0.76b-unet", 256),
+        ("0.76b-unet-4x4", 64),
+        ("0.76b-unet-8x8", 16),
+    ],
+)
+def test_tokens_of_an_image_in_each_row_of_table_6(name: str, tokens: int) -> None:
+    config = presets.get(name)
+    assert image_tokens((config.latent_channels, 32, 32), config.patch_size) == tokens
 
 
 def test_losses_are_the_papers() -> None:

@@ -39,9 +39,13 @@ class LinearCodec(nn.Module):
         self.input = nn.Linear(config.patch_dim, config.dim, bias=False)
         self.output = nn.Linear(config.dim, config.patch_dim, bias=False)
 
-    def encode(self, patches: Tensor, timestep: Tensor) -> Tensor:
-        """Noised patches (I, n, P·P·C), timestep (I,) in thousandths of the path -> (I, n, dim)."""
-        return self.input(patches + self.timestep(timestep)[:, None])
+    def encode(self, patches: Tensor, timestep: Tensor, token_image: Tensor | None = None) -> Tensor:
+        """Noised patches (I, n, P·P·C), timestep (I,) in thousandths of the path -> (I, n, dim).
+
+        Of images that differ in size, (T, P·P·C) and the image (T,) that each is of -> (T, dim).
+        """
+        embedded = self.timestep(timestep)
+        return self.input(patches + (embedded[:, None] if token_image is None else embedded[token_image]))
 
     def decode(self, hidden: Tensor) -> Tensor:
         """(I, n, dim) -> prediction (I, n, P·P·C), in the same patch order as the input."""

@@ -1,18 +1,99 @@
-"""x += attention(norm(x));  x += down(silu(gate(norm(x))) ∘ up(norm(x))): Llama's block under an interval mask."""
+"""x += attention(norm(x));  x += down(silu(gate(norm(x))) ∘ up(norm(x))): Llama's block under an interval mask.
+
+Dtypes: weights are kept in float32 and trained under bfloat16 autocast. Then matrix products run in bfloat16, while
+the residual stream x, RMSNorm and the rotation of q and k are computed in float32; attention accumulates in float32.
+Norm, SwiGLU and rotation are plain torch, which torch.compile fuses.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from transfusion.config import ModelConfig
-from transfusion.kernels import IntervalMask, transfusion_attention
+from transfusion.config import ModelConfig, RopeScaling
+from transfusion.kernels import IntervalMask, RaggedLatents, transfusion_attention
+from transfusion.sequence import Batch
+
+Attend = Callable[[Tensor, Tensor, Tensor, str], Tensor]
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos, sin (B, N, 1, D / 2) float32 of position·theta^(-2i/D)."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angle = positions[..., None].float() * theta**-exponent
+class Cache(Protocol):
+    """Keys and values of the tokens before: `transfusion.generation.cache` has it."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:
+        """Takes k, v (B, H_kv, N, D) of the new tokens in; q (B, H, N, D) over all that it then holds, like q."""
+
+
+def frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """theta^(-2i/D), (D / 2,) float32, i = 0 .. D/2 - 1; with `rope_scaling`, as Llama 3.1 slows them."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    plain = config.rope_theta**-exponent
+    return plain if config.rope_scaling is None else _slowed(plain, config.rope_scaling)
+
+
+def _slowed(plain: Tensor, scaling: RopeScaling) -> Tensor:
+    turns = scaling.original_length * plain / (2 * math.pi)
+    kept = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
+    kept = kept.clamp(0, 1)
+    return kept * plain + (1 - kept) * plain / scaling.factor
+
+
+def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos, sin (B, N, 1, D / 2) float32 of position·frequency.
+
+    positions: (B, N), or (B, N, 2), row and column of `grid_positions`: even i turn by the row, odd i by the column.
+    """
+    turned = positions.float()[..., None]
+    if positions.ndim == 3:
+        turned = turned.flatten(-2).repeat(1, 1, config.head_dim // 4)
+    angle = turned * frequencies(config, positions.device)
     return angle.cos()[:, :, None], angle.sin()[:, :, None]
+
+
+def grid_positions(positions: Tensor, index: Tensor, columns: Tensor | int) -> Tensor:
+    """(s + y, s + x) of the image token in row y, column x of an image whose first token stands at s.
+
+    So an image's tokens are turned by their row and column, text tokens, s + k for both, as ever, and what follows an
+    image keeps its place in the document. These are the two spatial axes of Qwen2-VL's M-RoPE (arXiv 2409.12191,
+    section 2.1), interleaved, without its renumbering of the text after an image.
+
+    Args:
+        positions: (...) int64, s + k of each image token.
+        index: (...) int64, k: the token's number in its image, row by row.
+        columns: tokens in a row of its image.
+
+    Returns:
+        (..., 2) int64.
+    """
+    first = positions - index
+    return torch.stack([first + index // columns, first + index % columns], dim=-1)
+
+
+def on_grid(batch: Batch, patch_size: int) -> Tensor:
+    """The batch's positions (B, N, 2): both the place in the document for text, `grid_positions` for image tokens."""
+    latents, area = batch.latents, patch_size**2
+    index = torch.arange(batch.image_rows.numel(), device=batch.positions.device)
+    if isinstance(latents, RaggedLatents):
+        first_pixel, _, width, _ = latents.layout.planes.unbind(1)
+        index = index - first_pixel[batch.token_image] // area
+        columns = width[batch.token_image] // patch_size
+    else:
+        index = index % (latents.shape[-2] * latents.shape[-1] // area)
+        columns = torch.full_like(index, latents.shape[-1] // patch_size)
+    places = batch.positions.flatten()
+    image = grid_positions(places[batch.image_rows], index, columns)
+    both = places[:, None].expand(-1, 2)
+    return both.index_copy(0, batch.image_rows, image).view(*batch.positions.shape, 2)
+
+
+def one_image_on_grid(positions: Tensor, tokens: int, columns: int) -> Tensor:
+    """Positions (B, N) whose first `tokens` are of one image -> (B, N, 2), as `on_grid` has them."""
+    image = grid_positions(positions[:, :tokens], torch.arange(tokens, device=positions.device), columns)
+    return torch.cat([image, positions[:, tokens:, None].expand(-1, -1, 2)], dim=1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -21,21 +102,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1).to(x.dtype)
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm in the dtype of its weight, float32 under autocast too, given back in that of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; one projection makes q, k and v."""
+    """Grouped-query attention with rotary positions; one projection makes q, k and v. QK-norm is Qwen3's, per head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.num_kv_heads, config.head_dim
         self.qkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
+        norms = (HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = norms
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: IntervalMask, impl: str) -> Tensor:
-        """x (B, N, dim) -> (B, N, dim)."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: IntervalMask, impl: str, attend: Attend | None = None
+    ) -> Tensor:
+        """x (B, N, dim) -> (B, N, dim); `attend` takes the place of attention under `mask`."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        attended = transfusion_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, impl=impl)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        attended = attend(q, k, v, impl) if attend else transfusion_attention(q, k, v, mask, impl=impl)
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
@@ -63,9 +157,11 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: IntervalMask, impl: str) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: IntervalMask, impl: str, attend: Attend | None = None
+    ) -> Tensor:
         """x (B, N, dim) -> (B, N, dim)."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask, impl)
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask, impl, attend)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -74,13 +170,18 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.config = config
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: IntervalMask, impl: str = "auto") -> Tensor:
-        """x (B, N, dim), positions (B, N) int64 within each document -> hidden (B, N, dim)."""
-        cos, sin = rotary(positions, self.head_dim, self.rope_theta)
-        for block in self.blocks:
-            x = block(x, cos, sin, mask, impl)
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: IntervalMask, impl: str = "auto", cache: Cache | None = None
+    ) -> Tensor:
+        """x (B, N, dim), positions (B, N) int64 within each document, or (B, N, 2) -> hidden (B, N, dim).
+
+        With a cache, x are new tokens, and the cache's own mask, over the tokens before them too, takes `mask`'s place.
+        """
+        cos, sin = rotary(positions, self.config)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, mask, impl, None if cache is None else partial(cache.attend, layer))
         return self.norm(x)

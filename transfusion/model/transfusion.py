@@ -5,19 +5,21 @@ text   token_ids -> embedding ┐                 ┌ hidden[text_rows]  -> head
 image  patchify_noise -> codec┘      (mask)     └ hidden[image_rows] -> codec -> diffusion_loss
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from transfusion.config import ModelConfig
-from transfusion.kernels import diffusion_loss, patchify_noise
-from transfusion.model import pretrained
+from transfusion.kernels import RaggedLatents, diffusion_loss, patchify_noise
+from transfusion.model import initialization, llama, pretrained
 from transfusion.model.image_codec import LinearCodec
-from transfusion.model.transformer import Transformer
-from transfusion.sequence import Batch
+from transfusion.model.losses import linear_cross_entropy
+from transfusion.model.transformer import Cache, Transformer, on_grid
+from transfusion.model.unet_codec import Skips, UNetCodec
+from transfusion.sequence import Batch, SpecialTokens
 
 
 class Losses(NamedTuple):
@@ -37,66 +39,138 @@ class Transfusion(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.codec = LinearCodec(config)
+        self.codec: LinearCodec | UNetCodec = LinearCodec(config) if config.codec == "linear" else UNetCodec(config)
         self.transformer = Transformer(config)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.initialize()
+        if not self.head.weight.is_meta:
+            self.initialize()
 
-    @torch.no_grad()
-    def initialize(self) -> None:
-        """Normal weights of standard deviation 0.02, those that close a residual branch divided by √(2·layers).
+    def initialize(self, seed: int | None = None) -> None:
+        """Gives every weight its first value, a function of `seed`, of its name and its shape, and of nothing else.
 
-        GPT-2's; the paper is silent.
+        After `to_empty(device=...)` this makes a model that was built on the meta device. None draws a seed from
+        torch's default generator.
         """
-        for name, parameter in self.named_parameters():
-            if parameter.ndim < 2:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            else:
-                closes_branch = name.endswith(("attention.out.weight", "ffn.down.weight"))
-                parameter.normal_(std=0.02 / ((2 * self.config.layers) ** 0.5 if closes_branch else 1.0))
+        drawn = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
+        initialization.initialize(self, self.config, drawn)
 
     def forward(self, batch: Batch, impl: str = "auto") -> Losses:
         """The losses of a batch: a pure function of it and of the weights, for its times and noise are in it.
 
         `impl` chooses the implementation of every kernel: "auto", "triton" or "reference".
         """
-        schedule, patch = self.config.schedule, self.config.patch_size
+        schedule, window = self.config.schedule, self.config.codec_window
         timestep = schedule.timestep(batch.times)
         path = schedule.coefficients(timestep)
-        noised = patchify_noise(
-            batch.latents, path.alpha, path.sigma, patch, seed=batch.noise_seed, dtype=self.head.weight.dtype, impl=impl
-        )
-        hidden = self.hidden(batch, noised, timestep, impl).flatten(0, 1)
+        dtype, seed = self.head.weight.dtype, batch.noise_seed
+        noised = patchify_noise(batch.latents, path.alpha, path.sigma, window, seed=seed, dtype=dtype, impl=impl)
+        hidden, skips = self._run(batch, noised, timestep, impl)
+        hidden = hidden.flatten(0, 1)
         text = image = torch.zeros((), device=hidden.device)
         per_image = torch.zeros(0, device=hidden.device)
         if batch.text_rows.numel():
-            text = functional.cross_entropy(self.head(hidden[batch.text_rows]).float(), batch.text_targets)
+            text = linear_cross_entropy(hidden[batch.text_rows], self.head.weight, batch.text_targets)
         if batch.num_images:
-            prediction = self.codec.decode(hidden[batch.image_rows].unflatten(0, noised.shape[:2]))
+            of_images = hidden[batch.image_rows]
+            if not isinstance(batch.latents, RaggedLatents):
+                of_images = of_images.unflatten(0, (batch.num_images, -1))
+            prediction = self.decode_images(of_images, skips)
             per_image = diffusion_loss(
-                prediction, batch.latents, path.data_weight, path.noise_weight, patch, seed=batch.noise_seed, impl=impl
+                prediction, batch.latents, path.data_weight, path.noise_weight, window, seed=seed, impl=impl
             )
             image = per_image.mean()
         return Losses(text + self.config.image_loss_weight * image, text, image, per_image)
 
-    def hidden(self, batch: Batch, patches: Tensor, timestep: Tensor, impl: str = "auto") -> Tensor:
-        """Patches (I, n, P·P·C) and their timestep (I,) in place among the batch's text -> hidden (B, N, dim)."""
-        x = self.embedding(batch.token_ids)
-        if batch.num_images:
-            thousandths = timestep * (1000 / self.config.schedule.timestep_range)
-            encoded = self.codec.encode(patches, thousandths).flatten(0, 1)
-            x = x.flatten(0, 1).index_copy(0, batch.image_rows, encoded.to(x.dtype)).view_as(x)
-        return self.transformer(x, batch.positions, batch.mask, impl)
+    def hidden(
+        self, batch: Batch, patches: Tensor, timestep: Tensor, impl: str = "auto", cache: Cache | None = None
+    ) -> Tensor:
+        """Images as `encode_images` takes them, in place among the batch's text -> hidden (B, N, dim).
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Writes the folder `path`: config.toml and model.safetensors."""
-        pretrained.save(self, path)
+        A cache, empty before, takes the batch's keys and values in.
+        """
+        return self._run(batch, patches, timestep, impl, cache)[0]
+
+    def _run(
+        self, batch: Batch, patches: Tensor, timestep: Tensor, impl: str, cache: Cache | None = None
+    ) -> tuple[Tensor, Skips | None]:
+        x, positions, skips = self.embedding(batch.token_ids), batch.positions, None
+        if batch.num_images:
+            sides = None if isinstance(batch.latents, RaggedLatents) else batch.latents.shape[-2:]
+            tokens, skips = self.encode_images(patches, timestep, sides, batch.token_image if sides is None else None)
+            x = x.flatten(0, 1).index_copy(0, batch.image_rows, tokens.flatten(0, -2)).view_as(x)
+            if self.config.image_positions == "grid":
+                positions = on_grid(batch, self.config.patch_size)
+        return self.transformer(x, positions, batch.mask, impl, cache), skips
+
+    def encode_images(
+        self, patches: Tensor, timestep: Tensor, sides: Sequence[int] | None, token_image: Tensor | None = None
+    ) -> tuple[Tensor, Skips | None]:
+        """Images noised to their timestep (I,), cut into `config.codec_window` -> tokens, and what decoding needs.
+
+        patches (I, n, P·P·C) of the linear codec, (I, h·w, C) of the U-Net; sides (h, w) of the latents -> (I, n, dim).
+        Of ragged latents, patches (T, P·P·C), token_image (T,) and no sides -> (T, dim). Raises `ValueError` where the
+        U-Net is given images that differ in size.
+        """
+        thousandths = timestep * (1000 / self.config.schedule.timestep_range)
+        stream = self.embedding.weight.dtype  # of the residual stream, under autocast too
+        if isinstance(self.codec, LinearCodec):
+            return self.codec.encode(patches, thousandths, token_image).to(stream), None
+        if sides is None:
+            raise ValueError(
+                "the U-Net codec takes images of one size in a batch, and these differ; put images of one size "
+                "together, or use codec='linear'"
+            )
+        height, width = sides
+        tokens, skips = self.codec.encode(patches, thousandths, (height, width))
+        return tokens.to(stream), skips
+
+    def decode_images(self, hidden: Tensor, skips: Skips | None) -> Tensor:
+        """The images' hidden (I, n, dim) or (T, dim), and what `encode_images` gave -> the prediction, cut as patches
+        are."""
+        if isinstance(self.codec, LinearCodec):
+            return self.codec.decode(hidden)
+        assert skips is not None, "the U-Net's way up needs its way down"
+        return self.codec.decode(hidden, skips)
+
+    def freeze_text(self) -> None:
+        """Leaves only the codec to be trained: embedding, transformer and head, imported say, stay as they are."""
+        self.requires_grad_(False)
+        self.codec.requires_grad_(True)
+
+    def save_pretrained(self, path: str | Path, max_shard_size: int = pretrained.SHARD) -> None:
+        """Writes the folder `path`: config.toml, and model.safetensors, or its shards of at most so many bytes each
+        and their index."""
+        pretrained.save(self, path, max_shard_size)
 
     @staticmethod
     def from_pretrained(path: str | Path, device: torch.device | str = "cpu") -> "Transfusion":
-        """The model saved in folder `path`. Raises `FileNotFoundError` or `ValueError` naming the file at fault."""
+        """The model saved in folder `path`, or as OWNER/NAME on the Hugging Face hub.
+
+        Raises `FileNotFoundError` or `ValueError` naming the file at fault.
+        """
         return pretrained.load(path, device)
 
+    def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
+        """Writes the model's folder to OWNER/NAME on the Hugging Face hub -> its address. Needs huggingface_hub."""
+        return pretrained.push(self, repo_id, private, token)
+
+    @staticmethod
+    def from_llama(source: Any, special: SpecialTokens | None = None, seed: int = 0, **changes: Any) -> "Transfusion":
+        """A model whose text path is a Hugging Face Llama: the same logits for text.
+
+        Args:
+            source: a `LlamaForCausalLM`, a folder with config.json and safetensors, or OWNER/NAME on the hub.
+            special: ids of the special tokens, those past the end of its vocabulary new. None keeps its BOS and EOS
+                and adds PAD, BOI and EOI. A new token starts as the mean of all others.
+            seed: of the codec's first weights.
+            changes: of the image fields of `ModelConfig`.
+
+        Raises:
+            ValueError: an architecture that is not Llama's, weights that do not fit it, or a field it determines.
+            FileNotFoundError: a folder without one of the files.
+        """
+        return llama.load(source, special, seed, changes)
+
     def num_parameters(self) -> int:
-        """Trainable numbers, on the meta device too."""
+        """Numbers in the weights, frozen or not, on the meta device too."""
         return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,131 @@
+"""The chunked text loss: the plain formula, judged against float64, and the memory that it is there to save."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional
+
+from transfusion.kernels.testing import judge
+from transfusion.model.losses import _with_gradients, linear_cross_entropy
+
+
+def case(dtype: torch.dtype, rows: int = 93, dim: int = 32, vocabulary: int = 157) -> tuple[torch.Tensor, ...]:
+    seed = torch.seed() % 2**31
+    print("seed", seed)
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, dim, generator=generator).to(dtype)
+    weight = (0.3 * torch.randn(vocabulary, dim, generator=generator)).to(dtype)
+    return hidden, weight, torch.randint(vocabulary, (rows,), generator=generator)
+
+
+def plain(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    return functional.cross_entropy((hidden @ weight.T).to(exact), target)
+
+
+def results(function, hidden, weight, target):
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = function(hidden, weight, target)
+    return loss.detach(), *torch.autograd.grad(3 * loss, (hidden, weight))
+
+
+def in_several_orders(hidden, weight, target):
+    """The plain formula's results with its rows in other orders: one of them may be exact by luck."""
+    orders = [torch.arange(len(target)), *(torch.randperm(len(target)) for _ in range(7))]
+    for order in orders:
+        loss, grad_hidden, grad_weight = results(plain, hidden[order], weight, target[order])
+        yield loss, grad_hidden[order.argsort()], grad_weight
+
+
+@pytest.mark.parametrize("chunk", [10, 40, 93, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_as_exact_as_the_plain_formula(dtype, chunk):
+    hidden, weight, target = case(dtype)
+    ours = results(lambda *given: linear_cross_entropy(*given, chunk=chunk), hidden, weight, target)
+    eager = zip(*in_several_orders(hidden, weight, target), strict=True)
+    gold = results(plain, hidden.double(), weight.double(), target)
+    for actual, orders, exact in zip(ours, eager, gold, strict=True):
+        assert actual.dtype == orders[0].dtype
+        verdict = judge(actual, orders, exact)
+        assert verdict.passed and verdict.bound < 0.1 * exact.abs().max(), verdict
+
+
+def test_gradcheck():
+    hidden, weight, target = case(torch.float64, 12, 5, 9)
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, target, chunk=5), inputs)
+
+
+@pytest.mark.parametrize(("hidden_learns", "weight_learns"), [(True, True), (True, False), (False, True)])
+def test_opcheck(hidden_learns, weight_learns):
+    hidden, weight, target = case(torch.float32, 12, 5, 9)
+    hidden.requires_grad_(hidden_learns), weight.requires_grad_(weight_learns)
+    torch.library.opcheck(_with_gradients, (hidden, weight, target, 5, hidden_learns, weight_learns))
+    linear_cross_entropy(hidden, weight, target, chunk=5).backward()
+    assert (hidden.grad is not None) == hidden_learns and (weight.grad is not None) == weight_learns
+
+
+def test_compiles_whole_for_any_number_of_rows():
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (7, 30, 31, 93):
+        hidden, weight, target = case(torch.float32, rows)
+        ours, theirs = (results(f, hidden, weight, target) for f in (compiled, linear_cross_entropy))
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_autocast_is_that_of_a_linear_layer():
+    hidden, weight, target = case(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = results(linear_cross_entropy, hidden, weight, target)
+        eager = results(plain, hidden, weight, target)
+    exact = results(plain, hidden.double(), weight.double(), target)
+    assert [t.dtype for t in ours] == [torch.float32] * 3
+    for actual, one, gold in zip(ours, eager, exact, strict=True):
+        verdict = judge(actual.bfloat16(), one, gold)
+        assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda h, w, t: (h, w[:, :-1], t), ValueError, "have shapes"),
+        (lambda h, w, t: (h[:0], w, t[:0]), ValueError, "mean over 0 rows"),
+        (lambda h, w, t: (h, w.double(), t), TypeError, "weight is torch.float64"),
+    ],
+)
+def test_mistakes_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(*change(*case(torch.float32)))
+
+
+PROGRAM = """
+import resource, sys, torch
+from torch.nn import functional
+from transfusion.model.losses import linear_cross_entropy
+torch.set_num_threads(1)
+hidden, weight = torch.zeros(4096, 8, requires_grad=True), torch.zeros(16000, 8, requires_grad=True)
+target = torch.zeros(4096, dtype=torch.int64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.argv[1] == "plain":
+    loss = functional.cross_entropy(hidden @ weight.T, target)
+else:
+    loss = linear_cross_entropy(hidden, weight, target, chunk=int(sys.argv[1]))
+loss.backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def peak(how: str) -> int:
+    """Bytes by which a fresh process grows."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def test_peak_memory_is_that_of_a_chunk():
+    """4096 rows of 16,000 logits are 262 MB: the plain formula holds them, chunks of 256 rows never."""
+    all_logits = 4096 * 16000 * 4
+    assert peak("plain") > all_logits
+    assert peak("256") < 0.4 * all_logits

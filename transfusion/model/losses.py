@@ -1,0 +1,105 @@
+"""loss = mean_t( logsumexp(W·h_t) - (W·h_t)[target_t] ): the text loss without the logits of all tokens at once.
+
+The rows are taken in chunks. While a chunk's logits are there, so is everything for its gradient: softmax minus the
+target, times W and times h. So the forward pass makes the gradients too, and the backward pass scales them.
+
+    bytes = chunk·V·4 + (V·D + T·D)·itemsize, and V·D·4 for the sum of W's gradient     instead of T·V·(2·itemsize + 8)
+
+torch 2.13's own `linear_cross_entropy` does the same, but not in torch 2.11, and it writes into what it saved for
+backward, which keeps it out of a compiled graph; so there is an op of our own.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1024  # rows; with 32,000 tokens their logits are 131 MB in float32
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, *, chunk: int = CHUNK) -> Tensor:
+    """mean_t( logsumexp(W·h_t) - (W·h_t)[target_t] ), in nats.
+
+    Args:
+        hidden: (T, D) floating point, T at least 1.
+        weight: (V, D), in autocast's dtype where that is on, as `nn.Linear` would have it.
+        target: (T,) int64 in 0 .. V - 1.
+        chunk: rows whose logits are held at once. Results differ by rounding between chunk sizes.
+
+    Returns:
+        () float32, float64 for float64 inputs; sums over the vocabulary and over rows are in that dtype. Differentiable
+        once in hidden and weight. Bitwise deterministic.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: different dtypes.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or target.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden (T, D), weight (V, D) and target (T,) have shapes {tuple(hidden.shape)}, {tuple(weight.shape)} "
+            f"and {tuple(target.shape)}"
+        )
+    if not hidden.shape[0] or chunk < 1:
+        raise ValueError(f"the mean over {hidden.shape[0]} rows in chunks of {chunk} is not defined")
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden, weight = (t.to(torch.get_autocast_dtype(kind)) for t in (hidden, weight))
+    if hidden.dtype != weight.dtype:
+        raise TypeError(f"hidden is {hidden.dtype}, weight is {weight.dtype}; cast one of them")
+    wants = torch.is_grad_enabled()
+    loss, _, _ = _with_gradients(
+        hidden, weight, target, chunk, wants and hidden.requires_grad, wants and weight.requires_grad
+    )
+    return loss
+
+
+@torch.library.custom_op("transfusion::linear_cross_entropy", mutates_args=())
+def _with_gradients(
+    hidden: Tensor, weight: Tensor, target: Tensor, chunk: int, for_hidden: bool, for_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> loss (), its gradients (T, D) and (V, D); a gradient that is not wanted is empty."""
+    rows, exact = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+    losses = torch.empty(rows, dtype=exact, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden) if for_hidden else hidden.new_empty(0)
+    summed = torch.zeros_like(weight, dtype=exact) if for_weight else weight.new_empty(0)
+    for first in range(0, rows, chunk):
+        part, wanted = hidden[first : first + chunk], target[first : first + chunk, None]
+        logits = (part @ weight.T).to(exact)
+        normalizer = logits.logsumexp(1, keepdim=True)
+        losses[first : first + chunk] = (normalizer - logits.gather(1, wanted))[:, 0]
+        if not (for_hidden or for_weight):
+            continue
+        probabilities = logits.sub_(normalizer).exp_()  # in place: the chunk's logits are needed no more
+        probabilities.scatter_(1, wanted, probabilities.gather(1, wanted) - 1)
+        grad_logits = probabilities.div_(rows).to(hidden.dtype)
+        if for_hidden:
+            torch.mm(grad_logits, weight, out=grad_hidden[first : first + chunk])
+        if for_weight and weight.dtype == exact:
+            summed.addmm_(grad_logits.T, part)
+        elif for_weight:
+            summed += grad_logits.T @ part
+    return losses.mean(), grad_hidden, summed.to(weight.dtype)
+
+
+@_with_gradients.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, target: Tensor, chunk: int, for_hidden: bool, for_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    grad_hidden = torch.empty_like(hidden) if for_hidden else hidden.new_empty(0)
+    grad_weight = torch.empty_like(weight) if for_weight else weight.new_empty(0)
+    return hidden.new_empty((), dtype=exact), grad_hidden, grad_weight
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, grad_hidden, grad_weight = output
+    ctx.mark_non_differentiable(grad_hidden, grad_weight)
+    ctx.save_for_backward(grad_hidden, grad_weight)
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grads = [saved * grad_loss.to(saved.dtype) if saved.numel() else None for saved in ctx.saved_tensors]
+    return (*grads, None, None, None, None)
+
+
+_with_gradients.register_autograd(_backward, setup_context=_setup_context)
