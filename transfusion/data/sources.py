@@ -1,18 +1,20 @@
 """A source is a map-style sequence: `len(source)`, `source[i]`, and what it had to skip, by name and reason.
 
-    image source   source[i] -> CaptionedImage     FolderSource, EmojiSource (emoji.py)
-    text source    source[i] -> str                PydocTextSource, TextFolderSource
+    image source   source[i] -> CaptionedImage     FolderSource, EmojiSource (emoji.py), HubImages (hub.py)
+    text source    source[i] -> str                PydocTextSource, TextFolderSource (texts.py), HubTexts (hub.py)
 
 Train and test are told apart by a hash of each sample's name, so that a sample stays where it is when others
-come or go, on every machine.
+come or go, on every machine. What is too large to list is a stream (streams.py).
 """
 
 import hashlib
+import io
 import json
 import logging
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 Split = Literal["train", "test", "all"]
 Skipped = tuple[str, str]
+_ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of EXIF
 
 
 class SampleError(ValueError):
@@ -35,18 +38,70 @@ class SampleError(ValueError):
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason
 
+    def __reduce__(self) -> tuple[type["SampleError"], Skipped]:  # it travels from worker processes
+        return SampleError, (self.name, self.reason)
+
+
+@dataclass(frozen=True)
+class FileSlice:
+    """`size` bytes of a file from `offset` on, or all of it; nothing is read before `read()`."""
+
+    path: Path
+    offset: int = 0
+    size: int | None = None
+
+    def read(self) -> bytes:
+        """The bytes. Raises `OSError`, also where the file ends before them."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            content = file.read() if self.size is None else file.read(self.size)
+        if self.size is not None and len(content) < self.size:
+            raise OSError(f"{self.path} ends after {len(content)} of {self.size} bytes")
+        return content
+
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """One sample: a caption, an RGB image of any size, and the name that messages use for it."""
+    """One sample: a caption, an image as a file's bytes or as pixels, and the name that messages use for it.
+
+    Nothing is read or decoded before it is asked for; a file that cannot be is a `SampleError` then.
+    """
 
     caption: str
-    image: "Image.Image"
+    content: "bytes | FileSlice | Image.Image"
     name: str
+
+    @property
+    def image(self) -> "Image.Image":
+        """The RGB image, upright, on white where it is transparent."""
+        if isinstance(self.content, bytes | FileSlice):
+            return decode_rgb(self.read(), self.name)
+        return self.content
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels of `image`, from the file's header where there is one."""
+        return upright_size(self.content if isinstance(self.content, FileSlice) else self.image, self.name)
+
+    @property
+    def key(self) -> str:
+        """sha256 of the content: two samples with one key are the same picture."""
+        content = self.content
+        if isinstance(content, bytes | FileSlice):
+            return hashlib.sha256(self.read()).hexdigest()
+        return hashlib.sha256(repr((content.mode, content.size)).encode() + content.tobytes()).hexdigest()
+
+    def read(self) -> bytes:
+        """The file's bytes."""
+        assert isinstance(self.content, bytes | FileSlice)
+        try:
+            return self.content.read() if isinstance(self.content, FileSlice) else self.content
+        except OSError as error:
+            raise SampleError(self.name, f"unreadable file ({error})") from error
 
 
 class ImageSource(Protocol):
-    """Captioned images. `names` and `captions` are known without decoding an image; `source[i]` may `SampleError`."""
+    """Captioned images. `names` and `captions` are known without reading an image; reading one may `SampleError`."""
 
     names: list[str]
     captions: list[str]
@@ -56,7 +111,7 @@ class ImageSource(Protocol):
         """Number of samples."""
 
     def __getitem__(self, index: int) -> CaptionedImage:
-        """Sample `index`, its image decoded."""
+        """Sample `index`, its image not decoded yet."""
 
 
 def held_out(keys: Iterable[str], fraction: float) -> set[str]:
@@ -84,9 +139,9 @@ class FolderSource:
     """Captioned images of a folder: each line of `captions.jsonl` is {"image": "a/b.jpg", "caption": "..."}.
 
     An entry that is malformed, or whose image is missing or is no image by its header, is skipped: warned about,
-    and kept with its reason in `skipped`. Pixels are decoded at access; a file that turns out to be corrupt then
-    raises `SampleError`. `test_fraction` of the image files are held out; all captions of a file stay together.
-    Raises `ValueError` where there is no captions file, or where nothing valid is left.
+    and kept with its reason in `skipped`. A file whose pixels turn out to be corrupt raises `SampleError` when they
+    are decoded. `test_fraction` of the image files are held out; all captions of a file stay together. Raises
+    `ValueError` where there is no captions file, or where nothing valid is left.
     """
 
     def __init__(self, path: str | Path, split: Split = "train", test_fraction: float = 0.05) -> None:
@@ -111,7 +166,7 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> CaptionedImage:
         name = self.names[index]
-        return CaptionedImage(self.captions[index], open_rgb(self.path / name, name), name)
+        return CaptionedImage(self.captions[index], FileSlice(self.path / name), name)
 
     def _read_captions(self) -> list[tuple[str, str]]:
         file = self.path / "captions.jsonl"
@@ -141,22 +196,46 @@ class FolderSource:
             raise SampleError(where, 'expected {"image": "relative/path.jpg", "caption": "non-empty text"}')
         if not (self.path / name).is_file():
             raise SampleError(name, f"{where} names an image that does not exist")
-        open_rgb(self.path / name, name, header_only=True)
+        upright_size(FileSlice(self.path / name), name)
         return name, caption.strip()
 
 
-def open_rgb(file: Path, name: str, header_only: bool = False) -> "Image.Image":
+def open_rgb(file: Path, name: str) -> "Image.Image":
+    """The image in `file`, as `CaptionedImage.image` gives it."""
+    return CaptionedImage("", FileSlice(file), name).image
+
+
+def decode_rgb(content: bytes, name: str) -> "Image.Image":
     """The image upright and on white where it is transparent; any way in which a decoder fails is a `SampleError`."""
     image_module, image_ops = require("PIL.Image"), require("PIL.ImageOps")
+    with _decoding(name), image_module.open(io.BytesIO(content)) as image:
+        upright = image_ops.exif_transpose(image)
+        if "A" not in upright.getbands() and "transparency" not in upright.info:
+            return upright.convert("RGB")
+        rgba = upright.convert("RGBA")
+        white = image_module.new("RGBA", rgba.size, "white")
+        return image_module.alpha_composite(white, rgba).convert("RGB")
+
+
+def upright_size(content: "FileSlice | Image.Image", name: str) -> tuple[int, int]:
+    """(width, height) as the picture is shown, from a file's header or an image in memory."""
+    if not isinstance(content, FileSlice):
+        return content.size
+    with _decoding(name), open(content.path, "rb") as file:
+        file.seek(content.offset)
+        header = file if content.size is None else io.BytesIO(file.read(content.size))
+        with require("PIL.Image").open(header) as image:
+            # a PNG without EXIF in its header would be decoded to look for it behind the pixels
+            has_exif = image.format != "PNG" or "exif" in image.info
+            turned = has_exif and image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
+            return image.size[::-1] if turned else image.size
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    image_module = require("PIL.Image")
     try:
-        with image_module.open(file) as image:
-            if header_only:
-                return image
-            upright = image_ops.exif_transpose(image)
-            if "A" not in upright.getbands() and "transparency" not in upright.info:
-                return upright.convert("RGB")
-            rgba = upright.convert("RGBA")
-            return image_module.alpha_composite(image_module.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        yield
     # what Pillow's decoders raise on bad bytes, beyond OSError
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error) as error:
         raise SampleError(name, f"unreadable image ({error})") from error
@@ -180,61 +259,3 @@ class TextSource:
 
     def __getitem__(self, index: int) -> str:
         return self._texts[index]
-
-
-class PydocTextSource(TextSource):
-    """The language reference that ships with CPython (`pydoc_data.topics`), one document per topic.
-
-    Topics quote each other at length (a quarter of the text), so a paragraph is kept once, in a held-out topic
-    first: no paragraph of the test split occurs in the train split.
-    """
-
-    def __init__(self, split: Split = "train", test_fraction: float = 0.1) -> None:
-        try:
-            from pydoc_data.topics import topics
-        except ImportError as error:
-            raise ImportError(f"this Python has no pydoc_data ({error}): use TextFolderSource") from error
-        super().__init__(_paragraphs_once(topics, held_out(topics, test_fraction)), split, test_fraction)
-
-
-def _paragraphs_once(topics: dict[str, str], first: set[str]) -> dict[str, str]:
-    seen: set[str] = set()
-    unique = {}
-    for name in sorted(topics, key=lambda name: (name not in first, name)):
-        kept = []
-        for paragraph in topics[name].split("\n\n"):
-            words = " ".join(paragraph.split())
-            if words not in seen:
-                kept.append(paragraph)
-            if len(words) >= 40:  # short ones, such as "See also:", may come again
-                seen.add(words)
-        if kept:
-            unique[name] = "\n\n".join(kept)
-    return unique
-
-
-class TextFolderSource(TextSource):
-    """Every *.txt file under a folder, one UTF-8 document per file, named by its path in the folder.
-
-    Files that are blank or cannot be read are warned about and kept with their reason in `skipped`. Raises
-    `ValueError` where no text is left.
-    """
-
-    def __init__(self, path: str | Path, split: Split = "train", test_fraction: float = 0.1) -> None:
-        folder = Path(path)
-        texts, skipped = {}, []
-        for file in sorted(folder.rglob("*.txt")):
-            name = file.relative_to(folder).as_posix()
-            try:
-                text = file.read_text(encoding="utf-8")
-                reason = "" if text.strip() else "the file is blank"
-            except (OSError, UnicodeDecodeError) as error:
-                text, reason = "", f"unreadable text ({error})"
-            if reason:
-                skipped.append((name, reason))
-                logger.warning("%s: skipped %s: %s", folder, name, reason)
-            else:
-                texts[name] = text
-        if not texts:
-            raise ValueError(f"{folder} has no readable text: expected UTF-8 *.txt files ({len(skipped)} skipped)")
-        super().__init__(texts, split, test_fraction, skipped)

@@ -1,5 +1,6 @@
 """From a picture to what an autoencoder reads, and back."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,19 +12,39 @@ from transfusion.data.optional import require
 if TYPE_CHECKING:
     from PIL import Image
 
+Size = tuple[int, int]
+"""(height, width) in pixels."""
 
-def to_tensor(image: "Image.Image", size: int) -> Tensor:
-    """The central square of `image`, resized to `size`×`size` -> (3, size, size) float32, 2·pixel/255 - 1."""
-    if size < 1:
+
+def to_tensor(image: "Image.Image", size: int | Size) -> Tensor:
+    """The largest centred part of `image` of the shape of `size`, resized to it -> `from_levels` of its pixels."""
+    return from_levels(crop(image, size))
+
+
+def crop(image: "Image.Image", size: int | Size) -> np.ndarray:
+    """The largest centred part of `image` that has the shape of `size`, resized to it -> (height, width, 3) uint8."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
         raise ValueError(f"size must be a positive number of pixels, got {size}")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.convert("RGB").resize(
-        (size, size),
+    if image.mode == "RGB" and image.size == (width, height):
+        return np.array(image)
+    # the larger of the two scales covers the target; what sticks out is cut on both sides alike
+    scale = min(image.width / width, image.height / height)
+    left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
+    if height == width:  # whole pixels, as a square cut has them
+        left, top = float(int(left)), float(int(top))
+    resized = image.convert("RGB").resize(
+        (width, height),
         resample=require("PIL.Image").Resampling.LANCZOS,
-        box=(left, top, left + side, top + side),
+        box=(left, top, min(left + width * scale, image.width), min(top + height * scale, image.height)),
     )
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+    return np.array(resized)
+
+
+def from_levels(levels: np.ndarray) -> Tensor:
+    """(height, width, 3) uint8 -> (3, height, width) float32, 2·level/255 - 1."""
+    planes = torch.from_numpy(levels).permute(2, 0, 1)
+    return planes.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
 def to_image(pixels: Tensor) -> "Image.Image":
@@ -43,3 +64,24 @@ def check_image_size(size: int, downscale: int, patch_size: int) -> None:
             f"image_size={size} does not divide into patches of {step} pixels "
             f"(patch_size {patch_size} x the autoencoder's downscale {downscale}); use e.g. {nearest}"
         )
+
+
+def bucket_sizes(aspect_ratios: Sequence[str], image_size: int, step: int) -> list[Size]:
+    """For each ratio "WIDTH:HEIGHT" the size in multiples of `step` that has it best, of about image_size² pixels.
+
+    No ratio at all means one size, the square. Raises `ValueError` naming a ratio that is malformed.
+    """
+    sizes = []
+    for ratio in aspect_ratios or ("1:1",):
+        width, _, height = ratio.partition(":")
+        if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+            raise ValueError(f'an aspect ratio is "WIDTH:HEIGHT" such as "4:3", got {ratio!r}')
+        scale = (int(width) / int(height)) ** 0.5
+        sizes.append(tuple(max(step, round(side / step) * step) for side in (image_size / scale, image_size * scale)))
+    return sizes
+
+
+def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
+    """The size of `sizes` (height, width) whose aspect ratio is closest to width:height, the first of equal ones."""
+    shapes = np.log([w / h for h, w in sizes])
+    return sizes[int(np.abs(shapes - np.log(width / height)).argmin())]

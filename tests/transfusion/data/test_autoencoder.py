@@ -56,6 +56,23 @@ def test_diffusers_samples_from_the_generator_only(saved):
     assert torch.equal(autoencoder.encode(images), autoencoder.encode(images))
 
 
+def test_moments_are_kept_apart_from_scale_and_sampling(saved):
+    autoencoder = DiffusersAutoencoder(saved[1])
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    moments = autoencoder.moments(images)
+    assert moments.shape == (2, 8, 4, 4)
+    for seed in (None, 5):
+        draws = [None if seed is None else torch.Generator().manual_seed(seed) for _ in range(2)]
+        assert torch.equal(autoencoder.latents(moments, draws[0]), autoencoder.encode(images, draws[1]))
+    assert autoencoder.fingerprint == DiffusersAutoencoder(saved[1]).fingerprint
+    assert autoencoder.fingerprint != DiffusersAutoencoder(saved[1], dtype=torch.bfloat16).fingerprint
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere' is neither the folder of an AutoencoderKL nor a name"):
+        DiffusersAutoencoder(tmp_path / "nowhere")
+
+
 def test_diffusers_clamps_and_computes_in_its_dtype(saved):
     autoencoder = DiffusersAutoencoder(saved[1], dtype=torch.bfloat16)
     latents = autoencoder.encode(torch.rand(1, 3, 8, 8))

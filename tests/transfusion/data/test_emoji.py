@@ -4,6 +4,7 @@ import unicodedata
 import numpy as np
 import pytest
 
+from transfusion.data import emoji as module
 from transfusion.data import optional
 from transfusion.data.emoji import DEMO_EMOJI, EmojiSource, base_emoji
 
@@ -68,6 +69,28 @@ def test_what_was_skipped_is_named_with_a_reason(splits):
     assert set(skipped).isdisjoint(splits["all"].names)
     assert any("the same as" in reason for reason in skipped.values())
     assert all(skipped.values())
+
+
+def test_what_was_drawn_is_kept_and_damage_is_repaired(tmp_path, monkeypatch, caplog):
+    def draw(selection="demo"):
+        module._draw_selection.cache_clear()
+        return module._draw_selection(16, selection)
+
+    fresh = module._draw(16, "demo")
+    monkeypatch.setenv("TRANSFUSION_CACHE", str(tmp_path / "cache"))
+    first = draw()
+    (file,) = (tmp_path / "cache").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_draw", lambda *_: pytest.fail("drawn again"))
+        second = draw()
+    for drawn, skipped in (first, second):
+        assert list(drawn) == list(fresh[0]) and skipped == fresh[1]
+        assert all(np.array_equal(drawn[name], fresh[0][name]) for name in drawn)
+    file.write_bytes(file.read_bytes()[:-100])
+    assert list(draw()[0]) == list(fresh[0]) and "is damaged" in caplog.text
+    monkeypatch.setenv("TRANSFUSION_CACHE", str(file / "no" / "folder"))
+    assert list(draw()[0]) == list(fresh[0]) and "cannot keep the drawn emoji" in caplog.text
+    module._draw_selection.cache_clear()
 
 
 def test_drawn_in_the_middle():

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from transfusion.data.loader import Loader, LoaderConfig, caption_ids
+from transfusion.data.drafting import caption_ids
+from transfusion.data.loader import Loader, LoaderConfig
 from transfusion.data.sources import CaptionedImage, FolderSource, SampleError
 from transfusion.data.tokenizer import Tokenizer
 
@@ -64,10 +65,13 @@ def test_a_batch_is_a_function_of_seed_step_and_rank():
 
 
 @pytest.mark.parametrize("start", [0, 1, 9])
-def test_iterate_resumes_at_any_step(start):
+def test_iterate_goes_on_from_the_state_which_is_a_row_number(start):
     loader = Loader(CONFIG, TOKENIZER, NoiseImages(30), TEXTS)
-    for step, batch in zip(range(start, start + 5), loader.iterate(start, prefetch=3), strict=False):
-        assert _same(batch, loader.batch(step))
+    for _ in range(2):  # what was prepared ahead of the first does not count
+        loader.load_state_dict({"row": start * CONFIG.rows, "sources": [[], []]})
+        for step, batch in zip(range(start, start + 5), loader.iterate(prefetch=3), strict=False):
+            assert _same(batch, loader.batch(step))
+            assert loader.state_dict()["row"] == (step + 1) * CONFIG.rows
 
 
 def test_iterate_hands_errors_on_and_stops_its_thread(monkeypatch):
@@ -79,7 +83,7 @@ def test_iterate_hands_errors_on_and_stops_its_thread(monkeypatch):
     assert any(thread.name.startswith("loader") for thread in threading.enumerate())
     batches.close()
     assert not any(thread.name.startswith("loader") for thread in threading.enumerate())
-    monkeypatch.setattr(loader, "batch", lambda step: 1 / 0)
+    monkeypatch.setattr(loader, "_prepare", lambda row: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(loader.iterate())
     with pytest.raises(ValueError, match="prefetch"):
@@ -96,7 +100,7 @@ def test_ranks_share_an_epoch_without_overlap_or_loss(world_size):
     config = replace(CONFIG, text_fraction=0.0, rows=1)
     source = NoiseImages(40)
     loaders = [Loader(config, TOKENIZER, source, rank=rank, world_size=world_size) for rank in range(world_size)]
-    epoch = len(loaders[0]._image_plan)
+    epoch = len(loaders[0]._images[0].plan)
     seen = Counter()
     for row in range(epoch):
         seen.update(_indices(loaders[row % world_size].batch(row // world_size)))
@@ -109,41 +113,44 @@ def test_every_image_and_every_text_token_is_used_equally_often():
     images, targets, text_targets = Counter(), Counter(), Counter()
     for text in TEXTS:
         text_targets.update([*TOKENIZER.encode(text).tolist(), TOKENIZER.special.eos])
-    for row in range(2 * max(len(loader._image_plan), len(loader._text_plan))):
+    for row in range(2 * max(len(loader._images[0].plan), len(loader._texts[0].plan))):
         batch = loader.batch(row)
-        if row % 2 == 0 and row // 2 < len(loader._image_plan):
+        if row % 2 == 0 and row // 2 < len(loader._images[0].plan):
             images.update(_indices(batch))
-        if row % 2 == 1 and row // 2 < len(loader._text_plan):
+        if row % 2 == 1 and row // 2 < len(loader._texts[0].plan):
             targets.update(batch.text_targets.tolist())
             assert batch.num_images == 0
     assert images == Counter(range(25)) and targets == text_targets
+
+
+def _plan_rows(rows) -> int:
+    return len(rows[0].plan) if rows else 1
 
 
 @pytest.mark.parametrize("fraction", [Fraction(0), Fraction(1, 4), Fraction(1, 3), Fraction(1, 2), Fraction(1)])
 def test_the_mix_is_exact_and_the_stats_are_what_is_measured(fraction):
     config = replace(CONFIG, text_fraction=float(fraction), caption_dropout=0.0, rows=1)
     loader = Loader(config, TOKENIZER, NoiseImages(8), TEXTS[:3])
-    steps = fraction.denominator * lcm(max(len(loader._image_plan), 1), max(len(loader._text_plan), 1))
-    batches = [loader.batch(step) for step in range(steps)]  # whole epochs of both plans
+    steps = fraction.denominator * lcm(_plan_rows(loader._images), _plan_rows(loader._texts))
+    batches = list(islice(loader.iterate(), steps))  # whole epochs of both plans
     assert sum(batch.num_images == 0 for batch in batches) == steps * fraction
     images = sum(batch.num_images for batch in batches)
     tokens = 4 * images + sum(int((batch.token_ids != TOKENIZER.special.pad).sum()) for batch in batches)
-    assert loader.stats.images == pytest.approx(images / steps)
-    assert loader.stats.image_tokens == pytest.approx(4 * images / steps)
-    assert loader.stats.text_tokens == pytest.approx((tokens - 4 * images) / steps)
-    assert loader.stats.fill == pytest.approx(tokens / (steps * 48))
+    stats = loader.stats
+    assert (stats.batches, stats.images, stats.image_tokens) == (steps, images, 4 * images)
+    assert stats.text_tokens == tokens - 4 * images
+    assert stats.fill == tokens / (steps * 48) and stats.text_fraction == (tokens - 4 * images) / tokens
 
 
 def test_packing_fills_the_rows():
     loader = Loader(replace(CONFIG, row_length=128), TOKENIZER, NoiseImages(200), TEXTS * 5)
-    assert loader.stats.fill > 0.9
+    assert min(rows.plan.fill for rows in (*loader._images, *loader._texts)) > 0.9
 
 
 def test_images_per_row_fixes_the_number_of_images():
     config = replace(CONFIG, text_fraction=0.5, images_per_row=2, row_length=60)
     loader = Loader(config, TOKENIZER, NoiseImages(25), TEXTS)
     assert {loader.batch(step).num_images for step in range(30)} == {6}
-    assert loader.stats.images == 6
 
 
 def test_orders_and_dropout_have_their_probabilities_and_limits():
@@ -267,7 +274,7 @@ def test_the_autoencoder_makes_the_latents():
 
     loader = Loader(replace(CONFIG, text_fraction=0.0, patch_size=2), TOKENIZER, NoiseImages(9), autoencoder=Halved())
     batch = loader.batch(0)
-    assert batch.latents.shape[1:] == (5, 4, 4) and loader.tokens_per_image == 4
+    assert batch.latents.shape[1:] == (5, 4, 4)
     assert batch.image_rows.numel() == 4 * batch.num_images
 
 

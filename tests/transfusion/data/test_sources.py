@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfusion.data.sources import FolderSource, PydocTextSource, SampleError, TextFolderSource, held_out
+from transfusion.data.sources import FolderSource, SampleError, held_out
+from transfusion.data.texts import PydocTextSource, TextFolderSource
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_image_truncated_after_its_header_raises_a_sample_error_at_access(tmp_pa
     file.write_bytes(whole[: len(whole) * 3 // 5])
     source = FolderSource(tmp_path, "all")
     with pytest.raises(SampleError, match=file.name):
-        source[0]
+        source[0].image  # noqa: B018
 
 
 def test_transparent_and_grey_images_become_rgb_on_white(tmp_path):

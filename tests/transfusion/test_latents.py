@@ -1,0 +1,120 @@
+"""A user's own images, an autoencoder trained on them, its latents kept, a model trained on these: every command."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from transfusion import cli
+from transfusion.training import metrics
+
+COLORS = ["red", "green", "blue", "black", "gray", "purple", "orange", "navy", "teal", "olive"]
+SIZES = {
+    "model.dim": 32,
+    "model.layers": 1,
+    "model.heads": 2,
+    "model.vocab-size": 300,
+    "model.patch-size": 2,
+    "model.latent-channels": 4,
+    "data.loader.rows": 4,
+    "data.loader.row-length": 48,
+    "train.steps": 3,
+    "train.warmup-steps": 1,
+    "train.log-every": 1,
+}
+SMALL = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Ten plain images with captions, one of them cut short, and a text."""
+    path, lines = tmp_path / "data", []
+    path.mkdir()
+    for index, color in enumerate(COLORS):
+        Image.new("RGB", (20 + index, 24), color).save(path / f"{color}.png")
+        lines.append(json.dumps({"image": f"{color}.png", "caption": f"{color} square"}))
+    (path / "captions.jsonl").write_text("\n".join(lines))
+    damaged = path / "teal.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    (path / "text.txt").write_text("this is a text about squares and colors. " * 20)
+    (path / "other.txt").write_text("this is another text about squares and colors. " * 20)
+    return path
+
+
+def _train_vae(folder: Path, out: Path) -> int:
+    shape = [
+        "--image-size",
+        "16",
+        "--channels",
+        "4",
+        "8",
+        "--steps",
+        "4",
+        "--batch-size",
+        "2",
+        "--checkpoint-every",
+        "2",
+    ]
+    return cli.main(["train-vae", "--images", str(folder), "--out", str(out), *shape])
+
+
+def test_from_a_folder_to_a_model_of_its_latents(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae, cache, run = tmp_path / "vae", tmp_path / "cache", tmp_path / "run"
+    assert _train_vae(folder, vae) == 0
+    assert (vae / "reconstructions.png").is_file() and (vae / "config.json").is_file()
+    data = ["--data.images", str(folder), "--data.texts", str(folder), "--data.autoencoder", str(vae)]
+    data += ["--data.latent-cache", str(cache), "--data.loader.image-size", "16", "--data.loader.patch-size", "2"]
+    assert cli.main(["train", "--out", str(run), *data, *SMALL]) == 2
+    assert "run `transfusion encode` first" in capsys.readouterr().err
+    assert cli.main(["encode", *data]) == 0
+    first = capsys.readouterr().out
+    assert "1 skipped" in first and "skipped teal.png" in first
+    assert cli.main(["encode", *data]) == 0
+    assert ": 0 image(s) encoded" in capsys.readouterr().out
+    from transfusion.data import DiffusersAutoencoder
+
+    with monkeypatch.context() as patch:  # training reads every latent from the cache
+        patch.setattr(DiffusersAutoencoder, "moments", lambda *_: pytest.fail("the encoder ran"))
+        assert cli.main(["train", "--out", str(run), *data, *SMALL]) == 0
+    log = metrics.read_log(run / "log.jsonl")
+    assert log[-1]["step"] == 3 and (run / "model").is_dir()
+    samples = tmp_path / "samples"
+    assert cli.main(["sample", "--run", str(run), "--prompt", "red square", "--out", str(samples), "--steps", "2"]) == 0
+    assert Image.open(next(samples.glob("*.png"))).size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train-vae", "--images", "{tmp}", "--out", "{tmp}/x"], "captions.jsonl does not exist"),
+        (["train-vae", "--images", "{data}", "--out", "{tmp}/x", "--steps", "0"], "steps"),
+        (["encode", "--data.images", "{data}", "--data.latent-cache", "{tmp}/c"], "pixels need none"),
+        (["encode", "--data.images", "{data}", "--data.autoencoder", "{tmp}/x"], "give --data.latent-cache"),
+        (["encode", "--config", "nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_mistakes_end_with_one_line(
+    arguments: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"{tmp}": str(tmp_path), "{data}": str(folder)}
+    for mark, place in places.items():
+        arguments = [argument.replace(mark, place) for argument in arguments]
+    try:
+        status = cli.main(arguments)
+    except SystemExit as error:  # options that tyro itself refuses
+        status = error.code  # type: ignore[assignment]
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_autoencoder_of_another_number_of_channels_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _train_vae(folder, tmp_path / "vae") == 0
+    data = ["--data.images", str(folder), "--data.texts", str(folder), "--data.autoencoder", str(tmp_path / "vae")]
+    data += ["--data.loader.image-size", "16", "--data.loader.patch-size", "2"]
+    assert cli.main(["train", "--out", str(tmp_path / "run"), *data, *SMALL, "--model.latent-channels", "8"]) == 2
+    assert "model.latent_channels 8 differs from the 4 channels" in capsys.readouterr().err

@@ -1,0 +1,153 @@
+"""Which samples a run reads: `DataConfig` as its TOML says it, and what its words name."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from transfusion.data.autoencoder import Autoencoder, DiffusersAutoencoder, PixelAutoencoder
+from transfusion.data.drafting import Images, Mixture, Texts
+from transfusion.data.emoji import EmojiSource
+from transfusion.data.hub import HubImages, HubImageStream, HubTexts, HubTextStream
+from transfusion.data.latent_cache import LatentCache
+from transfusion.data.listing import JoinedImages, each_image, in_order, listed_images
+from transfusion.data.loader import Loader, LoaderConfig
+from transfusion.data.sources import CaptionedImage, FolderSource, ImageSource, SampleError, Split, TextSource
+from transfusion.data.streams import JsonlTexts, Stream, TarImages, shard_paths
+from transfusion.data.texts import PydocTextSource, TextFolderSource
+from transfusion.data.tokenizer import Tokenizer
+
+_STREAM = "stream:"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from, and how they become batches.
+
+    Args:
+        images: "emoji:demo", "emoji:all", a folder with captions.jsonl, tar shards such as "shards/{000..120}.tar",
+            or "hf:NAME" of Hugging Face datasets ("stream:hf:NAME" reads it in order); several make a mixture; none.
+        texts: "pydoc" (Python's own reference manual), a folder of .txt and .jsonl files, one such file,
+            "stream:texts/*.jsonl", or "hf:NAME" ("stream:hf:NAME"); several make a mixture; none.
+        autoencoder: "pixels" (latents are pixels in [-1, 1]) or a diffusers AutoencoderKL, local folder or hub name.
+        loader: how samples become batches.
+        image_weights: the share of each of `images`; none is equal shares.
+        text_weights: the share of each of `texts`; none is equal shares.
+        latent_cache: folder that `transfusion encode` wrote, which spares the encoding; "" encodes each time.
+    """
+
+    images: str | tuple[str, ...] = "emoji:demo"
+    texts: str | tuple[str, ...] = "pydoc"
+    autoencoder: str = "pixels"
+    loader: LoaderConfig = field(
+        default_factory=lambda: LoaderConfig(rows=20, row_length=108, image_size=32, patch_size=8)
+    )
+    image_weights: tuple[float, ...] = ()
+    text_weights: tuple[float, ...] = ()
+    latent_cache: str = ""
+
+    def __post_init__(self) -> None:
+        for kind, weights in (("image", self.image_weights), ("text", self.text_weights)):
+            specs = _specs(getattr(self, f"{kind}s"))
+            if weights and (len(weights) != len(specs) or min(weights) <= 0):
+                raise ValueError(f"{kind}_weights {weights} must be one positive number for each of {kind}s {specs}")
+
+
+def _specs(value: str | Sequence[str]) -> tuple[str, ...]:
+    return tuple(spec for spec in ([value] if isinstance(value, str) else value) if spec)
+
+
+def open_images(spec: str, split: Split, image_size: int) -> Images:
+    """The source or stream that one word of `DataConfig.images` names. Raises `ValueError` where there is none."""
+    if spec in ("emoji:demo", "emoji:all"):
+        return EmojiSource(image_size, split, "demo" if spec == "emoji:demo" else "all")
+    where = spec.removeprefix(_STREAM)
+    if where.startswith("hf:"):
+        return (HubImages if where == spec else HubImageStream)(where.removeprefix("hf:"), split)
+    if where.endswith(".tar"):
+        return TarImages(shard_paths(where), split)
+    if where != spec or where.endswith((".tar.gz", ".tgz")):
+        raise ValueError(f"{spec!r} cannot be streamed: name .tar files (uncompressed), or stream:hf:NAME")
+    return FolderSource(Path(where), split)
+
+
+def open_texts(spec: str, split: Split) -> Texts:
+    """The source or stream that one word of `DataConfig.texts` names. Raises `ValueError` where there is none."""
+    if spec == "pydoc":
+        return PydocTextSource(split)
+    where = spec.removeprefix(_STREAM)
+    if where.startswith("hf:"):
+        return (HubTexts if where == spec else HubTextStream)(where.removeprefix("hf:"), split)
+    return TextFolderSource(Path(where), split) if where == spec else JsonlTexts(shard_paths(where), split)
+
+
+def make_autoencoder(data: DataConfig, device: torch.device | str = "cpu") -> Autoencoder:
+    """Pixels to latents and back, as `data.autoencoder` says."""
+    return PixelAutoencoder() if data.autoencoder == "pixels" else DiffusersAutoencoder(data.autoencoder, device)
+
+
+def make_loader(
+    data: DataConfig, tokenizer: Tokenizer, autoencoder: Autoencoder, rank: int = 0, world_size: int = 1
+) -> Loader:
+    """The training batches of this rank. Raises `ValueError` naming what is missing."""
+    images = [open_images(spec, "train", data.loader.image_size) for spec in _specs(data.images)]
+    texts = [open_texts(spec, "train") for spec in _specs(data.texts)]
+    cache = open_cache(data, autoencoder) if data.latent_cache else None
+    return Loader(
+        data.loader,
+        tokenizer,
+        Mixture(tuple(images), data.image_weights or (1.0,) * len(images)) if images else None,
+        Mixture(tuple(texts), data.text_weights or (1.0,) * len(texts)) if texts else None,
+        autoencoder,
+        rank,
+        world_size,
+        cache,
+    )
+
+
+def open_cache(data: DataConfig, autoencoder: Autoencoder, repair: bool = False) -> LatentCache:
+    """The cache in `data.latent_cache`. Raises `ValueError` where it is empty and not to be filled, or damaged."""
+    if not isinstance(autoencoder, DiffusersAutoencoder):
+        given = f"latent_cache={data.latent_cache!r}, autoencoder={data.autoencoder!r}"
+        raise ValueError(f"{given}: a cache keeps the latents of an AutoencoderKL; pixels need none")
+    cache = LatentCache(data.latent_cache, autoencoder.fingerprint, repair)
+    if not len(cache) and not repair:
+        raise ValueError(f"{cache.folder} holds no latents of {data.autoencoder}: run `transfusion encode` first")
+    return cache
+
+
+def image_source(data: DataConfig, split: Split, limit: int = 4096) -> ImageSource | None:
+    """The captioned images of `split` as one list, of each stream the first `limit`.
+
+    None where `images` names none, or where its streams hold none of them out. Raises `ValueError` where there should
+    be some.
+    """
+    listed = [listed_images(open_images(spec, split, data.loader.image_size), limit) for spec in _specs(data.images)]
+    filled = [source for source in listed if len(source)]
+    if listed and not filled and split != "test":
+        skipped = [": ".join(skip) for source in listed for skip in source.skipped]
+        raise ValueError(f"no image in {data.images}; skipped: {'; '.join(skipped[:3]) or 'none'}")
+    return JoinedImages(filled) if len(filled) > 1 else next(iter(filled), None)
+
+
+def text_source(data: DataConfig, split: Split, limit: int = 4096) -> TextSource | None:
+    """The texts of `split` as one list, of each stream the first `limit`; None as for images."""
+    sources = [open_texts(spec, split) for spec in _specs(data.texts)]
+    if len(sources) == 1 and isinstance(sources[0], TextSource):
+        return sources[0]
+    texts: dict[str, str] = {}
+    for spec, source in zip(_specs(data.texts), sources, strict=True):
+        drawn = (
+            islice(in_order(source), limit) if isinstance(source, Stream) else (source[k] for k in range(len(source)))
+        )
+        texts |= {f"{spec} {number:08d}": text for number, text in enumerate(drawn)}
+    return TextSource(texts, "all", 0.0) if texts or (sources and split != "test") else None
+
+
+def all_images(data: DataConfig, split: Split) -> Iterator[CaptionedImage | SampleError]:
+    """Every captioned image of `split`, in order, streams once through; or why there is none in its place."""
+    for spec in _specs(data.images):
+        source = open_images(spec, split, data.loader.image_size)
+        yield from in_order(source) if isinstance(source, Stream) else each_image(source)

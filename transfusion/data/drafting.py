@@ -1,0 +1,135 @@
+"""A source becomes endless rows of drafts: captions and texts are encoded and measured, images are not read yet."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from transfusion.data.documents import caption_image_length, text_documents
+from transfusion.data.packing import RowPlan
+from transfusion.data.reading import Draft, MapDeck
+from transfusion.data.rows import PlannedRows, Rows, StreamRows
+from transfusion.data.sources import CaptionedImage, ImageSource, SampleError, TextSource
+from transfusion.data.streams import Stream
+from transfusion.data.tokenizer import Tokenizer
+from transfusion.data.transforms import Size, nearest_size
+from transfusion.sequence import Document, document_length
+
+T = TypeVar("T")
+
+Images = ImageSource | Stream[CaptionedImage]
+Texts = TextSource | Sequence[str] | Stream[str]
+
+
+@dataclass(frozen=True)
+class Mixture(Generic[T]):
+    """Several sources in one; each gives the share of the rows that its weight says."""
+
+    sources: tuple[T, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.sources) != len(self.weights):
+            raise ValueError(f"{len(self.sources)} source(s) but {len(self.weights)} weight(s)")
+
+
+def caption_ids(tokenizer: Tokenizer, caption: str, max_tokens: int) -> Tensor:
+    """-> (n,) int64 with 1 <= n <= max_tokens. Raises `ValueError` naming a caption that is longer, or empty."""
+    ids = tokenizer.encode(caption)
+    if not len(ids):
+        raise ValueError("the caption is empty")
+    if len(ids) > max_tokens:
+        raise ValueError(
+            f"the caption {caption!r} has {len(ids)} tokens, more than the {max_tokens} that fit beside its image; "
+            "shorten it or use a longer context"
+        )
+    return ids
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """How samples are measured and packed.
+
+    sizes: what an image may be cropped to; step: pixels a side of one token; images_per_row: exactly so many, or None;
+    shuffle_block: of a stream; skip(name, reason) is told of what cannot be used.
+    """
+
+    tokenizer: Tokenizer
+    row_length: int
+    sizes: list[Size]
+    step: int
+    images_per_row: int | None
+    shuffle_block: int
+    seed: int
+    skip: Callable[[str, str], None]
+
+    @property
+    def max_caption_tokens(self) -> int:
+        """What fits beside an image of the largest size."""
+        largest = max(map(self._patches, self.sizes))
+        return self.row_length // (self.images_per_row or 1) - caption_image_length(0, largest)
+
+    def image_rows(self, images: Images, name: str) -> Rows[Draft]:
+        """Rows of `images`; `name` tells its shuffle from the others'. Raises `ValueError` where none fits."""
+        if self.max_caption_tokens < 1:
+            raise ValueError(
+                f"row_length={self.row_length} holds no caption beside {self.images_per_row or 1} "
+                f"image(s) of {max(map(self._patches, self.sizes))} tokens; use a longer row or larger patches"
+            )
+        if isinstance(images, Stream):
+            if self.images_per_row:
+                raise ValueError("images_per_row needs sources whose samples are listed; a stream packs as many as fit")
+            key = (self.seed, name)
+            return StreamRows(images, self._drafts, _draft_length, self.row_length, self.shuffle_block, key)
+        known = list(self._known(images))
+        if not known:
+            raise ValueError(f"none of the {len(images)} captions fits in {self.max_caption_tokens} tokens")
+        lengths = [self._length(caption, size) for _, caption, size in known]
+        plan = RowPlan(lengths, self.row_length, self.seed, name, self.images_per_row)
+        return PlannedRows(MapDeck(images, known, lengths), plan)
+
+    def text_rows(self, texts: Texts, name: str) -> Rows[Document]:
+        """Rows of windows of `texts`."""
+        if isinstance(texts, Stream):
+            key = (self.seed, name)
+            return StreamRows(texts, self._windows, _text_length, self.row_length, self.shuffle_block, key)
+        windows = [window for index in range(len(texts)) for window in self._windows(texts[index])]
+        return PlannedRows(windows, RowPlan([_text_length(w) for w in windows], self.row_length, self.seed, name))
+
+    def _known(self, images: ImageSource) -> Iterator[tuple[int, Tensor, Size]]:
+        """(index in the source, caption, size) of each sample that fits a row."""
+        for index, caption in enumerate(images.captions):
+            try:
+                ids = caption_ids(self.tokenizer, caption, self.max_caption_tokens)
+                size = self.sizes[0] if len(self.sizes) == 1 else nearest_size(*images[index].size, self.sizes)
+            except ValueError as error:  # a SampleError is one
+                self.skip(images.names[index], error.reason if isinstance(error, SampleError) else str(error))
+            else:
+                yield index, ids, size
+
+    def _drafts(self, sample: CaptionedImage) -> list[Draft]:
+        try:
+            ids = caption_ids(self.tokenizer, sample.caption, self.max_caption_tokens)
+            size = self.sizes[0] if len(self.sizes) == 1 else nearest_size(*sample.size, self.sizes)
+        except ValueError as error:
+            self.skip(sample.name, error.reason if isinstance(error, SampleError) else str(error))
+            return []
+        return [Draft(sample.name, ids, size, self._length(ids, size), lambda: sample)]
+
+    def _windows(self, text: str) -> list[Document]:
+        return text_documents(self.tokenizer.encode(text), self.row_length, self.tokenizer.special)
+
+    def _patches(self, size: Size) -> int:
+        return (size[0] // self.step) * (size[1] // self.step)
+
+    def _length(self, caption: Tensor, size: Size) -> int:
+        return caption_image_length(len(caption), self._patches(size))
+
+
+def _draft_length(draft: Draft) -> int:
+    return draft.length
+
+
+def _text_length(window: Document) -> int:
+    return document_length(window, 1)  # text has no patches

@@ -1,0 +1,121 @@
+"""Drafts, which packing knows by their length, become latents: read, decoded, cropped, encoded; or found in a cache."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transfusion.data.autoencoder import Autoencoder, DiffusersAutoencoder
+from transfusion.data.latent_cache import LatentCache, entry_key
+from transfusion.data.sources import CaptionedImage, FileSlice, ImageSource, SampleError
+from transfusion.data.transforms import Size, crop, from_levels
+
+Content = np.ndarray | Tensor
+"""Pixels (height, width, 3) uint8, or moments (2C, h, w)."""
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A captioned image before it is read: its name, caption (n,), size in pixels, and tokens in a row."""
+
+    name: str
+    caption: Tensor
+    size: Size
+    length: int
+    open: Callable[[], CaptionedImage]
+
+
+class MapDeck(Sequence[Draft]):
+    """The drafts of a map-style source, made when they are asked for."""
+
+    def __init__(self, source: ImageSource, known: list[tuple[int, Tensor, Size]], lengths: list[int]) -> None:
+        self._source, self._known, self.lengths = source, known, lengths
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __getitem__(self, place: int) -> Draft:  # type: ignore[override]  # never sliced
+        index, caption, size = self._known[place]
+        return Draft(
+            self._source.names[index], caption, size, self.lengths[place], partial(self._source.__getitem__, index)
+        )
+
+
+class ImageReader:
+    """`read` decodes drafts side by side; `latent` is what the autoencoder makes of one of them.
+
+    workers: decoding processes; 0 is threads, which is enough where the decoder releases the interpreter lock. The
+    result does not depend on it. cache: moments are read from there, and pixels are not decoded at all.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, cache: LatentCache | None, workers: int, sample: bool) -> None:
+        if cache is not None and not isinstance(autoencoder, DiffusersAutoencoder):
+            raise ValueError("a latent cache is of an AutoencoderKL; latents that are pixels need none")
+        self._autoencoder, self._cache, self._sample = autoencoder, cache, sample
+        # torch's own threads would compete with the training step's
+        self._pool: Executor = (
+            ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+            if workers
+            else ThreadPoolExecutor(_THREADS, "decode", torch.set_num_threads, (1,))
+        )
+
+    def read(self, drafts: Sequence[Draft]) -> list[Content | SampleError]:
+        """What each draft shows, or why there is nothing."""
+        opened = [_opened(draft) for draft in drafts]
+        found = [(s, draft.size) for s, draft in zip(opened, drafts, strict=True) if not isinstance(s, SampleError)]
+        samples, sizes = [sample for sample, _ in found], [size for _, size in found]
+        read: Iterator[Content | SampleError]
+        if self._cache is None:
+            # pixels in memory are ready sooner than another thread is
+            in_memory = all(not isinstance(sample.content, bytes | FileSlice) for sample in samples)
+            read = iter(list((map if in_memory else self._pool.map)(_pixels, samples, sizes)))
+        else:
+            read = iter(list(map(self._moments, samples, sizes, self._pool.map(_content_key, samples))))
+        return [sample if isinstance(sample, SampleError) else next(read) for sample in opened]
+
+    def latent(self, content: Content, generator: torch.Generator) -> Tensor:
+        """-> (C, h, w) float32, each image encoded by itself, so that no batch changes it."""
+        draws = generator if self._sample else None
+        if isinstance(content, np.ndarray):
+            return self._autoencoder.encode(from_levels(content)[None], draws)[0].cpu()
+        assert isinstance(self._autoencoder, DiffusersAutoencoder)
+        return self._autoencoder.latents(content[None], draws)[0]
+
+    def _moments(self, sample: CaptionedImage, size: Size, key: str | SampleError) -> Tensor | SampleError:
+        assert self._cache is not None
+        if isinstance(key, SampleError):
+            return key
+        if (entry := entry_key(key, size)) in self._cache:
+            return self._cache.read(entry)
+        pixels = _pixels(sample, size)
+        if isinstance(pixels, SampleError):  # what cannot be read was never encoded
+            return pixels
+        where = self._cache.folder
+        raise ValueError(f"{sample.name} is not in the latent cache {where}: run `transfusion encode` first")
+
+
+def _opened(draft: Draft) -> CaptionedImage | SampleError:
+    try:
+        return draft.open()
+    except SampleError as error:
+        return error
+
+
+def _pixels(sample: CaptionedImage, size: Size) -> np.ndarray | SampleError:
+    try:
+        return crop(sample.image, size)
+    except SampleError as error:
+        return error
+
+
+def _content_key(sample: CaptionedImage) -> str | SampleError:
+    try:
+        return sample.key
+    except SampleError as error:
+        return error

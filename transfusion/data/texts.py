@@ -1,0 +1,98 @@
+"""Plain text: Python's own manual, and a user's .txt and .jsonl files; texts that fit in memory."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from transfusion.data.sources import SampleError, Skipped, Split, TextSource, held_out
+
+logger = logging.getLogger(__name__)
+
+
+class PydocTextSource(TextSource):
+    """The language reference that ships with CPython (`pydoc_data.topics`), one document per topic.
+
+    Topics quote each other at length (a quarter of the text), so a paragraph is kept once, in a held-out topic
+    first: no paragraph of the test split occurs in the train split.
+    """
+
+    def __init__(self, split: Split = "train", test_fraction: float = 0.1) -> None:
+        try:
+            from pydoc_data.topics import topics
+        except ImportError as error:
+            raise ImportError(f"this Python has no pydoc_data ({error}): use TextFolderSource") from error
+        super().__init__(_paragraphs_once(topics, held_out(topics, test_fraction)), split, test_fraction)
+
+
+def _paragraphs_once(topics: dict[str, str], first: set[str]) -> dict[str, str]:
+    seen: set[str] = set()
+    unique = {}
+    for name in sorted(topics, key=lambda name: (name not in first, name)):
+        kept = []
+        for paragraph in topics[name].split("\n\n"):
+            words = " ".join(paragraph.split())
+            if words not in seen:
+                kept.append(paragraph)
+            if len(words) >= 40:  # short ones, such as "See also:", may come again
+                seen.add(words)
+        if kept:
+            unique[name] = "\n\n".join(kept)
+    return unique
+
+
+class TextFolderSource(TextSource):
+    """Every *.txt and *.jsonl file under a folder, or one such file, UTF-8.
+
+    A .txt file is a document, named by its path; each line {"text": "..."} of a .jsonl file is one, named by file and
+    line. `captions.jsonl`, which lists images, is left out. What is blank, malformed or cannot be read is warned about
+    and kept with its reason in `skipped`. Raises `ValueError` where no text is left.
+    """
+
+    def __init__(self, path: str | Path, split: Split = "train", test_fraction: float = 0.1) -> None:
+        place = Path(path)
+        texts: dict[str, str] = {}
+        skipped: list[Skipped] = []
+        for name, text in _texts(place):
+            if isinstance(text, SampleError):
+                skipped.append((text.name, text.reason))
+                logger.warning("%s: skipped %s", place, text)
+            else:
+                texts[name] = text
+        if not texts:
+            raise ValueError(
+                f"{place} has no readable text: expected UTF-8 *.txt files, or *.jsonl files with one "
+                f'{{"text": "..."}} per line ({len(skipped)} skipped)'
+            )
+        super().__init__(texts, split, test_fraction, skipped)
+
+
+def parse_text(line: bytes, name: str, field: str = "text") -> str | SampleError:
+    """The text of one JSON line {"text": "..."}, or why there is none."""
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        return SampleError(name, f"malformed JSON ({error})")
+    text = entry.get(field) if isinstance(entry, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        return SampleError(name, f'expected {{"{field}": "non-empty text"}}')
+    return text
+
+
+def _texts(place: Path) -> Iterator[tuple[str, str | SampleError]]:
+    for file in [place] if place.is_file() else sorted(place.rglob("*")):
+        name = file.name if place.is_file() else file.relative_to(place).as_posix()
+        if file.suffix == ".txt":
+            yield name, _read_txt(file, name)
+        elif file.suffix == ".jsonl" and file.name != "captions.jsonl":
+            for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+                if line.strip():
+                    yield f"{name}:{number}", parse_text(line, f"{name}:{number}")
+
+
+def _read_txt(file: Path, name: str) -> str | SampleError:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        return SampleError(name, f"unreadable text ({error})")
+    return text if text.strip() else SampleError(name, "the file is blank")
