@@ -2,8 +2,11 @@
 
 Run.start(config, directory).train()     starts the run, or goes on with the one that is there
 Run.open(directory)                      what evaluation and sampling work on
+
+With a `World` of several processes, all of them call both, and rank 0 alone writes.
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,47 +19,40 @@ from transfusion import presets
 from transfusion.config import ModelConfig
 from transfusion.data import (
     Autoencoder,
-    DiffusersAutoencoder,
-    EmojiSource,
-    FolderSource,
-    ImageSource,
-    Loader,
-    LoaderConfig,
-    PixelAutoencoder,
-    PydocTextSource,
-    TextFolderSource,
-    TextSource,
+    DataConfig,
     Tokenizer,
+    image_source,
+    make_autoencoder,
+    make_loader,
+    text_source,
+    to_tensor,
 )
 from transfusion.data.documents import caption_image_length
-from transfusion.data.sources import Split
-from transfusion.evaluation import image_figures, read_images, text_figures
+from transfusion.data.sources import SampleError, Split
+from transfusion.evaluation import image_distances, image_figures, load_features, read_images, text_figures
 from transfusion.generation import TransfusionPipeline
 from transfusion.model import Transfusion
 from transfusion.sequence import image_tokens
-from transfusion.training import TrainConfig, Trainer
+from transfusion.training import TrainConfig, Trainer, World, distribute, materialize
 from transfusion.training.trainer import Preview
 
 CONFIG, TOKENIZER, MODEL = "config.toml", "tokenizer.json", "model"
 
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where samples come from, and how they become batches.
-
-    Args:
-        images: "emoji:demo", "emoji:all", a folder with captions.jsonl, or "" for none.
-        texts: "pydoc" (Python's own reference manual), a folder of .txt files, or "" for none.
-        autoencoder: "pixels" (latents are pixels in [-1, 1]) or a diffusers AutoencoderKL, local folder or hub name.
-        loader: how samples become batches.
-    """
-
-    images: str = "emoji:demo"
-    texts: str = "pydoc"
-    autoencoder: str = "pixels"
-    loader: LoaderConfig = field(
-        default_factory=lambda: LoaderConfig(rows=20, row_length=108, image_size=32, patch_size=8)
-    )
+# What may change when a run goes on: how a step is cut up and what is told of it, not what is learned from what.
+_FREE = (
+    "data.loader.rows",
+    "data.loader.workers",
+    "train.accumulation",
+    "train.parallel",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.async_checkpoint",
+    "train.preview_every",
+    "train.keep_checkpoints",
+    "train.timestep_bins",
+    "train.peak_tflops",
+    "train.wandb_project",
+)
 
 
 @dataclass(frozen=True)
@@ -83,22 +79,6 @@ class RunConfig:
             )
 
 
-def image_source(data: DataConfig, split: Split) -> ImageSource | None:
-    """The captioned images that `data.images` names. Raises `ValueError` where there are none."""
-    if not data.images:
-        return None
-    if data.images in ("emoji:demo", "emoji:all"):
-        return EmojiSource(data.loader.image_size, split, "demo" if data.images == "emoji:demo" else "all")
-    return FolderSource(Path(data.images), split)
-
-
-def text_source(data: DataConfig, split: Split) -> TextSource | None:
-    """The texts that `data.texts` names. Raises `ValueError` where there are none."""
-    if not data.texts:
-        return None
-    return PydocTextSource(split) if data.texts == "pydoc" else TextFolderSource(Path(data.texts), split)
-
-
 def train_tokenizer(config: RunConfig) -> Tokenizer:
     """A byte-level BPE of the run's own captions and texts."""
     images, texts = image_source(config.data, "train"), text_source(config.data, "train")
@@ -113,8 +93,16 @@ class Run:
         self.directory, self.config, self.tokenizer = directory, config, tokenizer
 
     @staticmethod
-    def start(config: RunConfig, directory: Path) -> "Run":
-        """The run in `directory`, begun where there is none. Raises `ValueError` where its config is another one."""
+    def start(config: RunConfig, directory: Path, world: World | None = None) -> "Run":
+        """The run in `directory`, begun where there is none.
+
+        One that is there may go on with another cut of its batch (rows, accumulation, ranks) and another log; any other
+        change to its config raises `ValueError`.
+        """
+        return (world or World(torch.device("cpu"))).main_first(lambda: Run._start(config, directory))
+
+    @staticmethod
+    def _start(config: RunConfig, directory: Path) -> "Run":
         if (directory / CONFIG).is_file():
             run = Run.open(directory)
             changed = _differences(configs.to_dict(run.config), configs.to_dict(config))
@@ -123,7 +111,7 @@ class Run:
                     f"{directory} holds a run with another config ({'; '.join(changed)}); "
                     "give another directory, or delete it"
                 )
-            return run
+            return Run(directory, config, run.tokenizer)
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer = train_tokenizer(config)
         tokenizer.save(directory / TOKENIZER)
@@ -141,8 +129,13 @@ class Run:
     @functools.cached_property
     def autoencoder(self) -> Autoencoder:
         """Pixels to latents and back."""
-        name = self.config.data.autoencoder
-        return PixelAutoencoder() if name == "pixels" else DiffusersAutoencoder(name)
+        made = make_autoencoder(self.config.data, "cuda" if torch.cuda.is_available() else "cpu")
+        if made.latent_channels != self.config.model.latent_channels:
+            raise ValueError(
+                f"model.latent_channels {self.config.model.latent_channels} differs from the {made.latent_channels} "
+                f"channels of the autoencoder {self.config.data.autoencoder}"
+            )
+        return made
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -150,19 +143,19 @@ class Run:
         side = self.config.data.loader.image_size // self.autoencoder.downscale
         return (self.config.model.latent_channels, side, side)
 
-    def train(self, device: torch.device | str = "cpu", preview: Preview | None = None) -> bool:
+    def train(self, on: torch.device | str | World = "cpu", preview: Preview | None = None) -> bool:
         """Trains to the last step, then writes model/ with the averaged weights. -> False where it was stopped."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            model = Transfusion(self.config.model).to(device)
-        data = self.config.data
-        loader = Loader(
-            data.loader, self.tokenizer, image_source(data, "train"), text_source(data, "train"), self.autoencoder
-        )
-        trainer = Trainer(model, loader, self.config.train, self.directory, preview)
+        world = on if isinstance(on, World) else World(torch.device(on))
+        with torch.device("meta"):
+            model = Transfusion(self.config.model)
+        distribute(model, self.config.train.parallel, self.config.train.precision, world)
+        materialize(model, world.device, self.config.seed)
+        loader = make_loader(self.config.data, self.tokenizer, self.autoencoder, world.rank, world.size)
+        trainer = Trainer(model, loader, self.config.train, self.directory, preview, world)
         finished = trainer.run()
-        if finished:
-            trainer.ema.save_pretrained(self.directory / MODEL)
+        averaged = trainer.averaged("cpu") if finished else None
+        if averaged is not None:
+            averaged.save_pretrained(self.directory / MODEL)
         return finished
 
     def model(self, device: torch.device | str = "cpu") -> Transfusion:
@@ -190,9 +183,30 @@ class Run:
                 figures[name] = image_figures(model, captions, latents, draws, seed) | {"skipped": skipped}
         return figures
 
+    def distances(
+        self, model: Transfusion, features: str | Path, samples: int = 256, guidance_scale: float = 3.0, seed: int = 0
+    ) -> dict[str, Any]:
+        """How far images that `model` draws for at most `samples` captions are from the images that have them.
+
+        The images are held out where the run holds some out. features: what `load_features` takes.
+        """
+        network = load_features(features, model.head.weight.device)
+        data, size = self.config.data, self.config.data.loader.image_size
+        images = image_source(data, "test") or image_source(data, "train")
+        if images is None:
+            raise ValueError("this run has no images to compare with: data.images is empty")
+        real, captions = [], []
+        for index in range(min(len(images), samples)):
+            with contextlib.suppress(SampleError):
+                real.append(to_tensor(images[index].image, size))
+                captions.append(images.captions[index])
+        generated = self.pipeline(model).images(captions, guidance_scale=guidance_scale, seed=seed)
+        return image_distances(torch.stack(real).to(generated.device), generated, network, seed=seed)
+
     def pipeline(self, model: Transfusion) -> TransfusionPipeline:
         """Captions, pictures and texts in and out of `model`, this run's or one of its previews."""
-        return TransfusionPipeline(model, self.tokenizer, self.autoencoder, self.latent_shape)
+        longest = self.config.data.loader.row_length
+        return TransfusionPipeline(model, self.tokenizer, self.autoencoder, self.latent_shape, longest)
 
 
 def _differences(old: dict[str, object], new: dict[str, object], where: str = "") -> list[str]:
@@ -200,6 +214,8 @@ def _differences(old: dict[str, object], new: dict[str, object], where: str = ""
     result = []
     for key in sorted({*old, *new}):
         before, now = old.get(key), new.get(key)
+        if f"{where}{key}" in _FREE:
+            continue
         if isinstance(before, dict) and isinstance(now, dict):
             result += _differences(before, now, f"{where}{key}.")
         elif before != now:

@@ -8,18 +8,19 @@ over images, each image's draws averaged first, for draws of one image are not i
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from transfusion.data import Autoencoder, evaluation_batch, mismatched, text_documents, to_tensor
-from transfusion.data.loader import caption_ids
+from transfusion.data.drafting import caption_ids
 from transfusion.data.packing import pack, seeded
 from transfusion.data.sources import ImageSource, TextSource
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.kernels import diffusion_loss
 from transfusion.model import Transfusion
-from transfusion.sequence import Batch, collate, document_length, image_tokens
+from transfusion.sequence import Batch, collate, document_length
 
 _MAX_IMAGES = 256
 _MAX_WINDOWS = 64
@@ -70,14 +71,18 @@ def read_images(
 
 def image_figures(
     model: Transfusion, captions: Sequence[Tensor], latents: Tensor, draws: int, seed: int
-) -> dict[str, float]:
-    """Diffusion loss with right captions and of predicting zero; with shuffled captions, and the gap with its standard
-    error, where there are captions enough to shuffle."""
-    right, shuffled, zero = (
-        torch.stack(column).mean(0)
-        for column in zip(*(_one_draw(model, captions, latents, d, draws, seed) for d in range(draws)), strict=True)
-    )
-    figures = {"images": len(right), "loss": right.mean().item(), "loss_predicting_zero": zero.mean().item()}
+) -> dict[str, Any]:
+    """Diffusion loss with right captions, of the whole path and of each of its `draws` parts, and of predicting zero;
+    with shuffled captions, and the gap with its standard error, where there are captions enough to shuffle."""
+    columns = zip(*(_one_draw(model, captions, latents, d, draws, seed) for d in range(draws)), strict=True)
+    by_draw, shuffled_by_draw, zero_by_draw = (torch.stack(column) for column in columns)
+    right, shuffled, zero = by_draw.mean(0), shuffled_by_draw.mean(0), zero_by_draw.mean(0)
+    figures: dict[str, Any] = {
+        "images": len(right),
+        "loss": right.mean().item(),
+        "loss_by_time": by_draw.mean(1).tolist(),
+        "loss_predicting_zero": zero.mean().item(),
+    }
     if not shuffled.numel():
         return figures
     gap = shuffled - right
@@ -115,7 +120,8 @@ def _loss_of_zero(model: Transfusion, batch: Batch) -> Tensor:
     """What a model that always predicts zero would score on each image: the mean square of the target."""
     config = model.config
     path = config.schedule.coefficients(config.schedule.timestep(batch.times))
-    tokens = image_tokens(batch.latents.shape, config.patch_size)
-    zero = torch.zeros(batch.num_images, tokens, config.patch_dim, device=batch.latents.device)
+    zero = torch.zeros(batch.image_rows.numel(), config.patch_dim, device=batch.latents.device)
+    if isinstance(batch.latents, Tensor):
+        zero = zero.unflatten(0, (batch.num_images, -1))
     weights = path.data_weight, path.noise_weight
     return diffusion_loss(zero, batch.latents, *weights, config.patch_size, seed=batch.noise_seed)

@@ -1,57 +1,199 @@
-"""A checkpoint is written aside, forced to disk, then renamed: whatever happens, the last whole one is still there."""
+"""A checkpoint is written aside by all ranks, then renamed: whatever happens, the last whole one is still there.
 
+    checkpoints/step-00001000/   .metadata, __0_0.distcp, ...  torch.distributed.checkpoint: tensors by name, in shards
+                                 run.json                      the step, the place in the data, and every file's size
+
+Tensors are saved by name and shape, so any number of ranks can load what any other number wrote.
+"""
+
+import json
 import os
 import pickle
 import re
-import zipfile
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-_NAME = re.compile(r"step-(\d{8})\.pt")
+from transfusion.training.world import World
+
+_NAME = re.compile(r"step-(\d{8})")
+_RECORD = "run.json"
+
+
+@dataclass
+class _Writing:
+    """A checkpoint that is being written beside the training."""
+
+    path: Path
+    record: dict[str, Any]
+    future: "Future[Any]"
 
 
 class Checkpoints:
-    """The checkpoints `step-00001000.pt`, ... in one folder, of which the last `keep` are kept."""
+    """The checkpoints `step-00001000`, ... in one folder, of which the last `keep` are kept."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.tmp"):  # of a run that was killed while it wrote
-            leftover.unlink()
+    def __init__(self, folder: Path, keep: int, world: World, beside: bool = False) -> None:
+        self.folder, self.keep, self.world, self.beside = folder, keep, world, beside
+        self._writing: _Writing | None = None
+        if world.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("*.tmp"):  # of a run that was killed while it wrote
+                shutil.rmtree(leftover)
+        world.total([0])
 
     def paths(self) -> list[Path]:
         """Oldest first."""
         return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Writes `state`. Raises `OSError` saying which checkpoint survives where the disk is full or broken."""
-        path = self.folder / f"step-{step:08d}.pt"
-        aside = path.with_suffix(".pt.tmp")
+    def save(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> Path:
+        """Writes tensors and `record` (JSON); every rank calls this. With `beside`, returns once they are copied.
+
+        Raises `OSError` saying which checkpoint survives where a disk is full or broken: on every rank, and with
+        `beside` at the next call of `save` or `wait`.
+        """
+        self.wait()
+        path = self.folder / f"step-{step:08d}"
+        aside = path.with_suffix(".tmp")
+        if self.world.main:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.world.total([0])
+        record = {"step": step, "ranks": self.world.size, **record}
+        alone = self.world.size == 1
         try:
-            with open(aside, "wb") as file:
-                torch.save({"step": step, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except (OSError, RuntimeError) as error:  # torch's zip writer turns a short write into RuntimeError
-            aside.unlink(missing_ok=True)
-            last = self.paths()[-1] if self.paths() else "none"
-            raise OSError(f"cannot write {path}: {error}; the last whole checkpoint is {last}") from error
-        for old in self.paths()[: -self.keep]:
-            old.unlink()
+            writer = FileSystemWriter(aside, sync_files=True)
+            if self.beside:
+                group = self.world.background
+                future = state_dict_saver.async_save(tensors, storage_writer=writer, process_group=group, no_dist=alone)
+                assert isinstance(future, Future)
+                self._writing = _Writing(path, record, future)
+            else:
+                with _quiet():
+                    state_dict_saver.save(
+                        tensors, storage_writer=writer, process_group=self.world.control, no_dist=alone
+                    )
+                self._finish(path, record)
+        except (CheckpointException, OSError, RuntimeError) as error:
+            raise self._failure(path, error) from error
         return path
 
-    def load_last(self, device: torch.device) -> dict[str, Any] | None:
-        """The newest state, or None where there is none. Raises `ValueError` naming a file that cannot be read."""
+    def poll(self) -> None:
+        """Gives a checkpoint that is written by now its name, and drops the oldest; no rank waits for another."""
+        if self._writing and self.world.main and self._writing.future.done():
+            self._complete()
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what `save` would have."""
+        if self._writing:
+            self._complete()
+        self.world.total([0])
+
+    def _complete(self) -> None:
+        assert self._writing is not None
+        writing, self._writing = self._writing, None
+        try:
+            writing.future.result()
+            self._finish(writing.path, writing.record)
+        except (CheckpointException, OSError, RuntimeError) as error:
+            raise self._failure(writing.path, error) from error
+
+    def _finish(self, path: Path, record: dict[str, Any]) -> None:
+        if not self.world.main:
+            return
+        aside = path.with_suffix(".tmp")
+        sizes = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
+        with open(aside / _RECORD, "w", encoding="utf-8") as file:
+            json.dump({**record, "files": sizes}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():  # the same step again
+            self._remove(path)
+        os.replace(aside, path)
+        for old in self.paths()[: -self.keep]:
+            self._remove(old)
+
+    def _remove(self, path: Path) -> None:
+        doomed = path.with_suffix(".old.tmp")  # by one rename: half a checkpoint never bears a checkpoint's name
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+
+    def _failure(self, path: Path, error: BaseException) -> OSError:
+        if self.world.main:
+            shutil.rmtree(path.with_suffix(".tmp"), ignore_errors=True)
+        last = self.paths()[-1] if self.paths() else "none"
+        return OSError(f"cannot write {path}: {_reason(error)}; the last whole checkpoint is {last}")
+
+    def load_last(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+        """Reads the newest into `tensors`, in place. -> its record, or None where there is no checkpoint.
+
+        Raises `ValueError` naming the path where a file is missing or cut short, or where names and shapes differ.
+        Metadata is a pickle: load no checkpoint that you would not run.
+        """
         if not self.paths():
             return None
         path = self.paths()[-1]
         try:
-            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError) as error:
+            record: dict[str, Any] = json.loads((path / _RECORD).read_text(encoding="utf-8"))
+            for name, size in record["files"].items():
+                if (path / name).stat().st_size != size:
+                    raise ValueError(f"{name} has {(path / name).stat().st_size} bytes of {size}")
+            reader = FileSystemReader(path)
+            different = _differences(reader.read_metadata().state_dict_metadata, tensors)
+        except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(
                 f"{path} is truncated or no checkpoint ({error}); delete it to go on from the one before"
             ) from error
-        return state
+        if different:
+            raise ValueError(f"{path} is of another model: {different}")
+        try:
+            with _quiet():
+                state_dict_loader.load(
+                    tensors,
+                    storage_reader=reader,
+                    process_group=self.world.control,
+                    no_dist=self.world.size == 1,
+                )
+        except (CheckpointException, RuntimeError) as error:
+            raise ValueError(
+                f"{path} cannot be read: {_reason(error)}; delete it to go on from the one before"
+            ) from error
+        return record
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's remark that one process saves alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _differences(saved: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """What keeps `tensors` from being loaded from `saved`, in words; empty where nothing does."""
+    for name in sorted({*saved, *tensors}):
+        if name not in saved:
+            return f"it has no {name}"
+        if name not in tensors:
+            return f"only it has {name}"
+        assert isinstance(saved[name], TensorStorageMetadata)
+        if tuple(saved[name].size) != tuple(tensors[name].shape):
+            return f"{name} is {tuple(saved[name].size)} there and {tuple(tensors[name].shape)} here"
+    return ""
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong on the first rank that failed."""
+    if isinstance(error, CheckpointException):
+        first = {rank: str(failure).partition("\n")[0] for rank, (failure, _) in sorted(error.failures.items())}
+        return "; ".join(f"rank {rank}: {line}" for rank, line in first.items())
+    return str(error)

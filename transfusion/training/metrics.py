@@ -1,30 +1,140 @@
-"""What a run says of itself: scalars in `log.jsonl` and TensorBoard, a progress bar or plain lines."""
+"""What a run says of itself: `log.jsonl`, TensorBoard, Weights & Biases, and a progress bar or plain lines."""
 
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 
-class RunLog:
-    """Scalars and pictures of a run from `start_step` on; lines of steps that are run again are dropped."""
+class Sink(Protocol):
+    """Somewhere that scalars and pictures go."""
 
-    def __init__(self, directory: Path, start_step: int, total_steps: int) -> None:
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Values of one step."""
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """pixels (height, width, 3) uint8."""
+
+    def close(self) -> None:
+        """Nothing comes after this."""
+
+
+class JsonLines:
+    """One line for each call, in `log.jsonl`; lines of steps after `start_step`, which are run again, are dropped."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        kept = [line for line in read_log(path) if line["step"] <= start_step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One line, on disk when this returns."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Text has no pictures."""
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files in `folder`; what was there after `start_step` is hidden."""
+
+    def __init__(self, folder: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One point in each curve."""
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """One picture in the series `name`."""
+        self._board.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._board.close()
+
+
+class WeightsAndBiases:
+    """A run of `project`, named after the folder; the same folder goes on in the same run."""
+
+    def __init__(self, project: str, directory: Path) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("train.wandb_project needs Weights & Biases: pip install wandb") from error
+        self._wandb = wandb
+        name = directory.resolve().name
+        self._run = wandb.init(project=project, name=name, id=name, dir=str(directory), resume="allow")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One point in each curve."""
+        self._run.log(values, step=step)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """One picture in the series `name`."""
+        self._run.log({name: self._wandb.Image(pixels)}, step=step)
+
+    def close(self) -> None:
+        """Uploads what is left."""
+        self._run.finish()
+
+
+class Console:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, start_step: int, total_steps: int) -> None:
         from tqdm import tqdm
 
-        self.path = directory / "log.jsonl"
-        kept = [line for line in read_log(self.path) if line["step"] <= start_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=not self._terminal)
         self._total, self._since = total_steps, (start_step, time.monotonic())
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """The losses and the speed, in a line or in the bar."""
+        summary = {
+            "text": f"{values['text_loss']:.3f}",
+            "image": f"{values['image_loss']:.4f}",
+            "tok/s": f"{values['tokens_per_second']:,.0f}",
+        }
+        if "mfu_percent" in values:
+            summary["MFU"] = f"{values['mfu_percent']:.1f}%"
+        self._bar.update(step - self._bar.n)
+        self._bar.set_postfix(summary)
+        if not self._terminal:
+            left = (self._total - step) / values["steps_per_second"]
+            shown = "  ".join(f"{name} {value}" for name, value in summary.items())
+            print(f"step {step}/{self._total}  {shown}  {left / 60:.1f} min left", flush=True)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Nothing to show it on."""
+
+    def say(self, message: str) -> None:
+        """A line above the progress bar."""
+        self._bar.write(message, file=sys.stderr) if self._terminal else print(message, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.close()
+
+
+class RunLog:
+    """All of a run's sinks; on ranks other than 0 there are none, and nothing is written."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = sinks
 
     def __enter__(self) -> "RunLog":
         return self
@@ -32,40 +142,36 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
-        self._board.close()
-        self._file.close()
+        for sink in self._sinks:
+            sink.close()
 
-    def scalars(self, step: int, tokens: int, values: dict[str, float]) -> None:
-        """One line of the log; `tokens`: of each step since the last line."""
-        before, then = self._since
-        now = time.monotonic()
-        rate = (step - before) / max(now - then, 1e-9)
-        self._since = (step, now)
-        line: dict[str, Any] = {"step": step, **values, "tokens_per_second": tokens * rate, "steps_per_second": rate}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name, value in line.items():
-            self._board.add_scalar(name, value, step)
-        summary = {
-            "text": f"{values['text_loss']:.3f}",
-            "image": f"{values['image_loss']:.4f}",
-            "tok/s": f"{tokens * rate:,.0f}",
-        }
-        self._bar.update(step - self._bar.n)
-        self._bar.set_postfix(summary)
-        if not self._terminal:
-            left = (self._total - step) / rate
-            shown = "  ".join(f"{name} {value}" for name, value in summary.items())
-            print(f"step {step}/{self._total}  {shown}  {left / 60:.1f} min left", flush=True)
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Values of one step, everywhere."""
+        for sink in self._sinks:
+            sink.scalars(step, values)
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """pixels (height, width, 3) uint8, into TensorBoard."""
-        self._board.add_image(name, pixels, step, dataformats="HWC")
+        """pixels (height, width, 3) uint8, wherever pictures go."""
+        for sink in self._sinks:
+            sink.picture(step, name, pixels)
 
     def say(self, message: str) -> None:
-        """A line above the progress bar."""
-        self._bar.write(message, file=sys.stderr) if self._terminal else print(message, flush=True)
+        """A line for whoever watches."""
+        for sink in self._sinks:
+            if isinstance(sink, Console):
+                sink.say(message)
+
+
+def open_log(directory: Path, start_step: int, total_steps: int, wandb_project: str = "") -> RunLog:
+    """The log of the run in `directory`, from `start_step` on."""
+    sinks: list[Sink] = [
+        JsonLines(directory / "log.jsonl", start_step),
+        TensorBoard(directory / "tensorboard", start_step),
+        Console(start_step, total_steps),
+    ]
+    if wandb_project:
+        sinks.append(WeightsAndBiases(wandb_project, directory))
+    return RunLog(sinks)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

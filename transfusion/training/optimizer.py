@@ -1,11 +1,13 @@
 """AdamW on matrices with decay, on vectors without; warm-up, then a cosine; an average of the weights beside them."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from transfusion.training.parallel import ParallelConfig, Precision, local, whole
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class TrainConfig:
 
     Args:
         steps: optimizer steps.
-        accumulation: batches whose gradients are averaged in each step.
+        accumulation: batches that each rank adds up for one step.
         learning_rate: the peak, reached after the warm-up.
         min_learning_rate: where the cosine ends, at the last step.
         warmup_steps: linear.
@@ -23,13 +25,18 @@ class TrainConfig:
         weight_decay: of AdamW, on matrices.
         max_grad_norm: what gradients are clipped to.
         ema_decay: of the averaged weights that sampling and evaluation use (the paper is silent).
-        precision: "auto" is bfloat16 autocast on CUDA and float32 elsewhere.
+        precision: "auto" is bfloat16 on CUDA and float32 elsewhere; weights, moments and average are float32 in any.
         impl: implementation of every kernel, "auto", "triton" or "reference".
         log_every: steps.
         checkpoint_every: steps.
+        async_checkpoint: go on with training while a checkpoint is written; costs host memory for a copy.
         preview_every: steps between pictures in TensorBoard; 0 is none.
         keep_checkpoints: how many.
         max_bad_steps: give up after so many steps in a row with a loss or gradient that is not finite.
+        timestep_bins: parts of the diffusion path whose losses are logged apart.
+        peak_tflops: of one device in the precision of training, for the log's MFU; None looks the device up.
+        wandb_project: also log to Weights & Biases, where it is installed; "" is off.
+        parallel: where a step runs, and what it recomputes.
     """
 
     steps: int = 250_000
@@ -42,16 +49,22 @@ class TrainConfig:
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9999
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     impl: str = "auto"
     log_every: int = 10
     checkpoint_every: int = 1000
+    async_checkpoint: bool = False
     preview_every: int = 0
     keep_checkpoints: int = 2
     max_bad_steps: int = 20
+    timestep_bins: int = 4
+    peak_tflops: float | None = None
+    wandb_project: str = ""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
+        counts = ("steps", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps")
+        for name in (*counts, "timestep_bins"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.min_learning_rate <= self.learning_rate:
@@ -70,11 +83,19 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices alone (not on norms and biases)."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    """Fused AdamW; weight decay on matrices alone (not on norms and biases). Moments are there from the start."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+    vectors = [parameter for parameter in trained if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    for parameter in trained:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
 
 
 def step_unless(not_finite: Tensor, optimizer: torch.optim.AdamW) -> None:
@@ -87,7 +108,13 @@ def step_unless(not_finite: Tensor, optimizer: torch.optim.AdamW) -> None:
 
 
 @torch.no_grad()
-def average(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """ema += (1 - d)·(model - ema), d = min(decay, (1 + step) / (10 + step)): young averages forget faster."""
-    weight = 1 - min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
+def clip_gradients(model: nn.Module, largest: float) -> Tensor:
+    """Scales all gradients so that their norm is at most `largest`. -> the norm before, over all ranks' shards."""
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest))
+
+
+@torch.no_grad()
+def average(averages: Sequence[Tensor], weights: Sequence[Tensor], step: int, decay: float) -> None:
+    """average += (1 - d)·(weight - average), d = min(decay, (1 + step) / (10 + step)): young averages forget faster."""
+    amount = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_([local(tensor) for tensor in averages], [local(tensor) for tensor in weights], amount)

@@ -1,14 +1,19 @@
-"""The training loop: batch, losses, gradient, step, average; log, preview, checkpoint. Read `Trainer.run` first.
+"""The training loop: batches, losses, gradients, step, average; log, preview, checkpoint. Read `Trainer.run` first.
 
-A run is a pure function of its config: batch k of the loader is one of the seed, and the model draws nothing. So
-a checkpoint holds weights, average, optimizer and step number, and a resumed run continues bitwise (on a CPU).
+What a step minimises is a mean over the whole global batch, however it is cut into ranks and batches:
+
+    loss = Σ nats of all text targets / their number  +  λ · Σ errors of all images / their number
+
+so each batch's means are weighted by its share of the text targets and of the images; ranks may hold different numbers
+of both. A run is a pure function of its config: the data stream is one of the seed, and the model draws nothing. So a
+checkpoint holds weights, average, optimizer, step number and place in the stream, and a resumed run continues bitwise
+(on a CPU, on as many ranks as before).
 """
 
-import copy
-import signal
+import json
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,25 +23,46 @@ from torch import Tensor
 
 from transfusion.model import Losses, Transfusion
 from transfusion.sequence import Batch
+from transfusion.training import parallel
 from transfusion.training.checkpoint import Checkpoints
-from transfusion.training.metrics import RunLog
-from transfusion.training.optimizer import TrainConfig, average, learning_rate, make_optimizer, step_unless
+from transfusion.training.meter import Counts, LossMeter, SpeedMeter, peak_tflops
+from transfusion.training.metrics import RunLog, open_log
+from transfusion.training.optimizer import (
+    TrainConfig,
+    average,
+    clip_gradients,
+    learning_rate,
+    make_optimizer,
+    step_unless,
+)
+from transfusion.training.signals import stop_requested
+from transfusion.training.world import World
 
 Preview = Callable[[Transfusion], np.ndarray]
 
 
 class BatchSource(Protocol):
-    """What the trainer asks of a loader: batch(start), batch(start + 1), ..., each a pure function of its number."""
+    """What the trainer asks of a loader."""
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batches without end."""
-        ...
+    def iterate(self) -> Iterator[Batch]:
+        """Batches without end, from where the state stands."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream goes on after the last batch handed out: JSON, the same on every rank."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` says, on any number of ranks."""
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """(name, reason) of each sample that could not be used, in the order in which they were met."""
 
 
 class Trainer:
     """Trains `model` on `loader`'s batches and keeps everything in `directory`; goes on where it stopped.
 
-    preview: draws a picture (height, width, 3) uint8 from the averaged model, for TensorBoard.
+    model: as `parallel.distribute` left it. preview: draws a picture (height, width, 3) uint8 from the averaged model,
+    for TensorBoard. All ranks of `world` must do the same with their trainers.
     """
 
     def __init__(
@@ -46,82 +72,95 @@ class Trainer:
         config: TrainConfig,
         directory: Path,
         preview: Preview | None = None,
+        world: World | None = None,
     ) -> None:
+        self.world = world or World(model.head.weight.device)
         self.model, self.loader, self.config, self.directory, self.preview = model, loader, config, directory, preview
-        self.device = model.head.weight.device
-        self.ema = copy.deepcopy(model).requires_grad_(False).eval()
+        self.parameters = dict(model.named_parameters())
+        self.ema = {name: weight.detach().clone() for name, weight in self.parameters.items() if weight.requires_grad}
         self.optimizer = make_optimizer(model, config)
-        self.checkpoints = Checkpoints(directory / "checkpoints", config.keep_checkpoints)
-        self.step = 0
-        self.bad_steps = torch.zeros((), dtype=torch.int64, device=self.device)  # in a row, not finite
-        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.checkpoints = Checkpoints(
+            directory / "checkpoints", config.keep_checkpoints, self.world, config.async_checkpoint
+        )
+        self.losses_seen = LossMeter(self.world, config.timestep_bins)
+        self.speed = SpeedMeter(self.world, self._peak())
+        self.all_trained = len(self.ema) == len(self.parameters)  # what FLOPs are counted for
+        self.step, self.errors_seen = 0, 0
 
     def run(self) -> bool:
-        """Trains to the last step. -> False where SIGTERM or SIGINT ended it early, after a checkpoint."""
+        """Trains to the last step. -> False where SIGTERM or SIGINT of any rank ended it early, after a checkpoint."""
         self.resume()
-        batches = self.loader.iterate(self.step * self.config.accumulation)
-        with RunLog(self.directory, self.step, self.config.steps) as log, _stop_requested() as stop:
+        batches, stopped = self.loader.iterate(), False
+        with self.open_log() as log, stop_requested(second_interrupts=self.world.size == 1) as stop:
             if self.step:
                 log.say(f"continuing at step {self.step}")
-            while self.step < self.config.steps and not stop.is_set():
-                report, tokens = self.train_step(batches)
+            while self.step < self.config.steps and not stopped:
+                stopped = self.train_step(batches, stop)
                 self.step += 1
                 if self._every(self.config.log_every):
-                    self.log(log, report, tokens)
+                    self.log(log)
                 if self.preview and self.config.preview_every and self._every(self.config.preview_every):
-                    log.picture(self.step, "preview", self.preview(self.ema))
+                    self.draw(log, self.preview)
                 if self._every(self.config.checkpoint_every):
                     self.save()
-            if stop.is_set():
-                log.say(f"stopped at step {self.step}; saved {self.save()}")
+                self.checkpoints.poll()
+            if stopped:
+                log.say(f"stopped at step {self.step}; saving {self.save()}")
+            self.checkpoints.wait()
         return self.step == self.config.steps
 
-    def train_step(self, batches: Iterator[Batch]) -> tuple[Tensor, int]:
-        """One optimizer step. -> (text loss, image loss, gradient norm) on the device, and the tokens it read."""
+    def train_step(self, batches: Iterator[Batch], stop: threading.Event | None = None) -> bool:
+        """One optimizer step. -> whether any rank was asked to stop; nothing here waits for the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
-        report, tokens = torch.zeros(3, device=self.device), 0
-        for _ in range(self.config.accumulation):
-            batch = next(batches)
-            tokens += batch.token_ids.numel()
-            losses = self.losses(batch.to(self.device))
-            (losses.total / self.config.accumulation).backward()
-            report[:2] += torch.stack([losses.text, losses.image]).detach() / self.config.accumulation
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        not_finite = ~(norm.isfinite() & report.isfinite().all())
-        step_unless(not_finite, self.optimizer)
+        waited = -time.monotonic()
+        parts = [next(batches) for _ in range(self.config.accumulation)]
+        waited += time.monotonic()
+        counts = self.count(parts, stop)
+        for number, part in enumerate(parts, start=1):
+            batch = part.to(self.world.device)
+            parallel.reduce_gradients(self.model, last=number == len(parts))
+            losses = self.losses(batch)
+            self.share(losses, batch, counts).backward()
+            self.losses_seen.add(losses, batch)
+        norm = clip_gradients(self.model, self.config.max_grad_norm)
+        step_unless(self.losses_seen.close(norm), self.optimizer)
         self.optimizer.zero_grad()
-        average(self.ema, self.model, self.step, self.config.ema_decay)
-        self.bad_steps = torch.where(not_finite, self.bad_steps + 1, 0)
-        self.skipped += not_finite
-        report[2] = norm
-        return report, tokens
+        weights = [self.parameters[name] for name in self.ema]
+        average(list(self.ema.values()), weights, self.step, self.config.ema_decay)
+        self.speed.add(counts, waited)
+        return counts.stops > 0
+
+    def count(self, parts: list[Batch], stop: threading.Event | None) -> Counts:
+        """What this step reads over all ranks, and how many of them were asked to stop."""
+        counts = Counts(stops=int(stop is not None and stop.is_set()))
+        for part in parts:
+            counts = counts.plus(Counts.of(part, self.model.config, count_flops=self.all_trained))
+        return Counts(*self.world.total(counts))
 
     def losses(self, batch: Batch) -> Losses:
         """The model's losses in the configured precision."""
-        wants_bf16 = self.config.precision == "bfloat16" or (
-            self.config.precision == "auto" and self.device.type == "cuda"
-        )
-        cast: AbstractContextManager[Any] = nullcontext()
-        if wants_bf16:
-            cast = torch.autocast(self.device.type, torch.bfloat16)
-        with cast:
+        with parallel.cast(self.config.precision, self.world):
             return self.model(batch, self.config.impl)
 
-    def log(self, log: RunLog, report: Tensor, tokens: int) -> None:
+    def share(self, losses: Losses, batch: Batch, counts: Counts) -> Tensor:
+        """This batch's part of the step's loss, times the number of ranks, for gradients are averaged over them."""
+        text = self.world.size * batch.text_rows.numel() / max(counts.text_targets, 1)
+        image = self.world.size * batch.num_images / max(counts.images, 1)
+        loss = text * losses.text + image * self.model.config.image_loss_weight * losses.image
+        return loss if text and image else loss + parallel.zero_of_shared(self.model)
+
+    def log(self, log: RunLog) -> None:
         """The one place that waits for the device. Raises `FloatingPointError` where too many steps were skipped."""
-        text, image, norm, bad, skipped = torch.cat([report, self.bad_steps[None], self.skipped[None]]).tolist()
-        values = {
-            "text_loss": text,
-            "image_loss": image,
-            "gradient_norm": norm,
-            "learning_rate": learning_rate(self.step - 1, self.config),
-            "skipped_steps": skipped,
-        }
-        log.scalars(self.step, tokens, values)
+        values = self.losses_seen.read()
+        values |= {"learning_rate": learning_rate(self.step - 1, self.config), **self.speed.read()}
+        values["skipped_samples"] = self._record_errors()
+        log.scalars(self.step, values)
+        bad = values["bad_steps_in_a_row"]
         if bad:
             log.say(f"step {self.step}: loss or gradient is not finite; {bad:.0f} step(s) in a row were skipped")
         if bad >= self.config.max_bad_steps:
+            self.checkpoints.wait()
             last = [str(path) for path in self.checkpoints.paths()[-1:]] or ["none"]
             raise FloatingPointError(
                 f"the last {bad:.0f} steps up to step {self.step} had a loss or gradient that is not finite; their "
@@ -129,48 +168,74 @@ class Trainer:
                 f"Last checkpoint: {last[0]}"
             )
 
+    def draw(self, log: RunLog, preview: Preview) -> None:
+        """A picture from the averaged model."""
+        model = self.averaged(self.world.device)
+        if model is not None:
+            log.picture(self.step, "preview", preview(model))
+
+    def averaged(self, device: torch.device | str) -> Transfusion | None:
+        """A whole model on `device` with the averaged weights, on rank 0; None on others, which must call it too."""
+        weights: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            weight = parallel.whole(self.ema.get(name, parameter.detach()))
+            if self.world.main:
+                weights[name] = weight.to(device)
+        if not self.world.main:
+            return None
+        with torch.device("meta"):
+            model = Transfusion(self.model.config)
+        model.load_state_dict(weights, assign=True)
+        return model.requires_grad_(False).eval()
+
     def save(self) -> Path:
         """Writes a checkpoint of this step."""
-        state = {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "skipped": self.skipped,
-        }
-        return self.checkpoints.save(self.step, state)
+        record = {"data": self.loader.state_dict(), "batches_of_a_step": self.config.accumulation * self.world.size}
+        return self.checkpoints.save(self.step, self._tensors(), record)
 
     def resume(self) -> None:
         """Loads the newest checkpoint, if there is one. Raises `ValueError` where it does not fit the model."""
-        state = self.checkpoints.load_last(self.device)
-        if state is None:
-            return
-        try:
-            self.model.load_state_dict(state["model"])
-            self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{self.checkpoints.paths()[-1]} is of another model: {error}") from error
-        self.step, self.skipped = state["step"], state["skipped"]
+        record = self.checkpoints.load_last(self._tensors())
+        if record is not None:
+            self.step = record["step"]
+            self.loader.load_state_dict(record["data"])
+
+    def open_log(self) -> RunLog:
+        """The run's log on rank 0, and none on the others."""
+        if not self.world.main:
+            return RunLog([])
+        return open_log(self.directory, self.step, self.config.steps, self.config.wandb_project)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds, by name; the tensors themselves, to be read or written."""
+        tensors = {f"model.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        tensors |= {f"average.{name}": weight for name, weight in self.ema.items()}
+        for name in self.ema:
+            state = self.optimizer.state[self.parameters[name]]
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+        return tensors | {"skipped_steps": self.losses_seen.skipped}
+
+    def _record_errors(self) -> int:
+        """Writes the names of samples that any rank could not use to data_errors.jsonl. -> how many there were."""
+        own = self.loader.skipped
+        new, total = self.world.total([len(own) - self.errors_seen, len(own)])
+        if new:
+            found = self.world.gather(own[self.errors_seen :])
+            self.errors_seen = len(own)
+            if self.world.main:
+                with open(self.directory / "data_errors.jsonl", "a", encoding="utf-8") as file:
+                    for rank, errors in enumerate(found):
+                        for name, reason in errors:
+                            line = {"step": self.step, "rank": rank, "sample": name, "reason": reason}
+                            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        return total
+
+    def _peak(self) -> float | None:
+        device = self.world.device
+        if self.config.peak_tflops is not None or device.type != "cuda":
+            return self.config.peak_tflops
+        in_bfloat16 = parallel.uses_bfloat16(self.config.precision, device)
+        return peak_tflops(torch.cuda.get_device_name(device)) if in_bfloat16 else None
 
     def _every(self, steps: int) -> bool:
         return self.step % steps == 0 or self.step == self.config.steps
-
-
-@contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set; a second SIGINT interrupts at once, as ever."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request(number: int, frame: object) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

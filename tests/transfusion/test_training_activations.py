@@ -1,0 +1,100 @@
+"""Activation checkpointing and compilation change what a step keeps and costs, never what it computes."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from transfusion.kernels.attention import reference
+from transfusion.kernels.testing import judge
+from transfusion.training import ParallelConfig, TrainConfig, Trainer, World, distribute
+from transfusion.training.activations import Checkpointing
+
+ALONE = World(torch.device("cpu"))
+
+
+def steps(folder: Path, parallel: ParallelConfig, dtype: torch.dtype = torch.float32, impl: str = "reference") -> dict:
+    """Losses of three steps and the weights after them."""
+    model = tiny.model(seed=7).to(dtype)
+    distribute(model, parallel, "float32", ALONE)
+    config = TrainConfig(learning_rate=1e-2, warmup_steps=2, impl=impl, parallel=parallel)
+    trainer = Trainer(model, tiny.Batches(), config, folder)
+    batches, losses = trainer.loader.iterate(), []
+    for _ in range(3):
+        trainer.train_step(batches)
+        trainer.step += 1
+        values = trainer.losses_seen.read()
+        losses.append([values["text_loss"], values["image_loss"]])
+    return {"losses": torch.tensor(losses), "weights": torch.cat([p.detach().flatten() for p in model.parameters()])}
+
+
+@pytest.mark.parametrize("backend", ["none", "aot_eager"])
+@pytest.mark.parametrize(("mode", "again"), [("none", 0), ("selective", 0), ("full", 1)])
+def test_only_full_computes_attention_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Checkpointing, again: int, backend: str
+) -> None:
+    calls = Counter()
+    for name in ("forward", "backward"):
+        genuine = getattr(reference, name)
+
+        def counting(*args, name=name, genuine=genuine):
+            calls[name] += 1
+            return genuine(*args)
+
+        monkeypatch.setattr(reference, name, counting)
+    plain = steps(tmp_path / "plain", ParallelConfig())
+    calls.clear()
+    other = steps(tmp_path / "other", ParallelConfig(checkpointing=mode, compile=backend))  # type: ignore[arg-type]
+    assert calls == {"forward": 3 * tiny.CONFIG.layers * (1 + again), "backward": 3 * tiny.CONFIG.layers}
+    assert torch.equal(plain["losses"], other["losses"])
+    assert torch.equal(plain["weights"], other["weights"])
+
+
+def test_selective_keeps_every_other_product(tmp_path: Path) -> None:
+    """Matrix products of a block: its own 4 forward and 8 backward, and those that are computed again."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func == torch.ops.aten.mm.default
+            return func(*args, **(kwargs or {}))
+
+    def products(mode: Checkpointing) -> int:
+        with Products() as counter:
+            steps(tmp_path / mode, ParallelConfig(checkpointing=mode))
+        return counter.count
+
+    whole = products("none")
+    # What is computed again in full: all but the block's last product, which no gradient needs.
+    assert products("full") - whole == 3 * tiny.CONFIG.layers * 3
+    assert products("selective") - whole == 3 * tiny.CONFIG.layers * 1
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_later_steps_compile_nothing(tmp_path: Path, impl: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    counters = torch._dynamo.utils.counters["stats"]
+    parallel = ParallelConfig(compile="aot_eager")
+    model = tiny.model()
+    distribute(model, parallel, "float32", ALONE)
+    trainer = Trainer(model, tiny.Batches(), TrainConfig(impl=impl, parallel=parallel), tmp_path)
+    batches = trainer.loader.iterate()
+    trainer.train_step(batches)
+    first = counters["unique_graphs"]
+    for _ in range(3):
+        trainer.train_step(batches)
+    assert 0 < first <= 2  # the first layer also makes what the mask keeps
+    assert counters["unique_graphs"] == first
+
+
+def test_inductor_rounds_no_worse(tmp_path: Path) -> None:
+    eager, gold = (steps(tmp_path / str(d), ParallelConfig(), d) for d in (torch.float32, torch.float64))
+    compiled = steps(tmp_path / "inductor", ParallelConfig(checkpointing="selective", compile="inductor"))
+    for name in ("losses", "weights"):
+        verdict = judge(compiled[name], eager[name], gold[name])
+        assert verdict.passed, (name, verdict)

@@ -1,0 +1,124 @@
+"""A model whose blocks are checkpointed, compiled and sharded, in that order; the model's own code knows nothing of it.
+
+    torchrun --nproc-per-node 8 -m transfusion train ...
+
+In a world of one process the model is left whole, and all else in training is the same code.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from transfusion.model import Transfusion
+from transfusion.model.initialization import initial_value
+from transfusion.training.activations import Checkpointing, checkpointed
+from transfusion.training.world import World
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Where a step runs, and what it recomputes; none of it changes what is computed beyond rounding.
+
+    Args:
+        shard: ranks that share one copy of the weights: 0 is all of them (FSDP); fewer are replicated (HSDP).
+        reshard_after_forward: free a block's weights after its forward and gather them again for its backward.
+        checkpointing: "none" keeps every activation, "full" each block's input alone, "selective" also what attention
+            gives and every other matrix product.
+        compile: backend of torch.compile for each block, or "none".
+        timeout_seconds: how long a rank waits for another one before it ends with an error.
+    """
+
+    shard: int = 0
+    reshard_after_forward: bool = True
+    checkpointing: Checkpointing = "none"
+    compile: Literal["none", "inductor", "aot_eager"] = "none"
+    timeout_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.shard < 0:
+            raise ValueError(f"shard must be a number of ranks, or 0 for all, got {self.shard}")
+        if not self.timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds must be positive, got {self.timeout_seconds}")
+
+
+def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
+    """Whether `precision` asks for it: "auto" does on CUDA."""
+    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+
+
+def distribute(model: Transfusion, config: ParallelConfig, precision: Precision, world: World) -> None:
+    """Checkpointing, then compilation, then sharding of each block, in place; the names of parameters stay.
+
+    Weights are kept in float32 and sharded along their first dimension; those that a block computes with are gathered
+    in bfloat16 where `precision` asks for it, and gradients are reduced in float32.
+    """
+    for block in model.transformer.blocks:
+        block.forward = checkpointed(block.forward, config.checkpointing)
+        if config.compile != "none":
+            block.forward = torch.compile(block.forward, backend=config.compile, fullgraph=True)
+    if world.mesh is None:
+        return
+    low = torch.bfloat16 if uses_bfloat16(precision, world.device) else None
+    # The angles of the rotary embedding enter each block in float32 and stay so.
+    policy = MixedPrecisionPolicy(
+        param_dtype=low, reduce_dtype=torch.float32 if low else None, cast_forward_inputs=False
+    )
+    for block in model.transformer.blocks:
+        fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy)
+
+
+def cast(precision: Precision, world: World) -> AbstractContextManager[Any]:
+    """What the forward of a whole model runs under; a sharded one has its precision from `distribute`."""
+    if world.mesh is None and uses_bfloat16(precision, world.device):
+        return torch.autocast(world.device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def reduce_gradients(model: nn.Module, last: bool) -> None:
+    """Whether the next backward averages gradients over ranks, or only adds them up on each."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+
+
+def zero_of_shared(model: Transfusion) -> Tensor:
+    """0·Σ of all weights outside of blocks: every rank reduces their gradients, also where its batch lacks a modality.
+
+    To be called between forward and backward, when those weights are gathered.
+    """
+    inside = {id(parameter) for parameter in model.transformer.blocks.parameters()}
+    shared = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
+    return torch.stack([p.sum().float() for p in shared]).sum() * 0
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard, or a whole tensor itself; shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor put together from all ranks, which must all call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def materialize(model: Transfusion, device: torch.device, seed: int) -> None:
+    """Gives a model on the meta device its initial weights, on `device`: the same ones on any number of ranks.
+
+    Each rank draws every weight tensor whole, one at a time, and keeps its shard.
+    """
+    assert not list(model.buffers()), "buffers have no initial value"
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        drawn = initial_value(name, parameter.shape, model.config, seed).to(device)
+        if isinstance(parameter, DTensor):
+            drawn = distribute_tensor(drawn, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+        local(parameter).copy_(drawn)
