@@ -6,8 +6,10 @@ import torch
 from einops import rearrange
 
 from transfusion.config import ModelConfig
+from transfusion.data.packing import seeded
 from transfusion.diffusion.sampler import make_scheduler
 from transfusion.diffusion.schedule import NoiseSchedule
+from transfusion.generation import Request
 from transfusion.model import Transfusion
 from transfusion.sequence import Image, SpecialTokens, Text, collate, document_length
 
@@ -25,8 +27,11 @@ SCHEDULERS = [
 ]
 
 
-def random_model(seed, prediction="v_prediction"):
-    """A model whose random weights are large enough for every token to matter to every later one."""
+def random_model(seed, prediction="v_prediction", std=0.3, **changes):
+    """A model whose random weights are large enough for every token to matter to every later one.
+
+    std: 0.3 makes attention so sharp that one rounding may grow a hundredfold; 0.15 keeps roundings alike.
+    """
     torch.manual_seed(seed)
     config = ModelConfig(
         vocab_size=VOCABULARY,
@@ -37,11 +42,12 @@ def random_model(seed, prediction="v_prediction"):
         patch_size=PATCH,
         schedule=NoiseSchedule(prediction),
     )
+    config = replace(config, **changes)
     model = Transfusion(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=std)
     return model
 
 
@@ -60,34 +66,84 @@ def contexts():
     ]
 
 
-def scheduler_of(model, name=None):
+def scheduler_of(model, name="fast"):
     return make_scheduler(model.config.schedule, name)
 
 
-def rows_by_hand(model, document):
+def rows_by_hand(model, document, impl="auto"):
     """One document as a batch of one row, its tokens in patches, and its network evaluated: nothing of ours between."""
     batch = collate([[document]], document_length(document, PATCH), PATCH, SPECIAL, torch.Generator())
 
     def hidden(latents, timestep):
-        patches = rearrange(latents, "i c (y p) (x q) -> i (y x) (p q c)", p=PATCH, q=PATCH)
-        return model.hidden(replace(batch, latents=latents), patches, timestep)
+        window = model.config.codec_window
+        patches = rearrange(latents, "i c (y p) (x q) -> i (y x) (p q c)", p=window, q=window)
+        return model.hidden(replace(batch, latents=latents), patches, timestep, impl)
 
     return batch, hidden
 
 
-def chain(model, monkeypatch, successor):
-    """Rigs the text side: the next token is `successor` of the row's last one, whatever came before."""
-    seen = []
+def image_noise(seed, number=0):
+    """What image `number` of the row with this seed starts from, and the generator that its scheduler goes on with."""
+    generator = seeded(seed, "image", number)
+    return torch.randn(SHAPE, generator=generator), generator
 
-    def hidden(batch, patches, timestep, impl):
-        seen.append((batch, patches, timestep))
-        return batch.token_ids[..., None].float().expand(-1, -1, model.config.dim)
+
+def plain_denoise(model, context, seed, scheduler, steps=4, number=0):
+    """The image after `context`: the whole sequence anew at every step, and diffusers' loop written plainly."""
+    noise, generator = image_noise(seed, number)
+    schedule, latents = model.config.schedule, noise[None]
+    batch, hidden = rows_by_hand(model, (*context, Image(noise)))
+    count, unit = batch.num_images, 1.0
+    if schedule.path == "flow":
+        scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
+    elif schedule.path == "trigflow":
+        scheduler.set_timesteps(steps, intermediate_timesteps=None)
+        unit = schedule.sigma_data
+    else:
+        scheduler.set_timesteps(steps)
+    latents = latents * unit
+    for t in scheduler.timesteps[:steps]:
+        timestep = torch.zeros(count, dtype=torch.int64 if schedule.path == "cosine" else torch.float32)
+        timestep[-1] = t
+        everything = torch.cat([batch.latents[:-1], latents])
+        states = hidden(everything.to(model.head.weight.dtype), timestep).flatten(0, 1)
+        decoded = model.codec.decode(states[batch.image_rows.view(count, -1)[-1:]]).float()
+        predicted = rearrange(decoded, "i (y x) (p q c) -> i c (y p) (x q)", p=PATCH, q=PATCH, y=SHAPE[1] // PATCH)
+        latents = scheduler.step(unit * predicted, t, latents, generator=[generator]).prev_sample
+    return latents[0]
+
+
+def plain_text(model, context, limit, stop=(EOS, BOI)):
+    """Greedy: the whole sequence anew for every token -> tokens and their log-probabilities."""
+    tokens, logprobs = [], []
+    while len(tokens) < limit and not (tokens and tokens[-1] in stop):
+        batch, hidden = rows_by_hand(model, (*context, text(*tokens)))
+        timestep = torch.zeros(batch.num_images, dtype=torch.int64)
+        latents = batch.latents.to(model.head.weight.dtype)
+        log_p = model.head(hidden(latents, timestep)[0, -1]).log_softmax(-1)
+        tokens.append(int(log_p.argmax()))
+        logprobs.append(float(log_p.max()))
+    return tokens, logprobs
+
+
+def chain(model, monkeypatch, successor):
+    """Rigs the text side: the next token is `successor` of the row's last one, whatever came before. -> what the
+    transformer was called with: (x, positions) of each call; x is the token's id, or -1 - the timestep for an image."""
+    seen, dim = [], model.config.dim
+
+    def transformer(x, positions, mask, impl, cache=None):
+        seen.append((x[..., 0], positions))
+        return x
 
     def logits(states):
-        following = torch.tensor([successor[int(token)] for token in states[:, 0]])
+        following = torch.tensor([successor.get(int(token), EOS) for token in states[:, 0]])
         return torch.nn.functional.one_hot(following, VOCABULARY).float()
 
-    monkeypatch.setattr(model, "hidden", hidden)
+    monkeypatch.setattr(model.embedding, "forward", lambda ids: ids[..., None].float().expand(*ids.shape, dim))
+    monkeypatch.setattr(
+        model.codec, "encode", lambda patches, t, *_: (-1 - t.float())[:, None, None].expand(*patches.shape[:2], dim)
+    )
+    monkeypatch.setattr(model.transformer, "forward", transformer)
     monkeypatch.setattr(model.head, "forward", logits)
     return seen
 
@@ -99,16 +155,19 @@ def rig_image(model, monkeypatch, value=0.25):
     )
 
 
+def write(*context, tokens=8, images=0, seed=0):
+    """A request for text, and for images in it."""
+    return Request(context, max_new_tokens=tokens, max_images=images, seed=seed)
+
+
+def paint(*context, tokens=0, images=1, seed=0, known=None):
+    """A request that begins with an image."""
+    return Request(context, max_new_tokens=tokens, max_images=images, image_next=True, seed=seed, known=known)
+
+
 def options_of(model, **changes):
-    options = {
-        "latent_shape": SHAPE,
-        "max_new_tokens": 20,
-        "max_images": 3,
-        "scheduler": scheduler_of(model),
-        "steps": 2,
-        "seed": 0,
-    }
-    return options | changes
+    """What `generate` takes beside the requests."""
+    return {"latent_shape": SHAPE, "scheduler": scheduler_of(model), "steps": 2} | changes
 
 
 def shape_of(document):

@@ -81,7 +81,7 @@ def test_a_run_with_another_config_is_refused(run: Path, capsys: pytest.CaptureF
     [
         (["fly"], "unknown command 'fly'"),
         (["sample", "--run", "nowhere", "--prompt", "x"], "nowhere holds no run"),
-        (["sample", "--run", "nowhere"], "give --prompt, --image or --text"),
+        (["sample", "--run", "nowhere"], "give --prompt, --image, --text or --story"),
         (["eval", "--run", "nowhere"], "nowhere holds no run"),
         (["train", "--config", "nowhere.toml"], "nowhere.toml"),
         (["train", "--out", "{tmp}/x", "--data.images", "{tmp}"], "captions.jsonl does not exist"),

@@ -10,7 +10,15 @@ import diffusers
 import pytest
 import torch
 
-from transfusion.diffusion.sampler import SCHEDULERS, check_scheduler, make_scheduler, sample, timesteps
+from transfusion.diffusion.sampler import (
+    SCHEDULERS,
+    can_clip,
+    check_scheduler,
+    default_steps,
+    make_scheduler,
+    sample,
+    timesteps,
+)
 from transfusion.diffusion.schedule import NoiseSchedule
 from transfusion.kernels.testing import judge
 
@@ -224,7 +232,43 @@ def test_a_prediction_that_is_not_finite_names_its_step(seed):
         run(predict, torch.randn(SHAPE), schedule, make_scheduler(schedule), seed)
 
 
+def test_the_callback_gets_each_step_and_its_latents_are_gone_on_with(seed):
+    schedule, seen = NoiseSchedule("v_prediction"), []
+
+    def halve(step, timestep, latents):
+        seen.append((step, int(timestep)))
+        return latents / 2
+
+    torch.manual_seed(seed)
+    noise = torch.randn(SHAPE)
+    result = run(lambda x, t: x.tanh(), noise, schedule, make_scheduler(schedule), seed, on_step_end=halve)
+    assert seen == [(0, 999), (1, 799), (2, 599), (3, 399), (4, 199)]
+    latents, scheduler = noise, make_scheduler(schedule)
+    scheduler.set_timesteps(5)
+    for t in scheduler.timesteps:
+        latents = scheduler.step(latents.tanh(), t, latents).prev_sample / 2
+    assert torch.equal(result, latents), seed
+
+
 # ---------------------------------------------------------------- which scheduler
+
+
+def test_the_papers_scheduler_is_250_steps_of_ddpm():
+    schedule = NoiseSchedule()
+    assert (
+        type(make_scheduler(schedule, "paper")) is diffusers.DDPMScheduler and default_steps(schedule, "paper") == 250
+    )
+    assert len(timesteps(make_scheduler(schedule, "paper"), schedule, default_steps(schedule, "paper"))) == 250
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow_prediction", "trigflow"])
+def test_the_usual_steps_of_every_scheduler_fit_it(prediction):
+    schedule = NoiseSchedule(prediction)
+    for name, kind in SCHEDULERS.items():
+        if kind.path == schedule.path:
+            steps = default_steps(schedule, name)
+            assert len(timesteps(make_scheduler(schedule, name), schedule, steps)) == steps
+            assert can_clip(schedule, name) == (name in ("ddim", "ddpm"))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow_prediction", "trigflow"])
@@ -292,17 +336,18 @@ def test_scm_takes_any_number_of_steps(steps):
 @pytest.mark.parametrize(
     ("prediction", "name", "clip", "message"),
     [
-        ("flow_prediction", "ddim", False, "'ddim' cannot sample 'flow_prediction'.*choose 'euler'"),
+        ("flow_prediction", "ddim", False, "'ddim' cannot sample 'flow_prediction'.*choose 'fast' or 'euler'"),
         (
             "v_prediction",
             "euler",
             False,
-            "'euler' cannot sample 'v_prediction'.*choose 'ddim' or 'ddpm' or 'dpmsolver'",
+            "'euler' cannot sample 'v_prediction'.*choose 'fast' or 'ddim' or 'ddpm' or 'dpmsolver'",
         ),
-        ("trigflow", "ddpm", False, "'ddpm' cannot sample 'trigflow'.*choose 'scm'"),
-        ("epsilon", "plms", False, "'plms' is unknown; choose one of ddim, ddpm, dpmsolver, euler, scm"),
+        ("trigflow", "ddpm", False, "'ddpm' cannot sample 'trigflow'.*choose 'fast' or 'scm'"),
+        ("epsilon", "plms", False, "'plms' is unknown; choose one of fast, paper, ddim, ddpm, dpmsolver, euler, scm"),
         ("epsilon", "dpmsolver", True, "'dpmsolver' cannot clip"),
-        ("flow_prediction", None, True, "'euler' cannot clip"),
+        ("flow_prediction", "fast", True, "'euler' cannot clip"),
+        ("flow_prediction", "paper", False, "'paper' cannot sample 'flow_prediction'"),
     ],
 )
 def test_make_scheduler_refuses(prediction, name, clip, message):
@@ -342,6 +387,12 @@ def test_ddim_refuses_steps_that_would_skip_some_of_its_path(prediction, steps, 
     with pytest.raises(ValueError, match=f"steps={steps} does not divide.*steps={below} or steps={above}"):
         timesteps(make_scheduler(schedule, "ddim"), schedule, steps)
     assert len(timesteps(make_scheduler(schedule, "dpmsolver"), schedule, steps)) == pytest.approx(steps, abs=5)
+
+
+@pytest.mark.parametrize("not_one", [None, "ddim", diffusers.DDIMScheduler, object()])
+def test_what_is_no_scheduler_is_refused(not_one, seed):
+    with pytest.raises(TypeError, match="is no scheduler: it must have diffusers' set_timesteps and step"):
+        run(lambda x, t: x, torch.randn(SHAPE), NoiseSchedule(), not_one, seed)
 
 
 def test_every_name_is_a_class_of_diffusers():

@@ -35,10 +35,12 @@ def document(rng: random.Random, with_image: bool = True) -> Document:
 
 
 class Batches:
-    """batch(step) is a function of the step alone."""
+    """batch(step) is a function of the step alone; `iterate` deals them to ranks, and goes on from its state."""
 
-    def __init__(self, rows: int = 2, length: int = 40) -> None:
-        self.rows, self.length = rows, length
+    skipped: tuple[()] = ()
+
+    def __init__(self, rows: int = 2, length: int = 40, rank: int = 0, ranks: int = 1) -> None:
+        self.rows, self.length, self.rank, self.ranks, self.position = rows, length, rank, ranks, 0
 
     def batch(self, step: int) -> Batch:
         rng = random.Random(step)
@@ -46,8 +48,14 @@ class Batches:
         generator = torch.Generator().manual_seed(step)
         return collate(rows, self.length, CONFIG.patch_size, SpecialTokens(), generator)
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
-        step = start_step
+    def iterate(self) -> Iterator[Batch]:
         while True:
-            yield self.batch(step)
-            step += 1
+            batch = self.batch(self.position + self.rank)
+            self.position += self.ranks
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]

@@ -18,33 +18,71 @@ from transfusion.data.optional import require
 from transfusion.diffusion.schedule import NoiseSchedule, Path
 
 Predict = Callable[[Tensor, Tensor], Tensor]
+OnStepEnd = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class _Kind(NamedTuple):
-    """A diffusers class, the path that it steps along, and whether it can clip its estimate of the clean latent."""
+    """A diffusers class, the path that it steps along, its usual number of steps, and whether it can clip its estimate
+    of the clean latent."""
 
     class_name: str
     path: Path
+    steps: int
     clips: bool = False
 
 
 SCHEDULERS: dict[str, _Kind] = {
-    "ddim": _Kind("DDIMScheduler", "cosine", clips=True),
-    "ddpm": _Kind("DDPMScheduler", "cosine", clips=True),
-    "dpmsolver": _Kind("DPMSolverMultistepScheduler", "cosine"),
-    "euler": _Kind("FlowMatchEulerDiscreteScheduler", "flow"),
-    "scm": _Kind("SCMScheduler", "trigflow"),
+    "ddim": _Kind("DDIMScheduler", "cosine", 50, clips=True),
+    "ddpm": _Kind("DDPMScheduler", "cosine", 250, clips=True),
+    "dpmsolver": _Kind("DPMSolverMultistepScheduler", "cosine", 20),
+    "euler": _Kind("FlowMatchEulerDiscreteScheduler", "flow", 50),
+    "scm": _Kind("SCMScheduler", "trigflow", 2),
 }
 
 
-def make_scheduler(schedule: NoiseSchedule, name: str | None = None, clip_sample: bool = False) -> Any:
+class Known(NamedTuple):
+    """What of the images is given: `latents` (I, C, h, w) clean, `unknown` (I, 1, h, w) bool, True where to paint."""
+
+    latents: Tensor
+    unknown: Tensor
+
+
+def scheduler_name(schedule: NoiseSchedule, name: str = "fast") -> str:
+    """-> the name in `SCHEDULERS` that `name` stands for: "paper" for "ddpm", whose 250 of 1000 steps are the paper's
+    (arXiv 2408.11039, section 4.1); "fast" for the first that steps along the path of `schedule`.
+
+    Raises `ValueError` for an unknown name, or one of another path.
+    """
+    fitting = [each for each, kind in SCHEDULERS.items() if kind.path == schedule.path]
+    found = {"paper": "ddpm", "fast": fitting[0]}.get(name, name)
+    if found not in SCHEDULERS:
+        raise ValueError(f"scheduler {name!r} is unknown; choose one of fast, paper, {', '.join(SCHEDULERS)}")
+    if found not in fitting:
+        raise ValueError(
+            f"scheduler {name!r} cannot sample {schedule.prediction!r}, whose path is {schedule.path}; "
+            f"choose 'fast' or {' or '.join(repr(each) for each in fitting)}"
+        )
+    return found
+
+
+def default_steps(schedule: NoiseSchedule, name: str = "fast") -> int:
+    """The usual number of steps of the scheduler that `name` stands for. Raises as `scheduler_name` does."""
+    return SCHEDULERS[scheduler_name(schedule, name)].steps
+
+
+def can_clip(schedule: NoiseSchedule, name: str = "fast") -> bool:
+    """Whether the scheduler that `name` stands for can clip its estimate. Raises as `scheduler_name` does."""
+    return SCHEDULERS[scheduler_name(schedule, name)].clips
+
+
+def make_scheduler(schedule: NoiseSchedule, name: str = "fast", clip_sample: bool = False) -> Any:
     """-> the diffusers scheduler `name` with the path, prediction and units of `schedule`.
 
     Args:
         schedule: what the network was trained on.
         name: "ddim", "ddpm" or "dpmsolver" (DPM-Solver++, second order) for epsilon and v_prediction, "euler" for
-            flow_prediction, "scm" for trigflow; None takes the first of its path. "scm" renoises its estimate at
-            every step, which is right for consistency models alone (arXiv 2410.11081).
+            flow_prediction, "scm" for trigflow; "paper" or "fast" as `scheduler_name` says. "scm" renoises its estimate
+            at every step, which is right for consistency models alone (arXiv 2410.11081).
         clip_sample: hold the estimate of the clean latent within [-1, 1]: for pixels, not for an autoencoder's
             latents. "ddim" and "ddpm" only.
 
@@ -55,15 +93,7 @@ def make_scheduler(schedule: NoiseSchedule, name: str | None = None, clip_sample
 
     Raises `ValueError` for an unknown name, one of another path, or one that cannot clip.
     """
-    fitting = [each for each, kind in SCHEDULERS.items() if kind.path == schedule.path]
-    name = fitting[0] if name is None else name
-    if name not in SCHEDULERS:
-        raise ValueError(f"scheduler {name!r} is unknown; choose one of {', '.join(SCHEDULERS)}")
-    if name not in fitting:
-        raise ValueError(
-            f"scheduler {name!r} cannot sample {schedule.prediction!r}, whose path is {schedule.path}; "
-            f"choose {' or '.join(repr(each) for each in fitting)}"
-        )
+    name = scheduler_name(schedule, name)
     kind = SCHEDULERS[name]
     if clip_sample and not kind.clips:
         raise ValueError(f"scheduler {name!r} cannot clip; give clip_sample=False, or take 'ddim' or 'ddpm'")
@@ -79,7 +109,13 @@ def make_scheduler(schedule: NoiseSchedule, name: str | None = None, clip_sample
 
 
 def check_scheduler(scheduler: Any, schedule: NoiseSchedule) -> None:
-    """Raises `ValueError` where the scheduler's config says that it steps along another path than `schedule`'s."""
+    """Raises `ValueError` where the scheduler's config says that it steps along another path than `schedule`'s, and
+    `TypeError` where it is none."""
+    if isinstance(scheduler, type) or not (hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")):
+        raise TypeError(
+            f"{scheduler!r} is no scheduler: it must have diffusers' set_timesteps and step; "
+            "take make_scheduler(model.config.schedule), or a scheduler object of diffusers"
+        )
     config = getattr(scheduler, "config", {})
     wanted: dict[str, Any] = {"prediction_type": schedule.prediction}
     if schedule.path == "trigflow":
@@ -138,6 +174,8 @@ def sample(
     scheduler: Any,
     steps: int,
     generators: Sequence[torch.Generator],
+    known: Known | None = None,
+    on_step_end: OnStepEnd | None = None,
     progress: bool = False,
 ) -> Tensor:
     """noise -> latents, both (I, C, h, w) float32.
@@ -151,10 +189,14 @@ def sample(
         steps: how many the scheduler is set to.
         generators: one for each image, for schedulers that draw noise of their own; on the CPU, and the noise is the
             same on every device.
+        known: a part of the images that stays as it is; the rest is painted to fit it. At every step the known part is
+            put back, noised as far as the rest is then (RePaint, arXiv 2201.09865, without its resampling).
+        on_step_end: (step from 0, timestep, latents) -> the latents to go on with, called after every step.
         progress: show a bar.
 
     Raises:
         ValueError: a scheduler of another path, a number of steps that does not fit.
+        TypeError: what is no scheduler.
         FloatingPointError: a prediction that is not finite, naming the step.
     """
     check_scheduler(scheduler, schedule)
@@ -165,15 +207,33 @@ def sample(
     scale_input = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
     options = _step_options(scheduler, generators)
     latents = noise.float() * (unit * getattr(scheduler, "init_noise_sigma", 1.0))
-    for step, moment in enumerate(_bar(moments, progress), start=1):
+    for step, moment in enumerate(_bar(moments, progress)):
+        if known is not None:
+            latents = torch.where(known.unknown, latents, _noised(known.latents, noise, moment, scheduler, schedule))
         prediction = predict(scale_input(latents, moment), _model_timestep(moment, latents, schedule)).float()
         if not prediction.isfinite().all():
             raise FloatingPointError(
-                f"the prediction of denoising step {step} of {len(moments)} (timestep {moment.item():g}) is not "
+                f"the prediction of denoising step {step + 1} of {len(moments)} (timestep {moment.item():g}) is not "
                 "finite; look for NaN in the weights, or for guidance or a precision that overflows"
             )
         latents = scheduler.step(unit * prediction, moment, latents, **options, return_dict=False)[0]
-    return latents
+        latents = latents if on_step_end is None else on_step_end(step, moment, latents)
+    return latents if known is None else torch.where(known.unknown, latents, known.latents.float())
+
+
+def _noised(latents: Tensor, noise: Tensor, moment: Tensor, scheduler: Any, schedule: NoiseSchedule) -> Tensor:
+    """The clean latents with the noise that the scheduler has at timestep `moment`, in the scheduler's own scale."""
+    times = moment.to(latents.device).expand(len(latents))
+    if hasattr(scheduler, "add_noise"):
+        noised: Tensor = scheduler.add_noise(latents.float(), noise, times)
+    elif hasattr(scheduler, "scale_noise"):
+        noised = scheduler.scale_noise(latents.float(), times, noise)
+    else:
+        alpha, sigma, *_ = (
+            c.view(-1, 1, 1, 1) for c in schedule.coefficients(_model_timestep(moment, noise, schedule))
+        )
+        noised = alpha * latents.float() + sigma * noise
+    return noised
 
 
 def _step_options(scheduler: Any, generators: Sequence[torch.Generator]) -> dict[str, Any]:

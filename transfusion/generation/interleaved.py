@@ -1,91 +1,274 @@
-"""Text until BOI, denoise an image, EOI, text again, until EOS: a document goes on by itself.
+"""Text until BOI, denoise an image, EOI, text again, until EOS: documents go on by themselves, many at once.
 
-The loop of arXiv 2408.11039, section 3.3. The text after an image sees its clean latent, at timestep 0.
+The loop of arXiv 2408.11039, section 3.3. Rows that write text write together, rows that draw draw together, and each
+stops by itself. The text after an image sees its clean latent, at timestep 0.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transfusion.generation.image import denoise
-from transfusion.generation.rows import check_contexts
-from transfusion.generation.text import generate_text
+from transfusion.data.packing import seeded
+from transfusion.diffusion.sampler import Known, OnStepEnd, Predict, check_scheduler, sample, timesteps
+from transfusion.generation.guidance import Guidance
+from transfusion.generation.requests import Generation, Request, check_requests
+from transfusion.generation.rows import Denoiser, Rows, inference
+from transfusion.generation.text import TextSampling, choose
 from transfusion.model import Transfusion
-from transfusion.sequence import Document, Image, Text
+from transfusion.sequence import Document, Image, Text, document_length, image_tokens
+
+Stop = Callable[[Sequence[int]], bool]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What holds for all rows of one call."""
+
+    model: Transfusion
+    latent_shape: tuple[int, ...]
+    scheduler: Any
+    steps: int
+    guidance: Guidance
+    sampling: TextSampling
+    stop: Stop | None
+    max_length: int | None
+    on_step_end: OnStepEnd | None
+    impl: str
+    progress: bool
+
+    @property
+    def image_tokens(self) -> int:
+        return image_tokens(self.latent_shape, self.model.config.patch_size)
+
+
+class _Row:
+    """A request on its way."""
+
+    def __init__(self, plan: _Plan, request: Request) -> None:
+        self.plan, self.request = plan, request
+        self.length = document_length(request.context, plan.model.config.patch_size)
+        self.room = request.max_new_tokens
+        self.wants_image = request.image_next
+        self.finish = ""
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self._segments: list[Text | Image] = []
+        self._run: list[int] = []  # of text, since the last image
+        self.images = 0
+        self.generator = seeded(request.seed, "text")
+
+    def image_generator(self) -> torch.Generator:
+        """Of the next image: the same whatever text was drawn before it."""
+        return seeded(self.request.seed, "image", self.images)
+
+    def reach(self) -> int:
+        """The most tokens that the document can come to."""
+        request, limit = self.request, self.plan.max_length
+        most = self.length + request.max_new_tokens + request.max_images * (self.plan.image_tokens + 2)
+        return most if limit is None else min(most, limit)
+
+    def add_token(self, token: int, logprob: float) -> None:
+        """Takes a drawn token in, and decides what comes next."""
+        special, plan = self.plan.model.config.special, self.plan
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.room -= 1
+        if token == special.boi:
+            self.wants_image = self.images < self.request.max_images
+            self.finish = "" if self.wants_image else "images"
+            self._check_image_fits()
+            return
+        self._run.append(token)
+        self.length += 1
+        if token == special.eos:
+            self.finish = "eos"
+        elif token in plan.sampling.stop_tokens or (plan.stop is not None and plan.stop(self._run)):
+            self.finish = "stop"
+        else:
+            self._check_room()
+
+    def add_image(self, latent: Tensor) -> None:
+        """Takes a drawn image in, and decides whether text comes next."""
+        self._close_run()
+        self._segments.append(Image(latent))
+        self.images += 1
+        self.wants_image = False
+        self.length += self.plan.image_tokens + 2
+        self._check_room()
+
+    def _check_room(self) -> None:
+        limit = self.plan.max_length
+        if not self.room or (limit is not None and self.length >= limit):
+            self.finish = "length"
+
+    def _check_image_fits(self) -> None:
+        limit = self.plan.max_length
+        if self.wants_image and limit is not None and self.length + self.plan.image_tokens + 2 > limit:
+            self.wants_image, self.finish = False, "length"
+
+    def _close_run(self) -> None:
+        if self._run:
+            self._segments.append(Text(torch.tensor(self._run, dtype=torch.int64)))
+            self._run = []
+
+    def result(self) -> Generation:
+        self._close_run()
+        tokens, logprobs = torch.tensor(self.tokens, dtype=torch.int64), torch.tensor(self.logprobs).double()
+        return Generation(tuple(self._segments), tokens, logprobs, self.finish)
+
+
+_UNGUIDED, _GREEDY = Guidance(), TextSampling()
+_Group = tuple[list[_Row], Rows]
 
 
 def generate(
     model: Transfusion,
-    prompt: Document,
+    requests: Sequence[Request],
     *,
     latent_shape: Sequence[int],
-    max_new_tokens: int,
-    max_images: int,
-    scheduler: Any,
-    steps: int,
-    guidance_scale: float = 1.0,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    scheduler: Any = None,
+    steps: int = 50,
+    guidance: Guidance = _UNGUIDED,
+    sampling: TextSampling = _GREEDY,
+    stop: Stop | None = None,
+    max_length: int | None = None,
+    on_step_end: OnStepEnd | None = None,
     impl: str = "auto",
     progress: bool = False,
-) -> Document:
-    """-> the prompt and what follows it: a document whose text and image segments alternate as the model wills.
+) -> list[Generation]:
+    """-> what follows each request's context, in their order.
 
-    BOI and EOI are not in its text; they come with each image. It ends with EOS, after `max_new_tokens` tokens of
-    text (each BOI counted), or where the model asks for one image more than `max_images`. Generated latents are on
-    the CPU. The arguments are those of `generate_text` and `denoise`, which also say what is raised; `seed` is for
-    all draws of the document.
+    Requests of every kind go into one call, and each depends on its own context and seed alone: in another batch it
+    comes out the same up to float rounding. A finished row costs nothing more.
+
+    Args:
+        model: in any mode, which is kept.
+        requests: documents so far, of any lengths.
+        latent_shape: (C, h, w) of new images; those in the contexts may have others.
+        scheduler: of `make_scheduler`, or any other of diffusers that fits the model's schedule; not changed. Needed
+            where images may come.
+        steps: of denoising. The paper takes 250 of 1000.
+        guidance: of images.
+        sampling: of text.
+        stop: told the text tokens since the last image after each new one; True ends the document.
+        max_length: tokens of the longest document that the model can read; documents end there.
+        on_step_end: (step from 0, timestep, latents (I, C, h, w)) -> the latents to go on with, after every step.
+        impl: of the kernels.
+        progress: show a bar for each round of denoising.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, named with the fix.
+        FloatingPointError: logits or a prediction that are not finite.
     """
-    check_contexts(model, [prompt])
-    if max_images < 0:
-        raise ValueError(f"max_images={max_images} must be at least 0")
-    seeds = torch.Generator().manual_seed(seed)
-    special, document, room, images = model.config.special, prompt, max_new_tokens, 0
+    shape = tuple(latent_shape)
+    plan = _Plan(model, shape, scheduler, steps, guidance, sampling, stop, max_length, on_step_end, impl, progress)
+    check_requests(model, requests, shape, max_length)
+    if any(request.max_images for request in requests):
+        check_scheduler(scheduler, model.config.schedule)
+        timesteps(copy.deepcopy(scheduler), model.config.schedule, steps)  # raises where steps do not fit
+    rows = [_Row(plan, request) for request in requests]
+    with inference(model):
+        state, logits = Rows.start(model, [r.context for r in requests], max(row.reach() for row in rows), impl)
+        drawing = _those(rows, state, [i for i, row in enumerate(rows) if row.wants_image])
+        writing = [i for i, row in enumerate(rows) if not row.wants_image]
+        text = [(*group, logits[writing]) for group in _those(rows, state, writing)]
+        while text or drawing:
+            for group, cached, following in text:
+                drawing += _write(plan, group, cached, following)
+            text, drawing = (_draw(plan, drawing) if drawing else []), []
+    return [row.result() for row in rows]
+
+
+def _those(rows: Sequence[_Row], state: Rows, chosen: Sequence[int]) -> list[_Group]:
+    """The chosen rows as a group of their own; no group where there are none, and no copy where all are chosen."""
+    if not chosen:
+        return []
+    return [([rows[i] for i in chosen], state if len(chosen) == len(rows) else state.take(chosen))]
+
+
+def _write(plan: _Plan, rows: list[_Row], state: Rows, logits: Tensor) -> list[_Group]:
+    """Draws text for every row until each is finished or wants an image -> those that do, in groups."""
+    drawing: list[_Group] = []
     while True:
-        (tokens,) = generate_text(
-            model,
-            [document],
-            max_new_tokens=room,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seeds=[_next_seed(seeds)],
-            impl=impl,
-        )
-        room -= len(tokens)
-        wants_image = bool(tokens[-1] == special.boi)
-        document = _with_text(document, tokens[:-1] if wants_image else tokens)
-        if not wants_image or images == max_images:
-            return document
-        (latent,) = denoise(
-            model,
-            [document],
-            latent_shape,
-            scheduler=scheduler,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            seeds=[_next_seed(seeds)],
-            impl=impl,
-            progress=progress,
-        )
-        document, images = (*document, Image(latent.cpu())), images + 1
-        if not room:
-            return document
+        tokens, logprobs = choose(logits, plan.sampling, [row.generator for row in rows])
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            row.add_token(token, logprob)
+        drawing += _those(rows, state, [i for i, row in enumerate(rows) if row.wants_image])
+        going = _those(rows, state, [i for i, row in enumerate(rows) if not (row.finish or row.wants_image)])
+        if not going:
+            return drawing
+        ((rows, state),) = going
+        logits = state.next(torch.tensor([row.tokens[-1] for row in rows]))
 
 
-def _next_seed(seeds: torch.Generator) -> int:
-    return int(torch.randint(2**62, (), generator=seeds))
+def _draw(plan: _Plan, drawing: list[_Group]) -> list[tuple[list[_Row], Rows, Tensor]]:
+    """Draws an image for every row of the groups -> those that go on, with the logits of what follows: one group."""
+    rows, state = [row for group, _ in drawing for row in group], Rows.stack([each for _, each in drawing])
+    state.next(torch.tensor([plan.model.config.special.boi]).expand(len(rows)))
+    generators = [row.image_generator() for row in rows]
+    noise = torch.stack([torch.randn(plan.latent_shape, generator=generator) for generator in generators])
+    latents = sample(
+        _predictor(plan, state),
+        noise.to(state.device),
+        schedule=plan.model.config.schedule,
+        scheduler=plan.scheduler,
+        steps=plan.steps,
+        generators=generators,
+        known=_known(plan, rows, state.device),
+        on_step_end=plan.on_step_end,
+        progress=plan.progress,
+    )
+    for row, latent in zip(rows, latents.cpu(), strict=True):
+        row.add_image(latent)
+    going = [i for i, row in enumerate(rows) if not row.finish]
+    return [(group, state, state.commit(latents[going])) for group, state in _those(rows, state, going)]
 
 
-def _with_text(document: Document, token_ids: Tensor) -> Document:
-    """The document with more text: one segment with the text before it, none where there is nothing to add."""
-    if not len(token_ids):
-        return document
-    *before, last = document
-    if isinstance(last, Text):
-        return (*before, Text(torch.cat([last.token_ids, token_ids])))
-    return (*document, Text(token_ids))
+def _predictor(plan: _Plan, state: Rows) -> Predict:
+    """(latents, timestep) -> the guided prediction; rows and their unconditional twins go through in one batch."""
+    guidance, special = plan.guidance, plan.model.config.special
+    if guidance.off:
+        return Denoiser(state, plan.latent_shape)
+    document = (Text(torch.tensor([special.bos])),)
+    single, _ = Rows.start(plan.model, [document], plan.image_tokens + 2, plan.impl)
+    single.next(torch.tensor([special.boi]))
+    denoiser = Denoiser(state, plan.latent_shape, single.take([0] * len(state)))
+    span = plan.model.config.schedule.timestep_range
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        if guidance.interval != (0.0, 1.0) and not guidance.active(timestep[0].item() / span):
+            return denoiser(latents, timestep)
+        return guidance(*denoiser.both(latents, timestep))
+
+    return predict
+
+
+def _known(plan: _Plan, rows: Sequence[_Row], device: torch.device) -> Known | None:
+    """What is given of the images that are drawn together: nothing of those of other rows."""
+    given = [row.request.known if not row.images else None for row in rows]
+    if not any(given):
+        return None
+    everything = torch.ones(1, *plan.latent_shape[1:], dtype=torch.bool)
+    nothing = Known(torch.zeros(plan.latent_shape), everything)
+    latents, unknown = zip(*[known or nothing for known in given], strict=True)
+    return Known(torch.stack(latents).float().to(device), torch.stack(unknown).to(device))
+
+
+def denoise(
+    model: Transfusion,
+    contexts: Sequence[Document],
+    latent_shape: Sequence[int],
+    *,
+    seeds: Sequence[int],
+    **options: Any,
+) -> Tensor:
+    """One new image after each context -> latents (I, C, h, w) float32 on the CPU. The rest is as in `generate`."""
+    if len(seeds) != len(contexts):
+        raise ValueError(f"{len(seeds)} seeds for {len(contexts)} contexts; give one of each")
+    pairs = zip(contexts, seeds, strict=True)
+    requests = [Request(context, max_images=1, image_next=True, seed=seed) for context, seed in pairs]
+    return torch.stack([each.images[0] for each in generate(model, requests, latent_shape=latent_shape, **options)])

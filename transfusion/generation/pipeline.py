@@ -1,85 +1,276 @@
-"""Strings and pictures in and out: a model with its tokenizer and autoencoder around it."""
+"""Strings and pictures in and out: a model with its tokenizer and autoencoder around it, in one folder.
 
-from collections.abc import Sequence
+pipe = TransfusionPipeline.from_pretrained(path)
+pipe(prompt="a red bicycle").images[0]                          text to image
+pipe(image=picture).text[0]                                     a caption
+pipe(prompt="once upon a time", output="text").text[0]          a continuation
+pipe(prompt="make it blue", image=picture).images[0]            editing
+pipe(prompt="a hat", image=picture, mask_image=mask).images[0]  inpainting
+pipe(prompt="a story", output="both").documents[0]              text and images in turn
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transfusion.data import Autoencoder, PixelAutoencoder, Tokenizer
-from transfusion.diffusion.sampler import make_scheduler
-from transfusion.generation.image import denoise
-from transfusion.generation.text import generate_text
+from transfusion import config as configs
+from transfusion.data import Autoencoder, DiffusersAutoencoder, PixelAutoencoder, Tokenizer
+from transfusion.diffusion.sampler import Known, OnStepEnd, can_clip, default_steps, make_scheduler
+from transfusion.generation.guidance import Guidance
+from transfusion.generation.inputs import PipelineOutput, Row, StopStrings, rows_of, seeds_of
+from transfusion.generation.interleaved import generate
+from transfusion.generation.media import check_output_type, from_pixels, to_pixels, to_unknown
+from transfusion.generation.requests import Generation, Request
+from transfusion.generation.score import score
+from transfusion.generation.text import TextSampling
 from transfusion.model import Transfusion
 from transfusion.sequence import Image, Text
 
+CONFIG, TOKENIZER, VAE = "pipeline.toml", "tokenizer.json", "vae"
+Callback = Callable[["TransfusionPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """What the folder's pipeline.toml says.
+
+    Args:
+        latent_shape: (C, h, w) of the images that the model was trained on.
+        autoencoder: "pixels", or "vae" for the folder vae/ beside it.
+        max_length: tokens of the longest document that the model was trained on; None is no limit.
+    """
+
+    latent_shape: tuple[int, int, int]
+    autoencoder: str = "pixels"
+    max_length: int | None = None
+
 
 class TransfusionPipeline:
-    """Images from captions, captions of images, continuations of texts.
+    """Images from captions, captions of images, edits, continuations, and documents of both, in one call.
 
-    latent_shape: (C, h, w) of the images that the model was trained on.
+    latent_shape: (C, h, w) of the images that the model was trained on. max_length: tokens of its longest documents.
+
+    Args of a call:
+        prompt: texts, or None for rows without one.
+        image: for each row a PIL image, a path, a tensor (3, H, W) in [0, 1], or None. It comes before the prompt.
+        mask_image: inpainting: white where each row's image is to be painted anew; the rest of it stays.
+        output: "image", "text" or "both", of all rows or of each; by default an image for a row with a prompt, and
+            text, a caption, for one without.
+        num_inference_steps: of denoising; None is the scheduler's usual number.
+        guidance_scale, guidance_interval, guidance_rescale: as in `Guidance`.
+        scheduler: "fast", "paper", a name that `make_scheduler` knows, or a diffusers scheduler.
+        seed: of row 0, the rows after it counting on; or one for each row.
+        generator: seeds are drawn from it instead; or from one for each row.
+        max_new_tokens, max_images: at most so many in a row, where text, or both, are wanted.
+        temperature, top_k, top_p, min_p: as in `TextSampling`; temperature 0 is greedy.
+        stop: strings at which a row ends; the text ends before them.
+        output_type: "pil", "pt" or "latent".
+        callback_on_step_end: diffusers': (pipeline, step, timestep, {"latents": ...}) -> a dict, whose "latents" are
+            gone on with, or None.
+        progress: show a bar while denoising; None shows it on a terminal.
     """
 
     def __init__(
-        self, model: Transfusion, tokenizer: Tokenizer, autoencoder: Autoencoder, latent_shape: tuple[int, int, int]
+        self,
+        model: Transfusion,
+        tokenizer: Tokenizer,
+        autoencoder: Autoencoder,
+        latent_shape: tuple[int, int, int],
+        max_length: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.autoencoder = model, tokenizer, autoencoder
-        self.latent_shape = latent_shape
+        self.latent_shape, self.max_length = latent_shape, max_length
+
+    # ---------------------------------------------------------------- the folder
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes the folder `path`: the model's files, tokenizer.json, vae/ where there is one, and pipeline.toml."""
+        folder = Path(path)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save(folder / TOKENIZER)
+        kind = "pixels"
+        if isinstance(self.autoencoder, DiffusersAutoencoder):
+            kind = VAE
+            self.autoencoder.save_pretrained(folder / VAE)
+        configs.save(PipelineConfig(self.latent_shape, kind, self.max_length), folder / f"{CONFIG}.tmp")
+        os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)  # last: a folder that has it is whole
+
+    @staticmethod
+    def from_pretrained(path: str | Path, device: torch.device | str = "cpu") -> "TransfusionPipeline":
+        """The pipeline in folder `path`. Raises `FileNotFoundError` or `ValueError` naming the file at fault."""
+        folder = Path(path)
+        if not (folder / CONFIG).is_file():
+            raise FileNotFoundError(f"{folder} is no saved pipeline: it has no {CONFIG}")
+        config = configs.load(PipelineConfig, folder / CONFIG)
+        if config.autoencoder not in ("pixels", VAE):
+            raise ValueError(f"{folder / CONFIG}: autoencoder={config.autoencoder!r} must be 'pixels' or {VAE!r}")
+        in_pixels = config.autoencoder == "pixels"
+        autoencoder = PixelAutoencoder() if in_pixels else DiffusersAutoencoder(folder / VAE, device)
+        model, tokenizer = Transfusion.from_pretrained(folder, device).eval(), Tokenizer.load(folder / TOKENIZER)
+        return TransfusionPipeline(model, tokenizer, autoencoder, config.latent_shape, config.max_length)
+
+    # ---------------------------------------------------------------- the call
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str | None] | None = None,
+        *,
+        image: Any = None,
+        mask_image: Any = None,
+        output: str | Sequence[str] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 3.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        scheduler: str | Any = "fast",
+        seed: int | Sequence[int] = 0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        max_new_tokens: int = 64,
+        max_images: int = 4,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        stop: str | Sequence[str] = (),
+        output_type: str = "pil",
+        callback_on_step_end: Callback | None = None,
+        progress: bool | None = None,
+    ) -> PipelineOutput:
+        """What follows each prompt: rows of any kind and length in one batch. The arguments are the class's to tell.
+
+        Raises:
+            ValueError, TypeError: an argument that does not fit, named with the fix.
+            FloatingPointError: NaN, in the weights for instance.
+        """
+        check_output_type(output_type)
+        rows = rows_of(prompt, image, mask_image, output)
+        seeds = seeds_of(seed, generator, len(rows))
+        pairs = zip(rows, seeds, strict=True)
+        requests = [self._request(row, own, max_new_tokens, max_images) for row, own in pairs]
+        chosen, steps = self._scheduler(scheduler, num_inference_steps)
+        stops = StopStrings(self.tokenizer, (stop,) if isinstance(stop, str) else tuple(stop))
+        done = generate(
+            self.model,
+            requests,
+            latent_shape=self.latent_shape,
+            scheduler=chosen,
+            steps=steps,
+            guidance=Guidance(guidance_scale, guidance_interval, guidance_rescale),
+            sampling=TextSampling(temperature, top_k, top_p, min_p),
+            stop=stops.reached if stops.strings else None,
+            max_length=self.max_length,
+            on_step_end=self._on_step_end(callback_on_step_end),
+            progress=sys.stderr.isatty() if progress is None else progress,
+        )
+        return self._output(done, stops, output_type)
+
+    def _request(self, row: Row, seed: int, max_new_tokens: int, max_images: int) -> Request:
+        text = [torch.tensor([self.tokenizer.special.bos])]
+        before: tuple[Text | Image, ...] = ()
+        known = None
+        if row.image is not None:
+            height, width = (side * self.autoencoder.downscale for side in self.latent_shape[1:])
+            latent = self.autoencoder.encode(to_pixels(row.image, (height, width))[None])[0]
+            if row.mask_image is None:
+                before, text = (Text(text[0]), Image(latent)), []
+            else:
+                known = Known(latent, to_unknown(row.mask_image, (height, width), self.latent_shape[1:]))
+        if row.prompt is not None:
+            text.append(self.tokenizer.encode(row.prompt))
+        segments = (*before, Text(torch.cat(text))) if text else before
+        tokens = 0 if row.output == "image" else max_new_tokens
+        images = {"image": 1, "text": 0, "both": max_images}[row.output]
+        return Request(segments, tokens, images, row.output == "image", seed, known)
+
+    def _scheduler(self, scheduler: str | Any, steps: int | None) -> tuple[Any, int]:
+        """A diffusers scheduler, and how many steps it takes. A model of pixels has its estimate clipped to theirs."""
+        schedule = self.model.config.schedule
+        name = scheduler if isinstance(scheduler, str) else "fast"
+        count = default_steps(schedule, name) if steps is None else steps
+        if not isinstance(scheduler, str):
+            return scheduler, count
+        clips = isinstance(self.autoencoder, PixelAutoencoder) and can_clip(schedule, scheduler)
+        return make_scheduler(schedule, scheduler, clips), count
+
+    def _on_step_end(self, callback: Callback | None) -> OnStepEnd | None:
+        if callback is None:
+            return None
+
+        def on_step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
+            changed = callback(self, step, timestep, {"latents": latents}) or {}
+            return changed.get("latents", latents)
+
+        return on_step_end
+
+    def _output(self, done: Sequence[Generation], stops: StopStrings, output_type: str) -> PipelineOutput:
+        latents = [latent for each in done for latent in each.images]
+        images: Any = torch.stack(latents) if latents else torch.zeros(0, *self.latent_shape)
+        if output_type != "latent":
+            images = from_pixels(self.autoencoder.decode(images), output_type) if latents else []
+        documents, count = [], 0
+        for each in done:
+            document: list[str | int] = []
+            for segment in each.new:
+                if isinstance(segment, Text):
+                    document.append(stops.cut(self.tokenizer.decode(segment.token_ids)))
+                else:
+                    document.append(count)
+                    count += 1
+            documents.append(document)
+        text = ["".join(part for part in document if isinstance(part, str)) for document in documents]
+        logprobs, reasons = [each.logprobs for each in done], [each.finish_reason for each in done]
+        return PipelineOutput(images, text, documents, logprobs, reasons)
+
+    # ---------------------------------------------------------------- one task at a time
 
     def images(
         self,
         prompts: Sequence[str],
         *,
-        steps: int = 50,
+        steps: int | None = None,
         guidance_scale: float = 3.0,
-        scheduler: str | Any | None = None,
+        scheduler: str | Any = "fast",
         seed: int = 0,
         progress: bool = False,
     ) -> Tensor:
-        """Captions -> (I, 3, H, W) float32 in [-1, 1]. Image i starts from the noise of seed + i.
-
-        scheduler: a name that `make_scheduler` knows, a diffusers scheduler, or None for the first that fits.
-        Raises as `denoise` and `make_scheduler` do.
-        """
-        if isinstance(scheduler, str | None):
-            in_pixels = isinstance(self.autoencoder, PixelAutoencoder) and scheduler in (None, "ddim", "ddpm")
-            clips = in_pixels and self.model.config.schedule.path == "cosine"
-            scheduler = make_scheduler(self.model.config.schedule, scheduler, clip_sample=clips)
-        latents = denoise(
-            self.model,
-            [(self._text(prompt),) for prompt in prompts],
-            self.latent_shape,
-            scheduler=scheduler,
-            steps=steps,
-            seeds=[seed + index for index in range(len(prompts))],
+        """Captions -> (I, 3, H, W) float32 in [-1, 1]. Image i starts from the noise of seed + i."""
+        done = self(
+            prompts,
+            num_inference_steps=steps,
             guidance_scale=guidance_scale,
+            scheduler=scheduler,
+            seed=seed,
+            output="image",
+            output_type="latent",
             progress=progress,
         )
-        return self.autoencoder.decode(latents)
+        return self.autoencoder.decode(done.images)
 
     def captions(
         self, images: Tensor, *, max_new_tokens: int = 32, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
         """(I, 3, H, W) in [-1, 1] -> a caption of each; greedy by default, as in the paper."""
-        latents = self.autoencoder.encode(images)
-        contexts = [(self._text(""), Image(latent)) for latent in latents]
-        seeds = [seed + index for index in range(len(contexts))]
-        tokens = generate_text(
-            self.model, contexts, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds
-        )
-        return [self.tokenizer.decode(row).strip() for row in tokens]
+        shown = list((images.float() + 1).clamp(0, 2) / 2)
+        done = self(image=shown, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return [caption.strip() for caption in done.text]
 
     def continuations(
         self, texts: Sequence[str], *, max_new_tokens: int = 60, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
         """What the model writes after each text."""
-        contexts = [(self._text(text),) for text in texts]
-        seeds = [seed + index for index in range(len(contexts))]
-        tokens = generate_text(
-            self.model, contexts, max_new_tokens=max_new_tokens, temperature=temperature, seeds=seeds
-        )
-        return [self.tokenizer.decode(row) for row in tokens]
+        return self(texts, output="text", max_new_tokens=max_new_tokens, temperature=temperature, seed=seed).text
 
-    def _text(self, text: str) -> Text:
-        bos = torch.tensor([self.tokenizer.special.bos])
-        return Text(torch.cat([bos, self.tokenizer.encode(text)]))
+    def score(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
+        """log p(text | image), EOS included, (I,) float32: how well each caption fits its image, in nats."""
+        if len(images) != len(texts):
+            raise ValueError(f"{len(images)} images and {len(texts)} texts; give one of each")
+        contexts = [self._request(Row(None, image, None, "text"), 0, 1, 0).context for image in images]
+        end = torch.tensor([self.tokenizer.special.eos])
+        targets = [torch.cat([self.tokenizer.encode(text), end]) for text in texts]
+        return torch.stack([each.sum() for each in score(self.model, contexts, targets)])

@@ -1,19 +1,24 @@
-"""Documents as the rows of one batch, and the network evaluated on all of them at once.
+"""Documents as the rows of one batch, each as far as it has got: the one place where generation runs the network.
 
-The one place where generation runs the network. Every evaluation computes the whole of every row anew.
+    start(documents) -> next(token) -> next(token) -> Denoiser(latents, t), many times -> commit(clean latents) -> ...
+
+A token that was evaluated once is not evaluated again: its keys and values are in the cache.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from transfusion.kernels import patchify_noise
-from transfusion.kernels.patchify_noise.reference import unpatchify
+from transfusion.generation.cache import KVCache, Pair, Window
+from transfusion.generation.graphs import Replayed
+from transfusion.kernels import IntervalMask
+from transfusion.kernels.patchify_noise.reference import patchify, unpatchify
 from transfusion.model import Transfusion
-from transfusion.sequence import Document, Image, Text, collate, document_length
+from transfusion.model.transformer import one_image_on_grid
+from transfusion.model.unet_codec import Skips
+from transfusion.sequence import Document, Image, collate, document_length, image_tokens
 
 
 @contextmanager
@@ -29,84 +34,157 @@ def inference(model: Transfusion) -> Iterator[None]:
             module.training = training
 
 
-def check_contexts(model: Transfusion, contexts: Sequence[Document]) -> None:
-    """Raises `ValueError` unless each is a document so far: text that begins with BOS, then anything of the model's."""
-    config = model.config
-    if not len(contexts):
-        raise ValueError("no contexts are given: generation needs at least one, such as (Text(torch.tensor([bos])),)")
-    for index, context in enumerate(contexts):
-        first = context[0] if len(context) else None
-        if not isinstance(first, Text) or not len(first.token_ids) or first.token_ids[0] != config.special.bos:
-            raise ValueError(
-                f"context {index} must begin with a Text that begins with BOS ({config.special.bos}), "
-                f"as documents do in training; it begins with {_describe(first)}"
-            )
-        for segment in context:
-            if isinstance(segment, Image):
-                check_latent_shape(model, segment.latent.shape)
-            elif len(ids := segment.token_ids) and (ids.min() < 0 or ids.max() >= config.vocab_size):
-                raise ValueError(
-                    f"context {index} holds token ids {int(ids.min())}..{int(ids.max())}, outside the vocabulary "
-                    f"of {config.vocab_size}; is the tokenizer the model's?"
-                )
+def patches_of(model: Transfusion, latents: Tensor | Sequence[Tensor]) -> Tensor:
+    """Latents (I, C, h, w) as they are -> what the model's codec reads, patches (I, n, P·P·C) of the linear one, in the
+    weights' dtype; of a list of latents (C, h, w) that may differ in size, (T, P·P·C)."""
+    patch, dtype = model.config.codec_window, model.head.weight.dtype
+    if isinstance(latents, Tensor):
+        return patchify(latents, patch).to(dtype)
+    return torch.cat([patchify(latent[None], patch)[0] for latent in latents]).to(dtype)
 
 
-def _describe(segment: Text | Image | None) -> str:
-    if isinstance(segment, Text):
-        return f"tokens {segment.token_ids[:4].tolist()}"
-    return "nothing" if segment is None else "an image"
+def no_time(model: Transfusion, images: int, device: torch.device) -> Tensor:
+    """(I,) zeros, the timestep of clean images, of the kind that the model's schedule has."""
+    whole = model.config.schedule.path == "cosine"
+    return torch.zeros(images, dtype=torch.int64 if whole else torch.float32, device=device)
 
 
-def check_latent_shape(model: Transfusion, shape: Sequence[int]) -> None:
-    """Raises `ValueError` unless `shape` is a (C, h, w) that the model's patches tile."""
-    channels, patch = model.config.latent_channels, model.config.patch_size
-    if len(shape) != 3 or shape[0] != channels or min(shape) < 1 or shape[1] % patch or shape[2] % patch:
-        raise ValueError(
-            f"a latent of shape {tuple(shape)} does not fit the model: it takes ({channels}, h, w) "
-            f"with h and w multiples of its patch size {patch}"
-        )
+def full_hidden(
+    model: Transfusion, documents: Sequence[Document], impl: str, cache: KVCache | None = None
+) -> tuple[Tensor, list[int]]:
+    """Every token of every document at once -> hidden (B, N, dim), padded to the longest, and the documents' lengths.
+
+    Their images are clean: timestep 0. An empty cache takes the keys and values in.
+    """
+    config, device = model.config, model.embedding.weight.device
+    lengths = [document_length(document, config.patch_size) for document in documents]
+    # collate draws noising times and a seed, which no one reads here
+    rows = [[document] for document in documents]
+    batch = collate(rows, max(lengths), config.patch_size, config.special, torch.Generator()).to(device)
+    window = None if cache is None else cache.window(batch.mask)
+    clean = no_time(model, batch.num_images, device)
+    latents = [
+        segment.latent.to(device) for document in documents for segment in document if isinstance(segment, Image)
+    ]
+    alike = len({latent.shape for latent in latents}) == 1
+    patches = patches_of(model, torch.stack(latents) if alike else latents) if latents else torch.empty(0)
+    hidden = model.hidden(batch, patches, clean, impl, window)
+    if cache is not None:
+        cache.advance(lengths)
+    return hidden, lengths
+
+
+def encode(model: Transfusion, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Skips | None]:
+    """Latents (I, C, h, w), noised to their timestep (I,) -> the tokens (I, n, dim) that the transformer reads, and
+    what `Transfusion.decode_images` needs."""
+    return model.encode_images(patches_of(model, latents), timestep, latents.shape[-2:])
+
+
+def positions_of(model: Transfusion, window: Window | Pair, latents: Tensor) -> Tensor:
+    """Of new tokens that begin with the image `latents`: their places in the document, or on the image's grid."""
+    if model.config.image_positions == "sequence":
+        return window.positions
+    patch = model.config.patch_size
+    return one_image_on_grid(window.positions, image_tokens(latents.shape, patch), latents.shape[-1] // patch)
 
 
 class Rows:
-    """B documents side by side, each a row of its own, padded to the longest. Their images are clean: timestep 0."""
+    """B documents, each as far as it has got, with the keys and values of all their tokens."""
 
-    def __init__(self, model: Transfusion, documents: Sequence[Document], impl: str = "auto") -> None:
-        self.model, self.impl = model, impl
-        config = model.config
-        self.device = model.embedding.weight.device
-        lengths = [document_length(document, config.patch_size) for document in documents]
-        rows = [[document] for document in documents]
-        # collate draws noising times and a seed, which no one reads here
-        batch = collate(rows, max(lengths), config.patch_size, config.special, torch.Generator())
-        self.batch = batch.to(self.device)
-        self.last_position = torch.tensor(lengths, device=self.device) - 1
-        images = [sum(isinstance(segment, Image) for segment in document) for document in documents]
-        self.last_image = torch.tensor(images, device=self.device).cumsum(0) - 1  # of each row that has one
-        self.clean = torch.zeros(batch.num_images, dtype=self._timestep_dtype(), device=self.device)
+    def __init__(self, model: Transfusion, cache: KVCache, impl: str = "auto") -> None:
+        self.model, self.cache, self.impl = model, cache, impl
+        self._step = Replayed(self._logits_after)
 
-    def _timestep_dtype(self) -> torch.dtype:
-        return torch.int64 if self.model.config.schedule.path == "cosine" else torch.float32
+    @staticmethod
+    def start(
+        model: Transfusion, documents: Sequence[Document], capacity: int, impl: str = "auto"
+    ) -> tuple["Rows", Tensor]:
+        """Reads the documents -> their rows, with room for `capacity` tokens each, and the logits of what follows."""
+        cache = KVCache.of(model, len(documents), capacity)
+        hidden, lengths = full_hidden(model, documents, impl, cache)
+        last = hidden[torch.arange(len(hidden)), torch.tensor(lengths) - 1]
+        return Rows(model, cache, impl), model.head(last).float()
 
-    def next_token_logits(self) -> Tensor:
-        """(B, vocab_size) float32: of the token that follows each row's last one."""
-        hidden = self._hidden(self.batch.latents, self.clean)
-        last = hidden[torch.arange(len(hidden), device=self.device), self.last_position]
-        return self.model.head(last).float()
+    def next(self, token_ids: Tensor) -> Tensor:
+        """Appends one token (B,) to every row -> the logits (B, vocab_size) float32 of the one after it."""
+        self.cache.check_room(1)  # which a replayed graph could not
+        logits = self._step(token_ids.to(self.device))
+        self.cache.advance([1] * len(self))
+        return logits
 
-    def predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """The prediction (B, C, h, w) float32 for the last image of each row, where that image is `latents`
-        (B, C, h, w) at `timestep` (B,). Every document has at least one image; the earlier ones stay clean."""
-        batch, patch = self.batch, self.model.config.patch_size
-        mixed = batch.latents.index_copy(0, self.last_image, latents.to(batch.latents.dtype))
-        hidden = self._hidden(mixed, self.clean.index_copy(0, self.last_image, timestep.to(self.clean.dtype)))
-        positions = batch.image_rows.view(batch.num_images, -1)[self.last_image]
-        decoded = self.model.codec.decode(hidden.flatten(0, 1)[positions])
-        return unpatchify(decoded.float(), latents.shape, patch)
+    def _logits_after(self, token_ids: Tensor) -> Tensor:
+        window = Window(self.cache, IntervalMask.causal(1, token_ids.device))
+        hidden = self._transformer(self.model.embedding(token_ids)[:, None], window, window.positions)
+        logits: Tensor = self.model.head(hidden[:, 0]).float()
+        return logits
 
-    def _hidden(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """Hidden states (B, N, dim) with the images as they are: 1·latents + 0·latents is exact."""
-        one = torch.ones(len(latents), device=self.device)
-        dtype, patch = self.model.head.weight.dtype, self.model.config.patch_size
-        patches = patchify_noise(latents, one, one - one, patch, noise=latents, dtype=dtype, impl=self.impl)
-        batch = replace(self.batch, latents=latents)
-        return self.model.hidden(batch, patches, timestep, self.impl)
+    def commit(self, latents: Tensor) -> Tensor:
+        """Appends a clean image (B, C, h, w), after BOI, and EOI to every row -> the logits of what follows."""
+        special, device = self.model.config.special, self.device
+        image, _ = encode(self.model, latents, no_time(self.model, len(latents), device))
+        tokens = image.shape[1]
+        end = self.model.embedding(torch.full((len(latents), 1), special.eoi, device=device))
+        window = self.cache.window(IntervalMask.from_spans(tokens + 1, [(0, tokens)], device=device))
+        hidden = self._transformer(torch.cat([image, end], dim=1), window, positions_of(self.model, window, latents))
+        self.cache.advance([tokens + 1] * len(self))
+        logits: Tensor = self.model.head(hidden[:, -1]).float()
+        return logits
+
+    def _transformer(self, x: Tensor, window: Window, positions: Tensor) -> Tensor:
+        hidden: Tensor = self.model.transformer(x, positions, window.new, self.impl, window)
+        return hidden
+
+    def take(self, rows: Sequence[int]) -> "Rows":
+        """A copy of these rows, in this order."""
+        return Rows(self.model, self.cache.take(rows), self.impl)
+
+    @staticmethod
+    def stack(rows: Sequence["Rows"]) -> "Rows":
+        """The rows of several as one."""
+        if len(rows) == 1:
+            return rows[0]
+        return Rows(rows[0].model, KVCache.stack([each.cache for each in rows]), rows[0].impl)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return self.cache.lengths.device
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.cache.used)
+
+
+class Denoiser:
+    """What the network predicts about one new image of each row, which BOI has announced.
+
+    Only the image's own tokens run, against the keys and values of what came before. `twins`: as many rows of the
+    unconditional document, evaluated in the same batch.
+    """
+
+    def __init__(self, rows: Rows, latent_shape: Sequence[int], twins: Rows | None = None) -> None:
+        self._model, self._impl, self._shape = rows.model, rows.impl, tuple(latent_shape)
+        tokens = image_tokens(latent_shape, rows.model.config.patch_size)
+        mask = IntervalMask.full(tokens, tokens, rows.device)
+        self._alone = rows.cache.window(mask)
+        self._both = None if twins is None else Pair(self._alone, twins.cache.window(mask))
+        self._run_alone = Replayed(lambda latents, timestep: self._predict(latents, timestep, self._alone))
+        self._run_both = Replayed(lambda latents, timestep: self._predict(latents, timestep, self._both))
+
+    def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Latents (B, C, h, w) at timestep (B,) -> the prediction (B, C, h, w) float32."""
+        return self._run_alone(latents, timestep)
+
+    def both(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """The prediction of the rows, and that of their twins, from one forward."""
+        prediction = self._run_both(latents.repeat(2, 1, 1, 1), timestep.repeat(2))
+        conditional, unconditional = prediction.chunk(2)
+        return conditional, unconditional
+
+    def _predict(self, latents: Tensor, timestep: Tensor, window: Window | Pair | None) -> Tensor:
+        assert window is not None, "guidance without twins"
+        model = self._model
+        x, skips = encode(model, latents, timestep)
+        hidden = model.transformer(x, positions_of(model, window, latents), window.new, self._impl, window)
+        shape = (len(latents), *self._shape)
+        return unpatchify(model.decode_images(hidden, skips).float(), shape, model.config.codec_window)

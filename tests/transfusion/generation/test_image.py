@@ -1,4 +1,4 @@
-"""`denoise` against the loop written plainly, and against networks that are rigged."""
+"""Images against the loop written plainly over the whole sequence, and against networks that are rigged."""
 
 import random
 
@@ -8,56 +8,42 @@ from einops import rearrange
 from rigged import (
     BOI,
     BOS,
-    EOI,
     GOOD,
     PATCH,
     SCHEDULERS,
     SHAPE,
     contexts,
+    image_noise,
+    options_of,
+    paint,
+    plain_denoise,
     random_model,
-    rows_by_hand,
     scheduler_of,
     text,
 )
 
-from transfusion.diffusion.sampler import make_scheduler
+from transfusion.diffusion.sampler import Known, make_scheduler
 from transfusion.diffusion.schedule import NoiseSchedule
-from transfusion.generation import denoise, generate_text
-from transfusion.generation.image import guide
+from transfusion.generation import Guidance, denoise, generate
+from transfusion.generation.rows import Rows
 from transfusion.kernels.testing import judge
-from transfusion.sequence import Image
+from transfusion.sequence import Image, Text
 
 
 @pytest.mark.parametrize("which", range(4))
 @pytest.mark.parametrize(("prediction", "name"), SCHEDULERS)
 @torch.no_grad()
 def test_denoise_is_the_loop_written_plainly(prediction, name, which, seed):
-    model = random_model(seed, prediction)
-    context = contexts()[which]
-    scheduler, schedule = scheduler_of(model, name), model.config.schedule
-    result = denoise(model, [context], SHAPE, scheduler=scheduler, steps=4, seeds=[seed])
-
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(1, *SHAPE, generator=generator)
-    batch, hidden = rows_by_hand(model, (*context, Image(latents[0])))
-    count, unit = batch.num_images, 1.0
-    if schedule.path == "flow":
-        scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
-    elif schedule.path == "trigflow":
-        scheduler.set_timesteps(4, intermediate_timesteps=None)
-        unit = schedule.sigma_data
-    else:
-        scheduler.set_timesteps(4)
-    latents = latents * unit
-    for t in scheduler.timesteps[:4]:
-        timestep = torch.zeros(count, dtype=torch.int64 if schedule.path == "cosine" else torch.float32)
-        timestep[-1] = t
-        states = hidden(torch.cat([batch.latents[:-1], latents]), timestep).flatten(0, 1)
-        decoded = model.codec.decode(states[batch.image_rows.view(count, -1)[-1:]])
-        predicted = rearrange(decoded, "i (y x) (p q c) -> i c (y p) (x q)", p=PATCH, q=PATCH, y=SHAPE[1] // PATCH)
-        latents = scheduler.step(unit * predicted, t, latents, generator=[generator]).prev_sample
-    assert torch.equal(result, latents), seed
-    assert result.isfinite().all() and result.dtype == torch.float32
+    """A float64 network comes closer to the plain float64 one than the plain float32 one does."""
+    model, context = random_model(seed, prediction), contexts()[which]
+    scheduler = scheduler_of(model, name)
+    eager = plain_denoise(model, context, seed, scheduler_of(model, name))
+    model.double()
+    (result,) = denoise(model, [context], SHAPE, scheduler=scheduler, steps=4, seeds=[seed])
+    gold = plain_denoise(model, context, seed, scheduler_of(model, name))
+    verdict = judge(result, eager, gold.double(), factor=1.0)
+    assert verdict.passed and verdict.bound < 1e-2 * gold.abs().max(), (seed, verdict)
+    assert result.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("prediction", "name"), SCHEDULERS)
@@ -68,12 +54,14 @@ def test_a_network_that_knows_the_latents_recovers_them(prediction, name, seed, 
     tokens = rearrange(clean, "i c (y p) (x q) -> i (y x) (p q c)", p=PATCH, q=PATCH)
     seen = {}
 
-    def hidden(batch, patches, timestep, impl):
+    def encode(patches, thousandths, *_):
+        timestep = thousandths * (schedule.timestep_range / 1000)
+        timestep = timestep.round().long() if schedule.path == "cosine" else timestep
         alpha, sigma, data_weight, noise_weight = (c.view(-1, 1, 1) for c in schedule.coefficients(timestep))
         seen["prediction"] = data_weight * tokens + noise_weight * (patches - alpha * tokens) / sigma
-        return torch.zeros(*batch.token_ids.shape, model.config.dim)
+        return torch.zeros(*patches.shape[:2], model.config.dim)
 
-    monkeypatch.setattr(model, "hidden", hidden)
+    monkeypatch.setattr(model.codec, "encode", encode)
     monkeypatch.setattr(model.codec, "decode", lambda states: seen["prediction"])
     prompts = [(text(BOS, 5),), (text(BOS),), (text(BOS, 6, 7, 8),)]
 
@@ -85,13 +73,13 @@ def test_a_network_that_knows_the_latents_recovers_them(prediction, name, seed, 
     assert verdict.passed and verdict.bound < 1e-2 * clean.abs().max(), (seed, verdict)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
-def test_an_image_does_not_depend_on_its_batch(name, guidance_scale, seed):
+def test_an_image_does_not_depend_on_its_batch(name, scale, seed):
     """A float64 network gives in a batch what it gives alone, far closer than a float32 one comes to it alone."""
     model = random_model(seed)
     prompts, seeds = contexts(), [seed + i for i in range(4)]
-    options = {"scheduler": scheduler_of(model, name), "steps": 5, "guidance_scale": guidance_scale}
+    options = {"scheduler": scheduler_of(model, name), "steps": 5, "guidance": Guidance(scale)}
 
     def alone():
         return torch.cat([denoise(model, [prompts[i]], SHAPE, seeds=[seeds[i]], **options) for i in range(4)])
@@ -103,78 +91,140 @@ def test_an_image_does_not_depend_on_its_batch(name, guidance_scale, seed):
     assert (together[0] - together[2]).abs().max() > 0.1
 
 
+@torch.no_grad()
+def test_images_of_other_sizes_in_the_contexts(seed):
+    model = random_model(seed)
+    small, wide = torch.randn(3, 2, 4), torch.randn(3, 4, 8)
+    prompts = [(text(BOS, 7), Image(small), text(8), Image(wide)), (text(BOS), Image(torch.randn(SHAPE)))]
+    eager, options = [], {"scheduler": scheduler_of(model), "steps": 4}
+    for prompt in prompts:
+        rows, _ = Rows.start(model, [(*prompt, Image(torch.zeros(SHAPE)))], 40)
+        assert rows.cache.used == [
+            sum(len(s.token_ids) if isinstance(s, Text) else 2 + s.latent[0].numel() // 4 for s in prompt) + 8
+        ]
+        eager.append(denoise(model, [prompt], SHAPE, seeds=[seed], **options))
+    together = denoise(model.double(), prompts, SHAPE, seeds=[seed] * 2, **options)
+    gold = torch.cat([denoise(model, [prompt], SHAPE, seeds=[seed], **options) for prompt in prompts])
+    verdict = judge(together, torch.cat(eager), gold.double(), factor=1.0)
+    assert verdict.passed, (seed, verdict)
+    other = denoise(model, [(*prompts[0][:3], Image(wide + 1))], SHAPE, seeds=[seed], **options)
+    assert not torch.allclose(other[0], together[0])
+
+
+# ---------------------------------------------------------------- guidance
+
+
+def recorded(model, monkeypatch):
+    """(rows, tokens) of every call of the transformer from now on."""
+    calls, transformer = [], model.transformer.forward
+    monkeypatch.setattr(
+        model.transformer, "forward", lambda x, *rest: calls.append(tuple(x.shape[:2])) or transformer(x, *rest)
+    )
+    return calls
+
+
 def test_guidance_is_one_forward_of_both_branches(seed, monkeypatch):
-    model, scale = random_model(seed), random.Random(seed).uniform(0, 8)
-    prompts = contexts()
-    calls = []
-
-    def record(batch, patches, timestep, impl):
-        calls.append((batch, timestep))
-        return torch.zeros(*batch.token_ids.shape, model.config.dim)
-
+    model, scale = random_model(seed), random.Random(seed).uniform(1.1, 8)
+    calls, results = recorded(model, monkeypatch), []
     table = torch.randn(8, 6, model.config.patch_dim)
-    monkeypatch.setattr(model, "hidden", record)
     monkeypatch.setattr(model.codec, "decode", lambda states: table[: len(states)])
     one_step = scheduler_of(model, "ddim")
-    results = []
     monkeypatch.setattr(
         type(one_step), "step", lambda self, prediction, *a, **k: results.append(prediction) or (prediction,)
     )
-    denoise(model, prompts, SHAPE, scheduler=one_step, steps=2, seeds=[0] * 4, guidance_scale=scale)
+    options = {"scheduler": one_step, "steps": 2, "guidance": Guidance(scale)}
+    denoise(model, contexts(), SHAPE, seeds=[0] * 4, **options)
     as_image = rearrange(table, "i (y x) (p q c) -> i c (y p) (x q)", p=PATCH, q=PATCH, y=SHAPE[1] // PATCH)
     conditional, unconditional = as_image[:4], as_image[4:]
-    assert len(calls) == 2 and torch.equal(results[0], unconditional + scale * (conditional - unconditional))
-    batch, timestep = calls[0]
-    assert batch.token_ids.shape[0] == 8
-    for row in batch.token_ids[4:]:
-        assert row.tolist()[:9] == [BOS, BOI, *[0] * 6, EOI] and (row[9:] == 0).all()
-    # three images of the contexts are clean, the last one of each row is not
-    assert timestep.tolist() == [999, 0, 999, 999, 0, 0, 999, 999, 999, 999, 999]
+    assert len(results) == 2 and torch.equal(results[0], unconditional + scale * (conditional - unconditional))
+    # the prompts, their BOI; BOS and its BOI once for all rows; then only the image's six tokens, of both branches
+    assert calls == [(4, 19), (4, 1), (1, 1), (1, 1), (8, 6), (8, 6)]
 
 
 def test_without_guidance_there_is_no_unconditional_row(seed, monkeypatch):
-    model, rows = random_model(seed), []
-    hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda batch, *rest: rows.append(len(batch.token_ids)) or hidden(batch, *rest))
-    options = {"scheduler": scheduler_of(model), "steps": 2, "seeds": [0, 1]}
-    denoise(model, contexts()[:2], SHAPE, guidance_scale=1.0, **options)
-    denoise(model, contexts()[:2], SHAPE, guidance_scale=1.5, **options)
-    assert rows == [2, 2, 4, 4]
+    model = random_model(seed)
+    calls = recorded(model, monkeypatch)
+    denoise(model, contexts()[:2], SHAPE, scheduler=scheduler_of(model), steps=2, seeds=[0, 1])
+    assert [rows for rows, _ in calls] == [2, 2, 2, 2]
+
+
+def test_outside_its_interval_guidance_costs_nothing(seed, monkeypatch):
+    model = random_model(seed)
+    calls = recorded(model, monkeypatch)
+    guidance = Guidance(3.0, interval=(0.3, 0.7))  # times of the five steps: 0.999, 0.799, 0.599, 0.399, 0.199
+    options = {"scheduler": scheduler_of(model), "steps": 5, "seeds": [seed, seed + 1]}
+    denoise(model, contexts()[:2], SHAPE, guidance=guidance, **options)
+    assert [rows for rows, tokens in calls if tokens == 6] == [2, 2, 4, 4, 2]
+    free, never, always = (
+        denoise(model, contexts()[:1], SHAPE, guidance=each, **{**options, "seeds": [seed]})
+        for each in (Guidance(), Guidance(3.0, interval=(0.0, 0.1)), Guidance(3.0))
+    )
+    assert torch.equal(free, never) and not torch.equal(free, always)
 
 
 def test_guidance_zero_is_the_unconditional_model(seed):
     model = random_model(seed).double()
     options = {"scheduler": scheduler_of(model), "steps": 4, "seeds": [seed]}
-    ignored = denoise(model, contexts()[2:3], SHAPE, guidance_scale=0.0, **options)
+    ignored = denoise(model, contexts()[2:3], SHAPE, guidance=Guidance(0.0), **options)
     empty = denoise(model, [(text(BOS),)], SHAPE, **options)
     single = denoise(model.float(), [(text(BOS),)], SHAPE, **options)
     verdict = judge(ignored, single, empty.double())
     assert verdict.passed, (seed, verdict)
 
 
-def test_guide_formula(seed):
-    torch.manual_seed(seed)
-    conditional, unconditional = torch.randn(2, 5, 3)
-    assert torch.equal(guide(conditional, unconditional, 0.0), unconditional)
-    assert torch.equal(guide(conditional, unconditional, 2.5), unconditional + 2.5 * (conditional - unconditional))
-
-
 def test_clean_images_of_the_context_are_what_they_were(seed, monkeypatch):
+    """At timestep 0, and read once; the new image alone is noised."""
     model = random_model(seed)
     context = contexts()[3]
-    seen, hidden = [], model.hidden
-
-    def record(batch, patches, timestep, impl):
-        seen.append((patches, timestep))
-        return hidden(batch, patches, timestep, impl)
-
-    monkeypatch.setattr(model, "hidden", record)
+    seen, encode = [], model.codec.encode
+    monkeypatch.setattr(
+        model.codec, "encode", lambda patches, t, *rest: seen.append((patches, t.tolist())) or encode(patches, t, *rest)
+    )
     denoise(model, [context], SHAPE, scheduler=scheduler_of(model), steps=4, seeds=[seed])
-    generate_text(model, [context], max_new_tokens=1)
     clean = torch.stack([segment.latent for segment in context if isinstance(segment, Image)])
-    expected = rearrange(clean, "i c (y p) (x q) -> i (y x) (p q c)", p=PATCH, q=PATCH)
-    assert len(seen) == 5
-    assert all(torch.equal(patches[:2], expected) and timestep[:2].tolist() == [0, 0] for patches, timestep in seen)
+    assert torch.equal(seen[0][0], rearrange(clean, "i c (y p) (x q) -> i (y x) (p q c)", p=PATCH, q=PATCH))
+    assert [times for _, times in seen] == [[0, 0], [999], [749], [499], [249]]
+    noise = rearrange(image_noise(seed)[0][None], "i c (y p) (x q) -> i (y x) (p q c)", p=PATCH, q=PATCH)
+    assert torch.equal(seen[1][0], noise)
+
+
+# ---------------------------------------------------------------- inpainting and callbacks
+
+
+@pytest.mark.parametrize(("prediction", "name"), SCHEDULERS)
+def test_inpainting_keeps_what_is_known_and_paints_the_rest(prediction, name, seed):
+    """In one batch with a row that has nothing given, which comes out as it does alone."""
+    model = random_model(seed, prediction).double()
+    unknown = torch.rand(1, *SHAPE[1:]) > 0.5
+    given = torch.randn(SHAPE)
+    options = options_of(model, scheduler=scheduler_of(model, name), steps=5)
+    requests = [paint(text(BOS, 7), seed=seed, known=Known(given, unknown)), paint(text(BOS, 8, 9), seed=seed + 1)]
+    (painted,), (free,) = (each.images for each in generate(model, requests, **options))
+    assert torch.equal(painted[~unknown.expand(SHAPE)], given[~unknown.expand(SHAPE)])
+    (alone,) = generate(model, [requests[1]], **options)[0].images
+    plain = plain_denoise(model.float(), requests[1].context, seed + 1, scheduler_of(model, name), steps=5)
+    verdict = judge(free, plain, alone.double(), factor=1.0)
+    assert verdict.passed, (seed, verdict)
+    (whole,) = generate(model.double(), [paint(text(BOS, 7), seed=seed)], **options)[0].images
+    assert not torch.allclose(
+        whole[unknown.expand(SHAPE)], painted[unknown.expand(SHAPE)]
+    )  # the rest fits what is known
+
+
+def test_a_callback_sees_every_step_and_may_change_the_latents(seed):
+    model, seen = random_model(seed), []
+
+    def steer(step, timestep, latents):
+        seen.append((step, int(timestep), tuple(latents.shape)))
+        return torch.full_like(latents, 0.5) if step == 2 else latents
+
+    options = {"scheduler": scheduler_of(model), "steps": 4, "seeds": [seed, seed + 1]}
+    steered = denoise(model, contexts()[:2], SHAPE, on_step_end=steer, **options)
+    assert seen == [(i, t, (2, *SHAPE)) for i, t in enumerate([999, 749, 499, 249])]
+    assert not torch.equal(steered, denoise(model, contexts()[:2], SHAPE, **options))
+
+
+# ---------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -188,18 +238,22 @@ def test_clean_images_of_the_context_are_what_they_were(seed, monkeypatch):
         ({"contexts": [(text(BOS, 24),)]}, r"token ids 1\.\.24, outside the vocabulary of 24"),
         ({"contexts": [(text(BOS, -1),)]}, r"token ids -1\.\.1, outside"),
         ({"contexts": [(text(BOS), Image(torch.zeros(3, 4, 5)))]}, r"latent of shape \(3, 4, 5\) does not fit"),
-        ({"contexts": [(text(BOS), Image(torch.zeros(3, 4, 4)))]}, r"\(3, 4, 4\), the new image is \(3, 4, 6\)"),
+        ({"contexts": [(text(BOS), Image(torch.full(SHAPE, torch.nan)))]}, "context 0 holds a latent with NaN"),
         ({"contexts": [(text(BOS, BOI),)]}, "context 0 ends with BOI"),
+        (
+            {"contexts": [GOOD, (text(BOS, *[7] * 90),)], "max_length": 98},
+            "context 1 has 91 tokens; with 8 more .*max_length=98",
+        ),
         ({"latent_shape": (3, 5, 6)}, r"\(3, 5, 6\) does not fit.*\(3, h, w\).*patch size 2"),
         ({"latent_shape": (4, 4, 6)}, r"\(4, 4, 6\) does not fit"),
         ({"latent_shape": (3, 0, 6)}, r"\(3, 0, 6\) does not fit"),
-        ({"latent_shape": (4, 6)}, r"\(4, 6\) does not fit"),
-        ({"guidance_scale": -0.5}, r"guidance_scale=-0.5 must be a number >= 0"),
-        ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
         ({"steps": 0}, r"steps=0 must be within 1\.\.1000"),
         ({"steps": 1001}, r"steps=1001 must be within 1\.\.1000"),
         ({"seeds": [1, 2]}, "2 seeds for 1 contexts"),
         ({"scheduler": make_scheduler(NoiseSchedule("epsilon"))}, "prediction_type='epsilon'"),
+        ({"scheduler": "ddim"}, "'ddim' is no scheduler"),
+        ({"scheduler": type(make_scheduler(NoiseSchedule()))}, "is no scheduler"),
+        ({"scheduler": None}, "None is no scheduler"),
     ],
 )
 def test_denoise_refuses(change, message, seed):
@@ -211,6 +265,20 @@ def test_denoise_refuses(change, message, seed):
         "steps": 2,
         "seeds": range(len(change.get("contexts", [GOOD]))),
     }
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         denoise(model, **(arguments | change))
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        (Known(torch.zeros(3, 4, 4), torch.ones(1, 4, 6) > 0), r"known of request 0 .*\(3, 4, 4\)"),
+        (Known(torch.zeros(SHAPE), torch.ones(SHAPE) > 0), r"known of request 0 .*\(1, 4, 6\)"),
+        (Known(torch.zeros(SHAPE), torch.ones(1, 4, 6)), "must be bool.*float32"),
+    ],
+)
+def test_a_known_part_of_another_shape_is_refused(known, message, seed):
+    model = random_model(seed)
+    with pytest.raises((ValueError, TypeError), match=message):
+        generate(model, [paint(text(BOS), known=known)], **options_of(model))

@@ -1,56 +1,164 @@
-"""`generate` on networks rigged to emit a known document."""
+"""`generate` on networks rigged to emit a known document, and on random ones against the plain loops."""
 
 import pytest
 import torch
-from einops import rearrange
-from rigged import BOI, BOS, EOI, EOS, GOOD, PATCH, chain, options_of, random_model, rig_image, shape_of, text
+from rigged import (
+    BOI,
+    BOS,
+    EOI,
+    EOS,
+    GOOD,
+    SHAPE,
+    chain,
+    contexts,
+    image_noise,
+    options_of,
+    paint,
+    plain_denoise,
+    plain_text,
+    random_model,
+    rig_image,
+    scheduler_of,
+    shape_of,
+    text,
+    write,
+)
 
-from transfusion.generation import generate
+from transfusion.generation import Guidance, Request, TextSampling, generate
+from transfusion.kernels.testing import judge
+from transfusion.sequence import Image
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_text_image_text(guidance_scale, seed, monkeypatch):
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_text_image_text(scale, seed, monkeypatch):
     model = random_model(seed)
     seen = chain(model, monkeypatch, {10: 11, 11: BOI, EOI: 12, 12: 13, 13: EOS})
     rig_image(model, monkeypatch)
-    prompt = (text(BOS, 10),)
-    document = generate(model, prompt, **options_of(model, guidance_scale=guidance_scale))
-    assert shape_of(document) == [[BOS, 10, 11], "image", [12, 13, EOS]]
-    assert shape_of(prompt) == [[BOS, 10]]
-    # after the image: its clean latents, at timestep 0
-    batch, patches, timestep = seen[-1]
-    expected = rearrange(document[1].latent[None], "i c (y p) (x q) -> i (y x) (p q c)", p=PATCH, q=PATCH)
-    assert torch.equal(patches, expected) and timestep.tolist() == [0]
-    assert batch.token_ids[0].tolist() == [BOS, 10, 11, BOI, *[0] * 6, EOI, 12, 13]
+    (result,) = generate(model, [write(text(BOS, 10), images=3)], **options_of(model, guidance=Guidance(scale)))
+    assert shape_of(result.new) == [[11], "image", [12, 13, EOS]]
+    assert result.token_ids.tolist() == [11, BOI, 12, 13, EOS] and result.finish_reason == "eos"
+    assert len(result.logprobs) == 5 and result.images[0] is result.new[1].latent
+    # BOI; then the image alone, at its timesteps; then clean, with EOI; and each token once, at its own position
+    own = [(x[0].tolist(), positions[0].tolist()) for x, positions in seen]
+    image = list(range(4, 10))
+    drawn = [([-1000.0] * 6, image), ([-500.0] * 6, image)]
+    twin = [([float(BOS)], [0]), ([float(BOI)], [1])] if scale != 1 else []
+    after = [([-1.0] * 6 + [float(EOI)], [*image, 10]), ([12.0], [11]), ([13.0], [12])]
+    assert own == [([1.0, 10.0], [0, 1]), ([11.0], [2]), ([float(BOI)], [3]), *twin, *drawn, *after]
 
 
 def test_images_side_by_side_and_the_limit_of_images(seed, monkeypatch):
     model = random_model(seed)
     chain(model, monkeypatch, {BOS: BOI, EOI: BOI})
     rig_image(model, monkeypatch)
-    document = generate(model, (text(BOS),), **options_of(model, max_images=2))
-    assert shape_of(document) == [[BOS], "image", "image"]
-    first, second = (segment.latent for segment in document[1:])
-    assert not torch.equal(first, second)
-    assert shape_of(generate(model, (text(BOS),), **options_of(model, max_images=0))) == [[BOS]]
+    options = options_of(model)
+    results = generate(model, [write(text(BOS), images=count, seed=seed) for count in (2, 0, 1)], **options)
+    assert [shape_of(each.new) for each in results] == [["image", "image"], [], ["image"]]
+    assert {each.finish_reason for each in results} == {"images"}
+    first, second = results[0].images
+    assert not torch.equal(first, second) and torch.equal(first, results[2].images[0])
 
 
 def test_the_limit_of_tokens_holds_for_the_document(seed, monkeypatch):
     model = random_model(seed)
     chain(model, monkeypatch, {BOS: 10, 10: 11, 11: BOI, EOI: 12, 12: 12})
     rig_image(model, monkeypatch)
-
-    def after(limit):
-        return shape_of(generate(model, (text(BOS),), **options_of(model, max_new_tokens=limit)))
-
-    assert after(2) == [[BOS, 10, 11]]
-    assert after(3) == [[BOS, 10, 11], "image"]
-    assert after(5) == [[BOS, 10, 11], "image", [12, 12]]
+    limits = [2, 3, 5]
+    results = generate(model, [write(text(BOS), tokens=each, images=3) for each in limits], **options_of(model))
+    assert [shape_of(each.new) for each in results] == [[[10, 11]], [[10, 11], "image"], [[10, 11], "image", [12, 12]]]
+    assert {each.finish_reason for each in results} == {"length"}
 
 
-def test_generate_refuses(seed):
+def test_an_image_that_does_not_fit_the_models_length_is_not_begun(seed, monkeypatch):
     model = random_model(seed)
-    with pytest.raises(ValueError, match="max_images=-1"):
-        generate(model, GOOD, **options_of(model, max_images=-1))
-    with pytest.raises(ValueError, match="must begin with a Text"):
-        generate(model, (), **options_of(model))
+    chain(model, monkeypatch, {BOS: 10, 10: BOI, EOI: 10})
+    rig_image(model, monkeypatch)
+    (result,) = generate(model, [write(text(BOS), images=3)], **options_of(model, max_length=17))
+    assert shape_of(result.new) == [[10], "image", [10]] and result.finish_reason == "length"
+    (result,) = generate(model, [paint(text(BOS), tokens=5)], **options_of(model, max_length=9))
+    assert shape_of(result.new) == ["image"] and result.finish_reason == "length"
+
+
+@torch.no_grad()
+def test_every_kind_of_request_in_one_call(seed):
+    """Text to image, image to text, continuation, editing, interleaved: each as it is alone, and as written plainly."""
+    model = random_model(seed).double()
+    prompts, instruction = contexts(), (text(BOS), Image(torch.randn(SHAPE)), text(9, 8))
+    requests = [
+        paint(*prompts[0], seed=seed),
+        write(text(BOS), Image(torch.randn(SHAPE)), tokens=5),
+        write(*prompts[2], tokens=6),
+        paint(*instruction, seed=seed + 1),
+        paint(*prompts[3], tokens=9, images=2, seed=seed + 2),
+    ]
+    options = options_of(model, steps=4)
+    together = generate(model, requests, **options)
+    drawn, captioned, continued, edited, mixed = together
+    assert captioned.token_ids.tolist() == plain_text(model, requests[1].context, 5)[0], seed
+    assert continued.token_ids.tolist() == plain_text(model, requests[2].context, 6)[0], seed
+    assert mixed.token_ids.tolist()[:1] == plain_text(model, (*prompts[3], Image(mixed.images[0])), 1)[0], seed
+    alone = [generate(model, [request], **options)[0] for request in requests]
+    for one, other in zip(together, alone, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist() and shape_of(one.new)[:1] == shape_of(other.new)[:1]
+    drawings = [(drawn, requests[0]), (edited, requests[3]), (mixed, requests[4])]
+    gold = [plain_denoise(model, r.context, r.seed, scheduler_of(model)).double() for _, r in drawings]
+    model.float()
+    eager = [plain_denoise(model, r.context, r.seed, scheduler_of(model)) for _, r in drawings]
+    verdict = judge(
+        torch.stack([each.images[0] for each, _ in drawings]), torch.stack(eager), torch.stack(gold), factor=1.0
+    )
+    assert verdict.passed and verdict.bound < 1e-2, (seed, verdict)
+
+
+@torch.no_grad()
+def test_the_second_image_follows_the_first_ones_clean_latent(seed, monkeypatch):
+    """Not its last noisy evaluation: against the plain loop over the document that holds the first image."""
+    model = random_model(seed).double()
+    head = model.head.forward
+    monkeypatch.setattr(model.head, "forward", lambda states: head(states).index_fill(1, torch.tensor([BOI]), 1e4))
+    (result,) = generate(model, [paint(text(BOS, 7), tokens=1, images=2, seed=seed)], **options_of(model, steps=4))
+    assert shape_of(result.new) == ["image", "image"]
+    before = (text(BOS, 7), Image(result.images[0]))
+    gold = plain_denoise(model, before, seed, scheduler_of(model), number=1)
+    noisy, _ = image_noise(seed)
+    wrong = plain_denoise(model, (text(BOS, 7), Image(noisy)), seed, scheduler_of(model), number=1)
+    eager = plain_denoise(model.float(), before, seed, scheduler_of(model), number=1)
+    verdict = judge(result.images[1], eager, gold.double(), factor=1.0)
+    assert verdict.passed and verdict.bound < (wrong - gold).abs().max() / 100, (seed, verdict)
+
+
+def test_rows_that_draw_wait_for_each_other(seed, monkeypatch):
+    """Rows write until each wants an image or is finished; then all images are denoised in one batch."""
+    model = random_model(seed)
+    seen = chain(model, monkeypatch, {10: BOI, 11: 12, 12: 10, 13: EOS, EOI: EOS})
+    rig_image(model, monkeypatch)
+    starts = [10, 11, 13]
+    results = generate(model, [write(text(BOS, start), images=1) for start in starts], **options_of(model))
+    assert [shape_of(each.new) for each in results] == [["image", [EOS]], [[12, 10], "image", [EOS]], [[EOS]]]
+    assert [tuple(x.shape) for x, _ in seen] == [(3, 2), (1, 1), (1, 1), (2, 1), (2, 6), (2, 6), (2, 7)]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"max_images": 1}, "asks for nothing"),
+        ({"image_next": True}, "image_next=True needs max_images"),
+        ({"max_new_tokens": 1, "known": (1, 2)}, "needs image_next=True"),
+    ],
+)
+def test_requests_that_contradict_themselves_are_refused(request_, message):
+    with pytest.raises(ValueError, match=message):
+        Request(GOOD, **request_)
+
+
+def test_an_error_names_its_request_and_leaves_the_model_as_it_was(seed):
+    model = random_model(seed).train()
+    good = write(*GOOD)
+    for bad, message in [
+        (write(), "context 1 must begin with a Text"),
+        (write(text(BOS), Image(torch.zeros(3, 4, 5))), r"latent of shape \(3, 4, 5\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            generate(model, [good, bad], **options_of(model))
+    assert model.training
+    assert len(generate(model, [good], **options_of(model, sampling=TextSampling(1.0)))) == 1

@@ -1,52 +1,282 @@
 """Strings and pictures in and out."""
 
+import itertools
+
 import pytest
 import rigged
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler
+from PIL import Image as Pil
 
-from transfusion.data import PixelAutoencoder, Tokenizer
+from transfusion.data import DiffusersAutoencoder, PixelAutoencoder, Tokenizer
 from transfusion.generation import TransfusionPipeline
+from transfusion.generation.inputs import StopStrings, rows_of
+from transfusion.generation.media import to_pixels, to_unknown
 
-PROMPTS = ["a", "red"]
+PROMPTS = ["red green", "green"]
+HEIGHT, WIDTH = rigged.SHAPE[1:]
+PICTURE = Pil.new("RGB", (17, 13), "orange")
+FEW = {"num_inference_steps": 4}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pipeline():
-    model = rigged.random_model(seed=3)
-    tokenizer = Tokenizer.train(["red green"], 300)
-    tokenizer.encode = lambda text: torch.tensor([5 + ord(letter) % 15 for letter in text], dtype=torch.int64)
-    return TransfusionPipeline(model, tokenizer, PixelAutoencoder(), rigged.SHAPE)
+    model = rigged.random_model(seed=3, vocab_size=300)
+    return TransfusionPipeline(model, Tokenizer.train(["red green"], 300), PixelAutoencoder(), rigged.SHAPE, 60)
 
 
-def test_an_image_depends_on_its_prompt_and_seed_alone(pipeline):
-    options = {"steps": 5, "guidance_scale": 2.0}
-    both = pipeline.images(PROMPTS, seed=7, **options)
-    assert both.shape == (2, *rigged.SHAPE)
-    assert both.abs().max() <= 1
-    torch.testing.assert_close(pipeline.images(PROMPTS[1:], seed=8, **options), both[1:], atol=1e-4, rtol=1e-4)
-    assert not torch.equal(pipeline.images(PROMPTS[:1], seed=8, **options), both[:1])
+def images(done):
+    return [list(image.getdata()) for image in done.images]
+
+
+# ---------------------------------------------------------------- a call
+
+
+def test_text_to_image(pipeline):
+    done = pipeline(PROMPTS, seed=7, **FEW)
+    assert [(image.mode, image.size) for image in done.images] == [("RGB", (WIDTH, HEIGHT))] * 2
+    assert done.text == ["", ""] and done.documents == [[0], [1]] and done.finish_reasons == ["length"] * 2
+    assert images(pipeline(PROMPTS[1], seed=8, **FEW)) == images(done)[1:]
+    assert images(pipeline(PROMPTS[::-1], seed=[8, 7], **FEW)) == images(done)[::-1]
+    assert images(pipeline(PROMPTS, seed=8, **FEW)) != images(done)
+
+
+def test_every_kind_of_row_in_one_call(pipeline):
+    rows = {
+        "prompt": ["red", None, "green", "red", None, "red"],
+        "image": [None, PICTURE, None, PICTURE, None, PICTURE],
+        "mask_image": [None, None, None, None, None, Pil.new("L", (8, 8), 255)],
+        "output": ["image", "text", "text", "image", "image", None],
+    }
+    done = pipeline(**rows, max_new_tokens=5, **FEW)
+    assert [[type(part) for part in document] for document in done.documents] == [
+        [int], [str], [str], [int], [int], [int],
+    ]  # fmt: skip
+    assert len(done.images) == 4 and [len(each) for each in done.logprobs] == [
+        0,
+        *map(len, done.logprobs[1:3]),
+        0,
+        0,
+        0,
+    ]
+    for index in range(6):
+        single = {name: values[index] for name, values in rows.items()}
+        alone = pipeline(**single, seed=index, max_new_tokens=5, **FEW)
+        assert alone.text == [done.text[index]]
+        drawn = [number for number in done.documents[index] if isinstance(number, int)]
+        assert images(alone) == [images(done)[number] for number in drawn]
+    story = pipeline("red", output="both", max_new_tokens=8, max_images=2, temperature=2.0, seed=1, **FEW)
+    assert "".join(part for part in story.documents[0] if isinstance(part, str)) == story.text[0]
+
+
+def test_output_types(pipeline):
+    latents = pipeline(PROMPTS, output_type="latent", **FEW).images
+    tensors = pipeline(PROMPTS, output_type="pt", **FEW).images
+    assert latents.shape == (2, *rigged.SHAPE) and tensors.shape == (2, 3, HEIGHT, WIDTH)
+    assert torch.equal(tensors, (latents.clamp(-1, 1) + 1) / 2)
+    as_pil = pipeline(PROMPTS, **FEW).images
+    levels = torch.tensor(list(as_pil[1].getdata())).T.reshape(3, HEIGHT, WIDTH) / 255
+    assert (levels - tensors[1]).abs().max() <= 0.5 / 255 + 1e-6
+    assert torch.equal(pipeline.images(PROMPTS, steps=4), latents.clamp(-1, 1))
+    assert pipeline("red", output="text", max_new_tokens=1, output_type="latent").images.shape == (0, *rigged.SHAPE)
+    assert pipeline("red", output="text", max_new_tokens=1).images == []
+
+
+def test_generators_stand_for_seeds(pipeline):
+    def draw(generator):
+        return images(pipeline(PROMPTS, generator=generator, **FEW))
+
+    first = draw(torch.Generator().manual_seed(1))
+    assert first == draw(torch.Generator().manual_seed(1)) != draw(torch.Generator().manual_seed(2))
+    own = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    assert draw(own)[1] == images(pipeline(PROMPTS[1], generator=torch.Generator().manual_seed(6), **FEW))[0]
 
 
 def test_schedulers_by_name_and_as_objects(pipeline):
-    from diffusers import DDIMScheduler
-
-    own = DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        clip_sample=True,
-    )
-    by_object = pipeline.images(PROMPTS, steps=5, scheduler=own)
-    assert torch.equal(by_object, pipeline.images(PROMPTS, steps=5, scheduler="ddim"))
-    assert torch.equal(by_object, pipeline.images(PROMPTS, steps=5))
-    assert not torch.equal(by_object, pipeline.images(PROMPTS, steps=5, scheduler="dpmsolver"))
+    options = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    by_object = images(pipeline(PROMPTS, scheduler=DDIMScheduler(clip_sample=True, **options), **FEW))
+    assert by_object == images(pipeline(PROMPTS, scheduler="ddim", **FEW)) == images(pipeline(PROMPTS, **FEW))
+    assert by_object != images(pipeline(PROMPTS, scheduler="dpmsolver", **FEW))
+    assert by_object != images(pipeline(PROMPTS, scheduler=EulerDiscreteScheduler(**options), **FEW))
     with pytest.raises(ValueError, match="'euler' cannot sample 'v_prediction'"):
-        pipeline.images(PROMPTS, scheduler="euler")
+        pipeline(PROMPTS, scheduler="euler")
+
+
+@pytest.mark.parametrize(("name", "steps"), [("fast", 50), ("paper", 250), ("dpmsolver", 20)])
+def test_each_scheduler_has_its_usual_number_of_steps(pipeline, name, steps):
+    seen = []
+    pipeline("red", scheduler=name, callback_on_step_end=lambda pipe, step, t, kwargs: seen.append(step))
+    assert seen == list(range(steps))
+
+
+def test_the_callback_is_that_of_diffusers(pipeline):
+    seen = []
+
+    def steer(pipe, step, timestep, kwargs):
+        seen.append((pipe, step, int(timestep), list(kwargs)))
+        return {"latents": torch.zeros_like(kwargs["latents"])} if step == 3 else None
+
+    done = pipeline(PROMPTS, callback_on_step_end=steer, output_type="latent", **FEW)
+    assert seen == [(pipeline, step, 999 - 250 * step, ["latents"]) for step in range(4)]
+    assert not done.images.any()
+
+
+def test_progress(pipeline, capsys):
+    pipeline("red", progress=True, **FEW)
+    assert "4/4" in capsys.readouterr().err
+    pipeline("red", **FEW)  # no terminal
+    assert capsys.readouterr().err == ""
+
+
+def test_guidance_reaches_the_images(pipeline):
+    plain = images(pipeline("red", guidance_scale=1.0, **FEW))
+    assert plain == images(pipeline("red", guidance_scale=5.0, guidance_interval=(0.0, 0.01), **FEW))
+    guided = images(pipeline("red", guidance_scale=5.0, **FEW))
+    assert plain != guided != images(pipeline("red", guidance_scale=5.0, guidance_rescale=0.9, **FEW))
+
+
+def test_inpainting_keeps_the_rest_of_the_picture(pipeline):
+    shown = torch.rand(3, HEIGHT, WIDTH)
+    mask = torch.zeros(HEIGHT, WIDTH)
+    mask[:2] = 1
+    done = pipeline("red", image=shown, mask_image=mask, output_type="pt", **FEW).images[0]
+    torch.testing.assert_close(done[:, 2:], shown[:, 2:])
+    assert not torch.allclose(done[:, :2], shown[:, :2])
+
+
+# ---------------------------------------------------------------- text
+
+
+def test_stop_strings_end_a_text_before_them(pipeline, monkeypatch):
+    word = pipeline.tokenizer.encode("abcdefghij").tolist()
+    successor = dict(itertools.pairwise(word))
+    with monkeypatch.context() as patch:
+        rigged.chain(pipeline.model, patch, successor)
+        patch.setattr(rigged, "VOCABULARY", 300)
+        done = pipeline(["a", "c"], output="text", stop=["fg", "x"])
+        assert done.text == ["bcde", "de"] and done.finish_reasons == ["stop", "stop"]
+        assert pipeline("a", output="text", stop="j").text == ["bcdefghi"]
+        assert pipeline("a", output="text").text == ["bcdefghij"]
+
+
+def test_a_stop_string_may_lie_across_tokens_and_letters(pipeline):
+    stops = StopStrings(pipeline.tokenizer, ("né", "zz"))
+    ids = pipeline.tokenizer.encode("xx né y").tolist()
+    assert [stops.reached(ids[:count]) for count in range(1, len(ids) + 1)].index(True) == len(ids) - 3
+    assert stops.cut("a zz né") == "a " and stops.cut("nothing") == "nothing"
 
 
 def test_captions_and_continuations_are_one_text_each(pipeline):
     captions = pipeline.captions(torch.rand(3, *rigged.SHAPE) * 2 - 1, max_new_tokens=4)
-    assert len(captions) == 3
-    assert all(isinstance(caption, str) for caption in captions)
-    texts = pipeline.continuations(["ab", ""], max_new_tokens=4, temperature=1.0, seed=2)
-    assert texts == pipeline.continuations(["ab", ""], max_new_tokens=4, temperature=1.0, seed=2)
+    assert len(captions) == 3 and all(isinstance(caption, str) for caption in captions)
+    texts = pipeline.continuations(["red", "green"], max_new_tokens=4, temperature=1.0, seed=2)
+    assert texts == pipeline.continuations(["red", "green"], max_new_tokens=4, temperature=1.0, seed=2)
+
+
+def test_score_is_the_log_probability_that_generation_reports(pipeline):
+    done = pipeline(image=PICTURE, max_new_tokens=1, temperature=1.0, seed=5)
+    with_end = pipeline.score([PICTURE, PICTURE], ["red green", "red"])
+    assert with_end.shape == (2,) and (with_end < 0).all() and done.logprobs[0] < 0
+    again = pipeline.score([PICTURE], ["red"])
+    torch.testing.assert_close(again, with_end[1:])
+    with pytest.raises(ValueError, match="1 images and 2 texts"):
+        pipeline.score([PICTURE], ["a", "b"])
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def test_a_saved_pipeline_is_the_same_one(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "p")
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == [
+        "config.toml", "model.safetensors", "pipeline.toml", "tokenizer.json",
+    ]  # fmt: skip
+    again = TransfusionPipeline.from_pretrained(tmp_path / "p")
+    assert images(again(PROMPTS, **FEW)) == images(pipeline(PROMPTS, **FEW))
+    assert again.latent_shape == rigged.SHAPE and again.max_length == 60
+    assert again(image=PICTURE).text == pipeline(image=PICTURE).text
+
+
+def test_a_vae_is_saved_with_the_pipeline(tmp_path):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = AutoencoderKL(latent_channels=3, block_out_channels=[8, 8], norm_num_groups=4, **blocks)
+    vae.save_pretrained(tmp_path / "vae")
+    model, tokenizer = rigged.random_model(seed=3, vocab_size=300), Tokenizer.train(["red green"], 300)
+    pipeline = TransfusionPipeline(model, tokenizer, DiffusersAutoencoder(tmp_path / "vae"), rigged.SHAPE)
+    pipeline.save_pretrained(tmp_path / "p")
+    again = TransfusionPipeline.from_pretrained(tmp_path / "p")
+    done = again("red", **FEW)
+    assert images(done) == images(pipeline("red", **FEW)) and done.images[0].size == (2 * WIDTH, 2 * HEIGHT)
+    assert again(image=PICTURE, max_new_tokens=3).text == pipeline(image=PICTURE, max_new_tokens=3).text
+    assert again.max_length is None
+    mask = Pil.new("L", (2 * WIDTH, 2 * HEIGHT), 0)
+    mask.putpixel((0, 0), 255)
+    unknown = to_unknown(mask, (2 * HEIGHT, 2 * WIDTH), (HEIGHT, WIDTH))
+    assert unknown.shape == (1, HEIGHT, WIDTH) and unknown[0, 0, 0] and unknown.sum() == 1
+
+
+def test_what_is_no_pipeline_is_refused(pipeline, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is no saved pipeline: it has no pipeline\.toml"):
+        TransfusionPipeline.from_pretrained(tmp_path)
+    pipeline.save_pretrained(tmp_path)
+    (tmp_path / "pipeline.toml").write_text('latent_shape = [3, 4, 6]\nautoencoder = "other"\n')
+    with pytest.raises(ValueError, match=r"pipeline\.toml: autoencoder='other' must be"):
+        TransfusionPipeline.from_pretrained(tmp_path)
+    (tmp_path / "pipeline.toml").write_text("latent_shape = [3, 4, 6]\ncolour = 1\n")
+    with pytest.raises(ValueError, match=r"pipeline\.toml.*unknown key 'colour'"):
+        TransfusionPipeline.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": ""}, "prompt 0 is empty"),
+        ({"prompt": ["red", " "]}, "prompt 1 is empty"),
+        ({"prompt": []}, "prompt is an empty list"),
+        ({"prompt": None}, "row 0 has neither prompt nor image"),
+        ({"prompt": [7]}, "prompt 0 must be a string or None, got int"),
+        ({"prompt": ["red"] * 2, "image": [PICTURE]}, "lists of different lengths"),
+        ({"prompt": "red " * 60}, r"context 0 has \d+ tokens; .* longer than max_length=60"),
+        ({"output": "picture"}, "output='picture' of row 0 is unknown"),
+        ({"output_type": "jpeg"}, "output_type='jpeg' is unknown"),
+        ({"mask_image": PICTURE}, "mask_image of row 0 .* needs image="),
+        ({"image": torch.rand(3, 5, 6)}, r"must be \(3, 4, 6\) .* got \(3, 5, 6\)"),
+        ({"image": torch.rand(3, 4, 6) + 1}, r"must lie in \[0, 1\]"),
+        ({"image": torch.full((3, 4, 6), torch.nan)}, r"must lie in \[0, 1\]"),
+        ({"image": 7}, "must be a PIL image, a path or a tensor"),
+        ({"image": PICTURE, "mask_image": torch.ones(4, 5)}, r"mask tensor must be \(4, 6\) .* got \(4, 5\)"),
+        ({"image": __file__}, "is not a readable image"),
+        ({"image": "nowhere.png"}, "nowhere.png"),
+        ({"scheduler": "plms"}, "scheduler 'plms' is unknown"),
+        ({"scheduler": 7}, "7 is no scheduler"),
+        ({"scheduler": DDIMScheduler()}, "beta_schedule='linear'|prediction_type='epsilon'"),
+        ({"num_inference_steps": 0}, "steps=0 must be within"),
+        ({"num_inference_steps": 30}, "steps=30 does not divide"),
+        ({"guidance_scale": -1.0}, "guidance scale=-1.0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"seed": [1, 2]}, "2 seeds for 1 rows"),
+        ({"generator": [torch.Generator()] * 3}, "3 generators for 1 rows"),
+        ({"stop": ""}, "a stop string is empty"),
+        ({"output": "text", "max_new_tokens": 0}, "asks for nothing"),
+    ],
+)
+def test_bad_input_is_named_and_the_pipeline_goes_on(pipeline, change, message):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
+        pipeline(**({"prompt": "red"} | FEW | change))
+    assert len(pipeline("red", num_inference_steps=1).images) == 1
+
+
+def test_lists_and_single_values_go_together():
+    rows = rows_of(["a", "b"], PICTURE, None, "image")
+    assert [(row.prompt, row.image, row.output) for row in rows] == [("a", PICTURE, "image"), ("b", PICTURE, "image")]
+    assert rows_of(None, [PICTURE], None, None)[0].output == "text"
+
+
+def test_pictures_are_cropped_and_resized_and_tensors_are_not():
+    assert to_pixels(PICTURE, (4, 4)).shape == (3, 4, 4)
+    tensor = torch.rand(3, 4, 6)
+    assert torch.equal(to_pixels(tensor, (4, 6)), tensor * 2 - 1)

@@ -1,0 +1,61 @@
+"""The steps that CUDA replays: one graph without a break or a look at a value, and no new one as rows get longer."""
+
+import pytest
+import torch
+from rigged import BOI, SHAPE, contexts, random_model
+
+from transfusion.generation.cache import KVCache
+from transfusion.generation.graphs import Replayed
+from transfusion.generation.rows import Denoiser, Rows, inference
+
+
+@pytest.fixture
+def one_graph(monkeypatch):
+    """`Replayed` through `torch.compile` in place of a captured graph; the cache's length as on CUDA: all of it."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(KVCache, "reach", lambda self, tokens: self.capacity)
+    compiled = []
+
+    def call(self, *arguments):
+        if not hasattr(self, "_compiled"):
+            self._function(*arguments)  # the warm-up before a capture
+            self._compiled = torch.compile(self._function, backend="eager", fullgraph=True, dynamic=False)
+            compiled.append(self)
+        return self._compiled(*arguments)
+
+    monkeypatch.setattr(Replayed, "__call__", call)
+    yield compiled
+    torch._dynamo.reset()
+
+
+def story(model):
+    torch.manual_seed(0)
+    tokens, noisy = torch.randint(5, 24, (4, 4)), torch.randn(3, 4, *SHAPE)
+    torch.manual_seed(1)
+    with inference(model):
+        rows, _ = Rows.start(model, contexts(), 48)
+        results = [rows.next(column).clone() for column in tokens]
+        rows.next(torch.full((4,), BOI))
+        single, _ = Rows.start(model, contexts()[:1], 20)
+        denoiser = Denoiser(rows, SHAPE, single.take([0] * 4))
+        for latents in noisy:
+            results.append(denoiser(latents, torch.tensor([700, 20, 3, 999])).clone())
+            results += [each.clone() for each in denoiser.both(latents, torch.tensor([7, 200, 30, 999]))]
+    return results
+
+
+def test_a_step_is_one_graph_for_every_length(seed, one_graph, monkeypatch):
+    model = random_model(seed)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = story(model)
+    assert len(one_graph) == 3  # a token, an image alone, an image with its twin
+    monkeypatch.undo()
+    for ours, plain in zip(compiled, story(model), strict=True):
+        torch.testing.assert_close(ours, plain, msg=f"seed {seed}")
+
+
+def test_elsewhere_a_replayed_function_is_just_called():
+    calls = []
+    double = Replayed(lambda x, y: calls.append(1) or x * 2 + y)
+    assert double(torch.ones(2), torch.ones(2)).tolist() == [3, 3]
+    assert double(torch.ones(3), torch.zeros(3)).tolist() == [2, 2, 2] and len(calls) == 2

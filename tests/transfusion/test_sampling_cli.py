@@ -1,0 +1,119 @@
+"""`transfusion sample` on a saved pipeline: every kind of row, the files it writes, and every mistake in one line."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import rigged
+from PIL import Image
+
+from transfusion import cli
+from transfusion.data import PixelAutoencoder, Tokenizer
+from transfusion.generation import TransfusionPipeline
+from transfusion.generation.sheet import Card, write_sheet
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sampling")
+    model, tokenizer = rigged.random_model(seed=3, vocab_size=300), Tokenizer.train(["red green"], 300)
+    TransfusionPipeline(model, tokenizer, PixelAutoencoder(), rigged.SHAPE, 90).save_pretrained(path / "pipe")
+    Image.new("RGB", (12, 8), "orange").save(path / "fruit.png")
+    Image.new("L", (12, 8), 255).save(path / "mask.png")
+    return path
+
+
+def sample(folder, out, *arguments):
+    status = cli.main(["sample", "--model", str(folder / "pipe"), "--out", str(out), "--steps", "2", *arguments])
+    return status, json.loads((out / "settings.json").read_text())
+
+
+class Elements(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.sources, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_every_kind_of_row(folder, tmp_path, capsys):
+    picture = str(folder / "fruit.png")
+    rows = ["--prompt", "a <b>red</b> fox", "a/b: c", "--image", picture, "--text", "once", "--story", "a story"]
+    status, settings = sample(folder, tmp_path, *rows, "--max-tokens", "6", "--max-images", "1", "--seed", "5")
+    assert status == 0
+    first, second = list(settings["images"])[:2]
+    assert (first, second) == ("000-a-b-red-b-fox.png", "001-a-b-c.png")
+    assert list(settings["captions"]) == [picture] and list(settings["continuations"]) == ["once"]
+    assert list(settings["stories"]) == ["a story"] and settings["seeds"] == [5, 6, 7, 8, 9]
+    assert settings["options"]["guidance"] == "3.0"
+    assert all(Image.open(path).size == (6, 4) for path in tmp_path.glob("*.png"))
+    assert json.loads(capsys.readouterr().out.rpartition("see ")[0])["images"] == settings["images"]
+    page = Elements()
+    page.feed((tmp_path / "sheet.html").read_text())
+    assert page.tags.count("article") == 5 and page.tags.count("b") == 0 and "a <b>red</b> fox" in page.text
+    assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert not re.search(r"https?://", (tmp_path / "sheet.html").read_text())
+
+
+def test_the_same_seed_gives_the_same_files(folder, tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        sample(folder, tmp_path / name, "--prompt", "red", "--seed", seed)
+    a, b, c = ((tmp_path / name / "000-red.png").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_edits_and_inpainting(folder, tmp_path):
+    edit = ["--edit", str(folder / "fruit.png"), "--prompt", "make it blue", "make it red"]
+    status, settings = sample(folder, tmp_path / "edit", *edit)
+    assert status == 0 and list(settings["images"].values()) == ["make it blue", "make it red"]
+    status, _ = sample(folder, tmp_path / "paint", *edit, "--mask", str(folder / "mask.png"))
+    assert status == 0 and "inpainting" in (tmp_path / "paint" / "sheet.html").read_text()
+    Image.new("L", (12, 8), 0).save(folder / "none.png")
+    sample(folder, tmp_path / "kept", *edit[:3], "nothing", "--mask", str(folder / "none.png"))
+    assert set(Image.open(tmp_path / "kept" / "000-nothing.png").getdata()) == {(255, 165, 0)}  # orange
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to sample: give --prompt, --image, --text or --story"),
+        (["--prompt", "red", "--run", "runs/x"], "give one of --run"),
+        (["--text", "red", "--edit", "x.png"], "--edit needs --prompt"),
+        (["--prompt", "red", "--mask", "x.png"], "--mask needs --edit"),
+        (["--prompt", ""], "prompt 0 is empty"),
+        (["--prompt", "red " * 90], "longer than max_length=90"),
+        (["--prompt", "red", "--scheduler", "plms"], "scheduler 'plms' is unknown"),
+        (["--prompt", "red", "--steps", "7"], "steps=7 does not divide"),
+        (["--image", "nowhere.png"], "nowhere.png"),
+        (["--image", __file__], "is not a readable image"),
+        (["--text", "red", "--top-p", "2"], "top_p=2.0 must be within"),
+        (["--prompt", "red", "--guidance-interval", "0.9", "0.1"], "guidance interval=(0.9, 0.1)"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_write_nothing(folder, tmp_path, capsys, arguments, message):
+    options = ["sample", "--model", str(folder / "pipe"), "--out", str(tmp_path / "out")]
+    assert cli.main([*options, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path, capsys):
+    assert cli.main(["sample", "--model", str(tmp_path), "--prompt", "x"]) == 2
+    assert "is no saved pipeline" in capsys.readouterr().err
+
+
+def test_a_sheet_shows_what_it_is_given(tmp_path):
+    picture = Image.new("RGB", (8, 8), "red")
+    cards = [Card("a & b", [picture], ["text <i>", picture, "more"], "story"), Card("", [], [picture])]
+    write_sheet(tmp_path / "s.html", "two <samples>", cards, {"seed": "</pre>"})
+    page = Elements()
+    page.feed((tmp_path / "s.html").read_text())
+    assert page.tags.count("img") == 3 and page.tags.count("article") == 2 and page.tags.count("pre") == 1
+    for shown in ("a & b", "text <i>", "more", "two <samples>", '"seed": "</pre>"'):
+        assert shown in page.text

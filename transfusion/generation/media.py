@@ -1,0 +1,80 @@
+"""Pictures of any kind a user has, to and from what an autoencoder reads: PIL, files, tensors; and masks."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from transfusion.data.optional import require
+from transfusion.data.transforms import to_image, to_tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+OUTPUT_TYPES = ("pil", "pt", "latent")
+
+
+def to_pixels(picture: Any, size: tuple[int, int]) -> Tensor:
+    """A PIL image or a file, cropped and resized as in training, or a tensor (3, H, W) in [0, 1] that has `size`
+    already -> (3, H, W) float32 in [-1, 1].
+
+    Raises `ValueError` for a tensor of another size or a file that is no image, `TypeError` for anything else.
+    """
+    if isinstance(picture, Tensor):
+        if tuple(picture.shape) != (3, *size) or not picture.dtype.is_floating_point:
+            raise ValueError(
+                f"an image tensor must be (3, {size[0]}, {size[1]}) floating point in [0, 1] for this model, got "
+                f"{tuple(picture.shape)} {picture.dtype}; resize it, or give a PIL image, which is cropped and resized"
+            )
+        if not (picture.isfinite().all() and picture.min() >= 0 and picture.max() <= 1):
+            raise ValueError(
+                f"an image tensor must lie in [0, 1], got {float(picture.min())} .. {float(picture.max())}"
+            )
+        return picture.float() * 2 - 1
+    return to_tensor(_opened(picture).convert("RGB"), size[0] if size[0] == size[1] else size)
+
+
+def to_unknown(mask: Any, size: tuple[int, int], latent_size: tuple[int, int]) -> Tensor:
+    """A mask, white or 1 where to paint: a PIL image, a file, or a tensor (H, W) in [0, 1] -> (1, h, w) bool.
+
+    A latent is painted where any of its pixels is to be.
+    """
+    if isinstance(mask, Tensor):
+        if tuple(mask.shape) != size:
+            raise ValueError(f"a mask tensor must be ({size[0]}, {size[1]}) for this model, got {tuple(mask.shape)}")
+        white = mask.float()[None]
+    else:
+        pixels = to_tensor(_opened(mask).convert("L").convert("RGB"), size[0] if size[0] == size[1] else size)
+        white = (pixels[:1] + 1) / 2
+    return functional.adaptive_max_pool2d(white, latent_size) >= 0.5
+
+
+def _opened(picture: Any) -> "Image.Image":
+    pil = require("PIL.Image")
+    if isinstance(picture, pil.Image):
+        image: Image.Image = picture
+        return image
+    if not isinstance(picture, str | Path):
+        raise TypeError(f"an image must be a PIL image, a path or a tensor (3, H, W), got {type(picture).__name__}")
+    try:
+        opened: Image.Image = pil.open(picture)
+        opened.load()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{picture} is not a readable image: {error}") from error
+    return opened
+
+
+def from_pixels(pixels: Tensor, output_type: str) -> Any:
+    """(I, 3, H, W) in [-1, 1] -> a list of PIL images, or for "pt" the tensor in [0, 1]."""
+    if output_type == "pt":
+        return (pixels.float() + 1) / 2
+    return [to_image(image) for image in pixels]
+
+
+def check_output_type(output_type: str) -> None:
+    """Raises `ValueError` for an unknown one."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type={output_type!r} is unknown; choose one of {', '.join(OUTPUT_TYPES)}")

@@ -1,0 +1,160 @@
+"""What generation may be asked for, checked before any work is done, and what it gives back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from transfusion.diffusion.sampler import Known
+from transfusion.model import Transfusion
+from transfusion.sequence import Document, Image, Text, document_length, image_tokens
+
+
+@dataclass(frozen=True)
+class Request:
+    """One document so far, and what is wanted after it.
+
+    text to image         max_images=1, image_next=True
+    image to text         max_new_tokens=n, the context ending with the image
+    continuation          max_new_tokens=n
+    interleaved           max_new_tokens=n, max_images=m
+    editing               the context an image and an instruction; max_images=1, image_next=True
+
+    Args:
+        context: a Text that begins with BOS, then any Text and clean Image segments. BOI is not among them: it comes
+            with the image.
+        max_new_tokens: tokens of text to draw at most, each BOI counted.
+        max_images: images to draw at most; a BOI beyond them ends the document.
+        image_next: begin with an image, as if BOI had been drawn.
+        seed: of all that is drawn for this document.
+        known: inpainting: what of the first image is given, latents (C, h, w) and unknown (1, h, w).
+
+    Raises:
+        ValueError: numbers that ask for nothing.
+    """
+
+    context: Document
+    max_new_tokens: int = 0
+    max_images: int = 0
+    image_next: bool = False
+    seed: int = 0
+    known: Known | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0 or self.max_images < 0:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} and max_images={self.max_images} must be at least 0"
+            )
+        if not self.max_new_tokens and not self.image_next:
+            raise ValueError(
+                "max_new_tokens=0 without image_next asks for nothing; give at least 1, or image_next=True"
+            )
+        if self.image_next and not self.max_images:
+            raise ValueError("image_next=True needs max_images of at least 1")
+        if self.known is not None and not self.image_next:
+            raise ValueError("known= is a part of the next image: it needs image_next=True")
+
+
+class Generation(NamedTuple):
+    """What followed one context.
+
+    new            segments after the context; BOI and EOI come with each image and are not in its text
+    token_ids      (T,) int64, every token that was drawn, BOI and EOS included
+    logprobs       (T,) float64, of each its natural log-probability under the model itself
+    finish_reason  "eos"; "stop": a stop token or string; "length": no room for more; "images": BOI beyond max_images
+    """
+
+    new: Document
+    token_ids: Tensor
+    logprobs: Tensor
+    finish_reason: str
+
+    @property
+    def images(self) -> list[Tensor]:
+        """The latents (C, h, w) of the new images, on the CPU."""
+        return [segment.latent for segment in self.new if isinstance(segment, Image)]
+
+
+def check_requests(
+    model: Transfusion, requests: Sequence[Request], latent_shape: Sequence[int], max_length: int | None
+) -> None:
+    """Raises `ValueError` or `TypeError` for the first request that the model cannot be asked, naming it."""
+    contexts = [request.context for request in requests]
+    check_contexts(model, contexts)
+    check_latent_shape(model, latent_shape)
+    for index, request in enumerate(requests):
+        if request.max_images:
+            _check_ends_before_boi(model, index, request.context)
+        if request.known is not None:
+            _check_known(index, request.known, tuple(latent_shape))
+        length = document_length(request.context, model.config.patch_size)
+        more = image_tokens(latent_shape, model.config.patch_size) + 2 if request.image_next else 1
+        if max_length is not None and length + more > max_length:
+            raise ValueError(
+                f"context {index} has {length} tokens; with {more} more for what comes next it is longer than "
+                f"max_length={max_length}, the longest document of the model; give a shorter one"
+            )
+
+
+def check_contexts(model: Transfusion, contexts: Sequence[Document]) -> None:
+    """Raises `ValueError` unless each is a document so far: text that begins with BOS, then anything of the model's."""
+    config = model.config
+    if not len(contexts):
+        raise ValueError("no contexts are given: generation needs at least one, such as (Text(torch.tensor([bos])),)")
+    for index, context in enumerate(contexts):
+        first = context[0] if len(context) else None
+        if not isinstance(first, Text) or not len(first.token_ids) or first.token_ids[0] != config.special.bos:
+            raise ValueError(
+                f"context {index} must begin with a Text that begins with BOS ({config.special.bos}), "
+                f"as documents do in training; it begins with {_describe(first)}"
+            )
+        for segment in context:
+            if isinstance(segment, Image):
+                check_latent_shape(model, segment.latent.shape)
+                _check_finite(index, segment)
+            elif len(ids := segment.token_ids) and (ids.min() < 0 or ids.max() >= config.vocab_size):
+                raise ValueError(
+                    f"context {index} holds token ids {int(ids.min())}..{int(ids.max())}, outside the vocabulary "
+                    f"of {config.vocab_size}; is the tokenizer the model's?"
+                )
+
+
+def check_latent_shape(model: Transfusion, shape: Sequence[int]) -> None:
+    """Raises `ValueError` unless `shape` is a (C, h, w) that the model's patches tile."""
+    channels, patch = model.config.latent_channels, model.config.patch_size
+    if len(shape) != 3 or shape[0] != channels or min(shape) < 1 or shape[1] % patch or shape[2] % patch:
+        raise ValueError(
+            f"a latent of shape {tuple(shape)} does not fit the model: it takes ({channels}, h, w) "
+            f"with h and w multiples of its patch size {patch}"
+        )
+
+
+def _check_finite(index: int, image: Image) -> None:
+    if not image.latent.isfinite().all():
+        raise ValueError(
+            f"context {index} holds a latent with NaN or infinities; look at the image and its autoencoder"
+        )
+
+
+def _describe(segment: Text | Image | None) -> str:
+    if isinstance(segment, Text):
+        return f"tokens {segment.token_ids[:4].tolist()}"
+    return "nothing" if segment is None else "an image"
+
+
+def _check_ends_before_boi(model: Transfusion, index: int, context: Document) -> None:
+    last = context[-1]
+    if isinstance(last, Text) and len(last.token_ids) and last.token_ids[-1] == model.config.special.boi:
+        raise ValueError(f"context {index} ends with BOI, which comes with the image; leave it out")
+
+
+def _check_known(index: int, known: Known, latent_shape: tuple[int, ...]) -> None:
+    found, wanted = (tuple(known.latents.shape), tuple(known.unknown.shape)), (latent_shape, (1, *latent_shape[1:]))
+    if found != wanted:
+        raise ValueError(f"known of request {index} has latents and unknown of shapes {found}; they must be {wanted}")
+    if known.unknown.dtype != torch.bool:
+        raise TypeError(
+            f"known.unknown of request {index} must be bool, True where to paint, got {known.unknown.dtype}"
+        )

@@ -1,0 +1,47 @@
+"""log p(text | what came before it), token by token: from one forward over everything."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from transfusion.generation.requests import check_contexts
+from transfusion.generation.rows import full_hidden, inference
+from transfusion.model import Transfusion
+from transfusion.sequence import Document, Text, document_length
+
+
+def score(
+    model: Transfusion, contexts: Sequence[Document], targets: Sequence[Tensor], *, impl: str = "auto"
+) -> list[Tensor]:
+    """-> for each context the log-probabilities (T_i,) float32 of its target's tokens, each after those before it.
+
+    Their sum is log p(target | context): of a caption after an image, or of an answer after a question.
+
+    Args:
+        model: in any mode, which is kept.
+        contexts: documents so far, each a Text that begins with BOS, then any Text and clean Image segments.
+        targets: token ids (T_i,) int64 of the text that follows each; EOS scores the end too.
+        impl: of the kernels.
+
+    Raises:
+        ValueError: an argument that does not fit, named with the fix.
+        FloatingPointError: log-probabilities that are not finite.
+    """
+    if len(targets) != len(contexts):
+        raise ValueError(f"{len(targets)} targets for {len(contexts)} contexts; give one of each")
+    for index, target in enumerate(targets):
+        if target.ndim != 1 or not len(target):
+            raise ValueError(f"target {index} has shape {tuple(target.shape)}; it must be (T,) with at least one token")
+    documents = [(*context, Text(target)) for context, target in zip(contexts, targets, strict=True)]
+    check_contexts(model, documents)
+    with inference(model):
+        hidden, lengths = full_hidden(model, documents, impl)
+        before = [document_length(context, model.config.patch_size) - 1 for context in contexts]
+        spans = zip(before, lengths, strict=True)
+        states = [row[first : last - 1] for row, (first, last) in zip(hidden, spans, strict=True)]
+        log_p = model.head(torch.cat(states)).float().log_softmax(-1)
+        chosen = log_p.gather(1, torch.cat(list(targets)).to(log_p.device)[:, None])[:, 0].cpu()
+    if not chosen.isfinite().all():
+        raise FloatingPointError("log-probabilities are not finite; look for NaN in the weights")
+    return list(chosen.split([len(target) for target in targets]))

@@ -1,0 +1,203 @@
+"""transfusion sample: images, captions, edits, continuations and stories from a run or a saved pipeline, as files."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transfusion.generation import TransfusionPipeline
+    from transfusion.generation.inputs import PipelineOutput
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Images from captions (--prompt), edits of an image (--edit with --prompt), captions of images (--image),
+    continuations of texts (--text), texts with images in them (--story): all of them in one batch.
+
+    Args:
+        run: folder of a run that has ended.
+        model: folder of a saved pipeline, in place of a run.
+        prompt: captions to draw, or what to change in --edit.
+        edit: an image to change as each prompt says.
+        mask: with --edit: a picture, white where the image is to be painted anew; the rest of it stays.
+        image: files to caption.
+        text: texts to continue.
+        story: texts to continue with text and images.
+        out: where PNGs, sheet.html and settings.json go.
+        steps: denoising steps of an image; None is the scheduler's usual number.
+        guidance: classifier-free guidance scale; 1 is none.
+        guidance_interval: times, 0 the clean image and 1 pure noise, between which guidance is on.
+        guidance_rescale: how much of a guided prediction's deviation is brought back, within [0, 1].
+        scheduler: "fast", "paper" (250 steps of DDPM), "ddim", "ddpm", "dpmsolver", "euler" or "scm".
+        temperature: of text; 0 is greedy.
+        top_k: sample text from the k likeliest tokens.
+        top_p: sample text from the likeliest tokens that hold so much of the probability.
+        min_p: sample text from tokens so many times as likely as the likeliest.
+        stop: strings at which a text ends.
+        max_tokens: of text, in each row.
+        max_images: of a story.
+        seed: the same seed gives the same samples.
+        device: "auto" is CUDA where there is one.
+    """
+
+    run: Path | None = None
+    model: Path | None = None
+    prompt: tuple[str, ...] = ()
+    edit: Path | None = None
+    mask: Path | None = None
+    image: tuple[Path, ...] = ()
+    text: tuple[str, ...] = ()
+    story: tuple[str, ...] = ()
+    out: Path = Path("samples")
+    steps: int | None = None
+    guidance: float = 3.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
+    scheduler: str = "fast"
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    stop: tuple[str, ...] = ()
+    max_tokens: int = 60
+    max_images: int = 4
+    seed: int = 0
+    device: str = "auto"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`transfusion sample --run DIR --prompt TEXT ...`."""
+    import tyro
+
+    options = tyro.cli(SampleOptions, args=list(arguments), prog="transfusion sample")
+    if not (options.prompt or options.image or options.text or options.story):
+        raise ValueError("nothing to sample: give --prompt, --image, --text or --story")
+    if (options.run is None) == (options.model is None):
+        raise ValueError("give one of --run (a run that has ended) and --model (a saved pipeline)")
+    if options.edit is not None and not options.prompt:
+        raise ValueError("--edit needs --prompt: what is to change")
+    if options.mask is not None and options.edit is None:
+        raise ValueError("--mask needs --edit: the image that it is a part of")
+    result = write_samples(options, open_pipeline(options))
+    print(json.dumps(result, indent=2, ensure_ascii=False))
+    print(f"see {options.out}/sheet.html")
+    return 0
+
+
+def open_pipeline(options: SampleOptions) -> "TransfusionPipeline":
+    """What `run` or `model` names, on the device. Raises `FileNotFoundError` or `ValueError` where it is none."""
+    import torch
+
+    from transfusion.generation import TransfusionPipeline
+    from transfusion.run import Run
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.model is not None:
+        return TransfusionPipeline.from_pretrained(options.model, device)
+    assert options.run is not None
+    run = Run.open(options.run)
+    return run.pipeline(run.model(device))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One row: what kind it is, and what it is given."""
+
+    kind: str
+    prompt: str | None
+    image: Path | None
+    output: str
+
+
+def _jobs(options: SampleOptions) -> list[_Job]:
+    drawing = "image" if options.edit is None else "inpainting" if options.mask else "edit"
+    return [
+        *(_Job(drawing, prompt, options.edit, "image") for prompt in options.prompt),
+        *(_Job("caption", None, path, "text") for path in options.image),
+        *(_Job("continuation", text, None, "text") for text in options.text),
+        *(_Job("story", text, None, "both") for text in options.story),
+    ]
+
+
+def write_samples(options: SampleOptions, pipeline: "TransfusionPipeline") -> dict[str, Any]:
+    """Samples everything in one batch; writes NNN-prompt.png for each image, sheet.html and settings.json.
+
+    -> what settings.json says beside the options: images, captions, continuations, stories.
+    """
+    from transfusion.generation.inputs import PipelineOutput
+
+    jobs = _jobs(options)
+    done: PipelineOutput = pipeline(
+        [job.prompt for job in jobs],
+        image=[job.image for job in jobs],
+        mask_image=[options.mask if job.kind == "inpainting" else None for job in jobs],
+        output=[job.output for job in jobs],
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
+        guidance_interval=options.guidance_interval,
+        guidance_rescale=options.guidance_rescale,
+        scheduler=options.scheduler,
+        seed=options.seed,
+        max_new_tokens=options.max_tokens,
+        max_images=options.max_images,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        stop=options.stop,
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    names = _names(jobs, done)
+    for name, image in zip(names, done.images, strict=True):
+        image.save(options.out / name)
+    record = _record(jobs, done, names)
+    given = {name: str(value) for name, value in vars(options).items()}
+    settings = {"options": given, "seeds": [options.seed + index for index in range(len(jobs))], **record}
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (options.out / "settings.json").write_text(text, encoding="utf-8")
+    _write_sheet(options, jobs, done, settings)
+    return record
+
+
+def _names(jobs: Sequence[_Job], done: "PipelineOutput") -> list[str]:
+    """NNN-prompt.png of each image, NNN its number."""
+    owners = [
+        job for job, document in zip(jobs, done.documents, strict=True) for part in document if isinstance(part, int)
+    ]
+    words = [re.sub("[^a-z0-9]+", "-", (job.prompt or "").lower())[:40] for job in owners]
+    return [f"{number:03d}-{word}.png" for number, word in enumerate(words)]
+
+
+def _record(jobs: Sequence[_Job], done: "PipelineOutput", names: Sequence[str]) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for job, document, text in zip(jobs, done.documents, done.text, strict=True):
+        files = [names[part] for part in document if isinstance(part, int)]
+        if job.kind == "caption":
+            record.setdefault("captions", {})[str(job.image)] = text.strip()
+        elif job.kind == "continuation":
+            record.setdefault("continuations", {})[job.prompt] = text
+        elif job.kind == "story":
+            parts = [names[part] if isinstance(part, int) else part for part in document]
+            record.setdefault("stories", {})[job.prompt] = parts
+        else:
+            record.setdefault("images", {}).update({file: job.prompt for file in files})
+    return record
+
+
+def _write_sheet(
+    options: SampleOptions, jobs: Sequence[_Job], done: "PipelineOutput", settings: dict[str, Any]
+) -> None:
+    from transfusion.data.sources import open_rgb
+    from transfusion.generation.sheet import Card, write_sheet
+
+    cards = []
+    for index, (job, document) in enumerate(zip(jobs, done.documents, strict=True)):
+        given = [] if job.image is None else [open_rgb(job.image, str(job.image))]
+        result = [done.images[part] if isinstance(part, int) else part for part in document]
+        cards.append(Card(job.prompt or "", given, result, f"{job.kind} · seed {options.seed + index}"))
+    write_sheet(options.out / "sheet.html", f"{len(jobs)} samples", cards, settings)
