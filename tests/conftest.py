@@ -1,13 +1,17 @@
 """Without a GPU the Triton kernels run under the interpreter, which must be chosen before triton is imported."""
 
 import os
+import tempfile
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+os.environ.setdefault("TRANSFUSION_CACHE", tempfile.gettempdir() + "/transfusion-tests")  # drawn emoji
+
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "transfusion"))  # `import tiny`
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))  # `import launch, scenarios`

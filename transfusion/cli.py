@@ -1,54 +1,22 @@
 """transfusion train | sample | eval | verify | doctor: each command's options are the fields of one dataclass."""
 
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 COMMANDS = """usage: transfusion COMMAND [options]      (transfusion COMMAND --help lists them)
 
-  train    train a model, or go on with a run that was stopped
-  sample   images from captions, captions from images, text from text
-  eval     held-out losses and the conditioning gap of a run, into its metrics.json
-  verify   check every kernel against its reference on this machine
-  doctor   versions, devices, and the path that each kernel takes here, and why
+  train      train a model, or go on with a run that was stopped
+  train-vae  train an autoencoder on your images
+  encode     encode images once, for training
+  sample     images from captions, captions from images, text from text
+  eval       held-out losses and the conditioning gap of a run, into its metrics.json
+  verify     check every kernel against its reference on this machine
+  doctor     versions, devices, and the path that each kernel takes here, and why
 """
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """Images from captions (--prompt), captions of images (--image), continuations of texts (--text).
-
-    Args:
-        run: folder of a run that has ended.
-        prompt: captions to draw.
-        image: files to caption.
-        text: texts to continue.
-        out: where PNGs and settings.json go.
-        steps: denoising steps of an image.
-        guidance: classifier-free guidance scale; 1 is none.
-        scheduler: "ddim", "ddpm", "dpmsolver", "euler" or "scm"; None takes the first that fits the run.
-        temperature: of text; 0 is greedy.
-        max_tokens: of text.
-        seed: the same seed gives the same samples.
-        device: "auto" is CUDA where there is one.
-    """
-
-    run: Path
-    prompt: tuple[str, ...] = ()
-    image: tuple[Path, ...] = ()
-    text: tuple[str, ...] = ()
-    out: Path = Path("samples")
-    steps: int = 50
-    guidance: float = 3.0
-    scheduler: str | None = None
-    temperature: float = 0.0
-    max_tokens: int = 60
-    seed: int = 0
-    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -57,13 +25,20 @@ class EvalOptions:
 
     Args:
         run: folder of a run that has ended.
-        draws: timesteps that each image is judged at.
+        draws: timesteps that each image is judged at, one in each of so many parts of the path.
+        features: also draw images, and measure their distance to the real ones in these features: "inception" (FID and
+            KID), or a TorchScript file from images (I, 3, h, w) in [0, 1] to features (I, F).
+        samples: images to draw for that.
+        guidance: classifier-free guidance scale of those images.
         seed: of noise and timesteps.
         device: "auto" is CUDA where there is one.
     """
 
     run: Path
     draws: int = 8
+    features: str | None = None
+    samples: int = 256
+    guidance: float = 3.0
     seed: int = 0
     device: str = "auto"
 
@@ -82,6 +57,7 @@ def train(arguments: Sequence[str]) -> int:
     from transfusion import config as configs
     from transfusion import presets
     from transfusion.run import CONFIG, Run, RunConfig
+    from transfusion.training import join
 
     @dataclass(frozen=True)
     class Start:
@@ -114,64 +90,33 @@ def train(arguments: Sequence[str]) -> int:
         loader = replace(config.data.loader, patch_size=model.patch_size)
         config = replace(config, model=model, data=replace(config.data, loader=loader))
     options = tyro.cli(Options, args=list(arguments), default=Options(run=config), prog="transfusion train")
-    finished = Run.start(options.run, options.out).train(pick_device(options.device))
-    print(f"{options.out}: {'finished' if finished else 'stopped; the same command goes on'}")
+    spread = options.run.train.parallel
+    with join(pick_device(options.device), spread.shard, spread.timeout_seconds) as world:
+        finished = Run.start(options.run, options.out, world).train(world)
+        if world.main:
+            print(f"{options.out}: {'finished' if finished else 'stopped; the same command goes on'}")
     return 0
+
+
+def train_vae(arguments: Sequence[str]) -> int:
+    """`transfusion train-vae`: see `transfusion.latents`."""
+    from transfusion.latents import train_vae as run_train_vae
+
+    return run_train_vae(arguments)
+
+
+def encode(arguments: Sequence[str]) -> int:
+    """`transfusion encode`: see `transfusion.latents`."""
+    from transfusion.latents import encode as run_encode
+
+    return run_encode(arguments)
 
 
 def sample(arguments: Sequence[str]) -> int:
-    """`transfusion sample --run DIR --prompt TEXT ...`."""
-    import tyro
+    """`transfusion sample`: see `transfusion.sampling_cli`."""
+    from transfusion.sampling_cli import main as run_sample
 
-    options = tyro.cli(SampleOptions, args=list(arguments), prog="transfusion sample")
-    if not (options.prompt or options.image or options.text):
-        raise ValueError("nothing to sample: give --prompt, --image or --text")
-    write_samples(options)
-    print(f"see {options.out}")
-    return 0
-
-
-def write_samples(options: SampleOptions) -> None:
-    """NNN-caption.png for each prompt, and settings.json with the options, captions and continuations."""
-    import torch
-
-    from transfusion.data import to_image, to_tensor
-    from transfusion.data.sources import open_rgb
-    from transfusion.run import Run
-
-    run = Run.open(options.run)
-    pipeline = run.pipeline(run.model(pick_device(options.device)))
-    size = run.config.data.loader.image_size
-    given = [
-        to_tensor(open_rgb(path, str(path)), size) for path in options.image
-    ]  # before any work: a bad file ends it here
-    options.out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"options": {name: str(value) for name, value in vars(options).items()}}
-    if options.prompt:
-        images = pipeline.images(
-            options.prompt,
-            steps=options.steps,
-            guidance_scale=options.guidance,
-            scheduler=options.scheduler,
-            seed=options.seed,
-            progress=sys.stderr.isatty(),
-        )
-        names = [f"{i:03d}-{re.sub('[^a-z0-9]+', '-', p.lower())[:40]}.png" for i, p in enumerate(options.prompt)]
-        for name, image in zip(names, images, strict=True):
-            to_image(image).save(options.out / name)
-        record["images"] = dict(zip(names, options.prompt, strict=True))
-    text: dict[str, Any] = {
-        "max_new_tokens": options.max_tokens,
-        "temperature": options.temperature,
-        "seed": options.seed,
-    }
-    if given:
-        captions = pipeline.captions(torch.stack(given), **text)
-        record["captions"] = {str(path): caption for path, caption in zip(options.image, captions, strict=True)}
-    if options.text:
-        record["continuations"] = dict(zip(options.text, pipeline.continuations(options.text, **text), strict=True))
-    (options.out / "settings.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    print(json.dumps({key: record[key] for key in record if key != "options"}, indent=2, ensure_ascii=False))
+    return run_sample(arguments)
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -182,7 +127,11 @@ def evaluate(arguments: Sequence[str]) -> int:
 
     options = tyro.cli(EvalOptions, args=list(arguments), prog="transfusion eval")
     run = Run.open(options.run)
-    figures = run.evaluate(run.model(pick_device(options.device)), options.draws, options.seed)
+    model = run.model(pick_device(options.device))
+    figures = run.evaluate(model, options.draws, options.seed)
+    if options.features:
+        chosen = options.features, options.samples, options.guidance, options.seed
+        figures["image_distances"] = run.distances(model, *chosen)
     result = json.dumps(figures, indent=2)
     (options.run / "metrics.json").write_text(result + "\n")
     print(result)
@@ -206,6 +155,8 @@ def doctor(arguments: Sequence[str]) -> int:
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
+    "train-vae": train_vae,
+    "encode": encode,
     "sample": sample,
     "eval": evaluate,
     "verify": verify,

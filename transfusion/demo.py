@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from transfusion import presets
-from transfusion.data import LoaderConfig, to_tensor
+from transfusion.data import DataConfig, LoaderConfig, image_source, text_source, to_tensor
 from transfusion.data.sources import ImageSource
 from transfusion.evaluation import sheets
-from transfusion.run import DataConfig, Run, RunConfig, image_source, text_source
+from transfusion.run import Run, RunConfig
 from transfusion.training import TrainConfig
 from transfusion.training.metrics import read_log
 

@@ -73,9 +73,9 @@ def test_tested_torch_and_triton(pins):
 
 def test_extras_contain_each_other(setup_arguments):
     extras = {name: set(requirements) for name, requirements in setup_arguments["extras_require"].items()}
-    assert set(extras) == {"train", "demo", "bench", "dev"}
+    assert set(extras) == {"train", "demo", "hub", "bench", "dev"}
     assert extras["train"] < extras["demo"] < extras["dev"]
-    assert extras["bench"] < extras["dev"]
+    assert extras["bench"] < extras["dev"] and extras["hub"] < extras["dev"]
 
 
 def test_every_import_is_a_declared_dependency(root, python_files, setup_arguments):
