@@ -215,7 +215,7 @@ def representative(case: Case, target: str) -> bool:
     """Whether `case` is in the part that is compiled without --all."""
     head_dim = case.constants.get("HEAD_DIM")
     if head_dim is None:
-        return case.dtype == "bf16"
+        return case.dtype in ("bf16", "i32")
     wanted = head_dim in REPRESENTATIVE_HEAD_DIMS[target].get(case.dtype, ())
     return wanted and (case.function == "forward" or (target == "sm_90" and case.dtype == "bf16"))
 

@@ -5,7 +5,9 @@ architecture (`sm_90.json`), `default.json` for the others and `interpret.json` 
 tiles are small so that a test of a hundred tokens crosses several. Nothing is tuned at run time.
 """
 
+import copy
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,19 +25,24 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-_TABLES = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "tables").glob("*.json")}
+_FOLDER = Path(__file__).parent / "tables"
+_TABLES = {path.stem: json.loads(path.read_text()) for path in _FOLDER.glob("*.json")}
 
 
 def table_name(device: torch.device) -> str:
     """Which table serves `device`."""
     if TRITON_INTERPRET or device.type != "cuda":
         return "interpret"
+    name = architecture(device)
+    return name if name in _TABLES else "default"
+
+
+def architecture(device: torch.device) -> str:
+    """The name that a table of this GPU has: "sm_90", "gfx942"."""
     if torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
-        name = f"sm_{major}{minor}"
-    else:
-        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    return name if name in _TABLES else "default"
+        return f"sm_{major}{minor}"
+    return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
 
 
 def processors(device: torch.device) -> int:
@@ -63,3 +70,21 @@ def launches(table: str, op: str) -> list[tuple[str, int, int, Launch]]:
         for size, dims in sizes.items()
         for dim, row in dims.items()
     ]
+
+
+def add_table(name: str) -> None:
+    """A table of that name, a copy of the default, unless there is one."""
+    _TABLES.setdefault(name, copy.deepcopy(_TABLES["default"]))
+
+
+def set_launch(op: str, stage: str, table: str, dtype: torch.dtype, head_dim: int, launch: Launch) -> None:
+    """Puts a launch into a table, in this process; `save` writes it. What masks keep of the old one is not used."""
+    _TABLES[table][op][stage][str(dtype.itemsize)][str(padded_head_dim(head_dim))] = list(launch)
+
+
+def save(table: str) -> Path:
+    """Writes a table, one launch a line, and returns its file."""
+    path = _FOLDER / f"{table}.json"
+    text = json.dumps(_TABLES[table], indent=1)
+    path.write_text(re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3, \4]", text) + "\n")
+    return path

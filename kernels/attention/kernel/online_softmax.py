@@ -139,7 +139,7 @@ def forward_kernel(
 
 @triton.jit
 def combine_kernel(
-    p_parts, p_part_lse, p_out, p_lse, out_b, out_h, out_n, heads, num_queries, rows, splits,
+    p_out, p_lse, p_parts, p_part_lse, out_b, out_h, out_n, heads, num_queries, rows, splits,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """lse = log Σ_s exp lse_s, out = Σ_s exp(lse_s - lse) out_s for one query of one head. Grid: B·H·N."""
@@ -189,7 +189,7 @@ def forward(
         )  # fmt: skip
         if splits > 1:
             combine_kernel[(batch * heads * num_queries,)](
-                parts, part_lse, out, lse, *out.stride()[:3], heads, num_queries, batch * heads * num_queries, splits,
+                out, lse, parts, part_lse, *out.stride()[:3], heads, num_queries, batch * heads * num_queries, splits,
                 **combine_constexprs(head_dim, splits),
             )  # fmt: skip
     return out, lse

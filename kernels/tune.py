@@ -1,0 +1,169 @@
+"""Times the launches of attention on this GPU, each after its check, and writes the fastest into the launch table.
+
+    python -m transfusion.kernels.tune                                # 16 bits, head dims 64 and 128, every stage
+    python -m transfusion.kernels.tune --stage forward --head-dim 128 --seconds 120
+
+A launch that compiles to nothing (too much shared memory), or whose result misses its bound, is never timed. Every
+figure is a line of `--rows`; the table keeps the choice. A GPU without a table gets one. Nothing is tuned at run time.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from transfusion.kernels import tuning
+from transfusion.kernels.attention import check
+from transfusion.kernels.attention.op import transfusion_attention
+from transfusion.kernels.interval_mask import IntervalMask
+from transfusion.kernels.tuning import Launch
+
+STAGES = ("forward", "backward_query", "backward_key", "decode")
+RESULTS = {"forward": ("out", "lse"), "decode": ("out", "lse"), "backward_query": ("dq",), "backward_key": ("dk", "dv")}
+
+
+class Trial(NamedTuple):
+    """One launch tried: its time in milliseconds (forward, or forward and backward), or why it has none."""
+
+    stage: str
+    dtype: str
+    head_dim: int
+    launch: Launch
+    milliseconds: float | None
+    reason: str = ""
+
+
+def candidates(stage: str, head_dim: int, current: Launch) -> list[Launch]:
+    """Tiles, warps and stages worth a try, the current one first."""
+    sides: tuple[Sequence[int], Sequence[int]] = ((64, 128), (32, 64, 128))
+    if stage == "decode":
+        sides = ((16,), (32, 64, 128, 256))
+    elif stage == "backward_key":
+        sides = ((32, 64, 128), (64, 128))
+    tried = [Launch(*row) for row in product(*sides, (4, 8), (2, 3, 4)) if row[0] * row[1] * head_dim <= 2**21]
+    return [current, *(launch for launch in tried if launch != current)]
+
+
+def packed_mask(rows: int, length: int) -> IntervalMask:
+    """Captions of 24 tokens with images of 256, three to one text of 512, as training packs them; on the GPU."""
+    documents, images, start = [], [], 0
+    while start < length:
+        text = len(documents) % 4 == 3
+        size = min(512 if text else 24 + 258, length - start)
+        if not text and size > 26:
+            images.append((start + 25, min(start + 281, start + size)))
+        documents.append(size)
+        start += size
+    return IntervalMask.stack([IntervalMask.from_spans(length, images, documents)] * rows).to("cuda")
+
+
+def make_call(stage: str, dtype: torch.dtype, head_dim: int) -> Callable[[], Any]:
+    """What is timed: 4 packed rows of 4096 tokens with 2048 / head_dim heads, or one token over 16 caches of 16k."""
+    heads = max(2048 // head_dim, 1)
+    if stage == "decode":
+        mask = IntervalMask.continuation(IntervalMask.causal(1, "cuda"), torch.full((16,), 16000, device="cuda"), 16384)
+        q, k, v = (torch.randn(16, h, n, head_dim, device="cuda", dtype=dtype) for h, n in _cache_sizes(heads))
+        return lambda: transfusion_attention(q, k, v, mask, impl="triton")
+    mask = packed_mask(4, 4096)
+    leaves = [torch.randn(4, heads, 4096, head_dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
+    if stage == "forward":
+        inputs = [leaf.detach() for leaf in leaves]
+        return lambda: transfusion_attention(*inputs, mask, impl="triton")
+    grad = torch.randn_like(leaves[0])
+    return lambda: torch.autograd.grad(transfusion_attention(*leaves, mask, impl="triton"), leaves, grad)
+
+
+def _cache_sizes(heads: int) -> tuple[tuple[int, int], ...]:
+    return (heads, 1), (max(heads // 4, 1), 16384), (max(heads // 4, 1), 16384)
+
+
+def passes(stage: str, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the stage's results keep their bounds on a packed row, or over a cache."""
+    mask = packed_mask(1, 1000)
+    if stage == "decode":
+        mask = IntervalMask.continuation(IntervalMask.causal(1, "cuda"), torch.tensor([0, 700], device="cuda"), 1000)
+    generator = torch.Generator().manual_seed(torch.seed() % 2**32)
+    case = check.make_case(mask, dtype, generator, head_dim, (4, 2), mask.batch_size)
+    verdicts = check.verdicts(case, check.run(case, "triton"))
+    return all(verdicts[name].passed for name in RESULTS[stage])
+
+
+def median_milliseconds(call: Callable[[], Any]) -> float:
+    """Median of repeats between which L2 is flushed."""
+    return float(triton.testing.do_bench(call, warmup=25, rep=100, return_mode="median"))
+
+
+def tune(stage: str, dtype: torch.dtype, head_dim: int, until: float) -> Iterator[Trial]:
+    """A trial of each candidate, until the clock says so; the table holds the candidate while it is tried."""
+    table = tuning.table_name(torch.device("cuda"))
+    current = tuning.launch("attention", stage, table, dtype, head_dim)
+    name = str(dtype).removeprefix("torch.")
+    try:
+        for launch in candidates(stage, head_dim, current):
+            if time.monotonic() > until:
+                return
+            tuning.set_launch("attention", stage, table, dtype, head_dim, launch)
+            try:
+                if not passes(stage, dtype, head_dim):
+                    yield Trial(stage, name, head_dim, launch, None, "misses its bound")
+                    continue
+                yield Trial(stage, name, head_dim, launch, median_milliseconds(make_call(stage, dtype, head_dim)))
+            except triton.runtime.errors.OutOfResources as error:
+                yield Trial(stage, name, head_dim, launch, None, str(error))
+    finally:
+        tuning.set_launch("attention", stage, table, dtype, head_dim, current)
+
+
+def fastest(trials: Sequence[Trial]) -> Launch | None:
+    """The launch of the smallest time, or None where nothing was timed."""
+    timed = [trial for trial in trials if trial.milliseconds is not None]
+    return min(timed, key=lambda trial: trial.milliseconds or 0.0).launch if timed else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Tunes what is asked for, prints and keeps each figure, writes the table. -> 0."""
+    parser = argparse.ArgumentParser(prog="tune", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--stage", action="append", choices=STAGES, help="may be repeated; default: all")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--head-dim", action="append", type=int, help="may be repeated; default: 64 and 128")
+    parser.add_argument("--seconds", type=float, default=480.0, help="stop after so long; what was found is kept")
+    parser.add_argument("--rows", type=Path, help="append a JSON line for each trial")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("tuning needs a GPU, and torch finds none", file=sys.stderr)
+        return 1
+    dtype, table = getattr(torch, options.dtype), tuning.architecture(torch.device("cuda"))
+    tuning.add_table(table)
+    plan = list(product(options.head_dim or (128, 64), options.stage or STAGES))
+    end = time.monotonic() + options.seconds
+    for index, (head_dim, stage) in enumerate(plan):
+        share = (end - time.monotonic()) / (len(plan) - index)  # what is left is divided anew
+        trials = []
+        for trial in tune(stage, dtype, head_dim, time.monotonic() + share):
+            trials.append(trial)
+            print(_line(trial), flush=True)
+            if options.rows:
+                with open(options.rows, "a", encoding="utf-8") as file:
+                    record = trial._asdict() | {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__}
+                    file.write(json.dumps(record) + "\n")
+        chosen = fastest(trials)
+        if chosen is not None:
+            tuning.set_launch("attention", stage, table, dtype, head_dim, chosen)
+            print(f"{stage} {options.dtype} {head_dim}: {tuple(chosen)} -> {tuning.save(table)}", flush=True)
+    return 0
+
+
+def _line(trial: Trial) -> str:
+    figure = trial.reason if trial.milliseconds is None else f"{trial.milliseconds:.4f} ms"
+    return f"{trial.stage:15} {trial.dtype} {trial.head_dim:4} {tuple(trial.launch)!s:20} {figure}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""The tune command: what fails its check is never timed, the fastest launch wins, and what is written is read."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from transfusion.kernels import tune, tuning
+from transfusion.kernels.tune import STAGES, Trial, candidates, fastest
+from transfusion.kernels.tuning import Launch
+
+GPU = "sm_120"  # has no table of its own
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A GPU whose every launch takes as many milliseconds as its tile has queries; tables are written to a folder."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "stand-in")
+    monkeypatch.setattr(tuning, "architecture", lambda device: GPU)
+    monkeypatch.setattr(tuning, "table_name", lambda device: GPU)
+    monkeypatch.setattr(tuning, "_TABLES", json.loads(json.dumps(tuning._TABLES)))
+    monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
+    monkeypatch.setattr(tune, "make_call", lambda stage, dtype, dim: lambda: stage)
+    return tmp_path
+
+
+def in_table(stage: str, head_dim: int = 64) -> Launch:
+    return tuning.launch("attention", stage, GPU, torch.bfloat16, head_dim)
+
+
+def test_the_fastest_launch_is_written(machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    timed: list[Launch] = []
+
+    def clock(call: object) -> float:
+        timed.append(in_table("forward"))
+        return 1.0 if timed[-1] == Launch(64, 32, 4, 3) else 2.0
+
+    monkeypatch.setattr(tune, "passes", lambda stage, dtype, dim: in_table(stage).num_stages != 2)
+    monkeypatch.setattr(tune, "median_milliseconds", clock)
+    rows = tmp_path / "rows.jsonl"
+    assert tune.main(["--stage", "forward", "--head-dim", "64", "--rows", str(rows)]) == 0
+    assert timed and all(launch.num_stages != 2 for launch in timed), "what fails its check is never timed"
+    written = json.loads((machine / f"{GPU}.json").read_text())
+    assert written["attention"]["forward"]["2"]["64"] == [64, 32, 4, 3]
+    assert written["attention"]["forward"]["2"]["128"] == tuning._TABLES["default"]["attention"]["forward"]["2"]["128"]
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert {line["reason"] for line in lines} == {"", "misses its bound"}
+    assert all((line["milliseconds"] is None) == bool(line["reason"]) for line in lines)
+
+
+def test_a_table_is_left_as_it_was_where_nothing_passes(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "passes", lambda stage, dtype, dim: False)
+    assert tune.main(["--stage", "decode", "--head-dim", "64"]) == 0
+    assert tuning._TABLES[GPU] == tuning._TABLES["default"]
+    assert not list(machine.iterdir())
+
+
+def test_time_runs_out(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "passes", lambda stage, dtype, dim: True)
+    monkeypatch.setattr(tune, "median_milliseconds", lambda call: 1.0)
+    assert tune.main(["--seconds", "0"]) == 0
+    assert not list(machine.iterdir())
+
+
+def test_candidates_are_what_triton_takes() -> None:
+    for stage in STAGES:
+        for head_dim in (16, 64, 128, 256):
+            current = Launch(32, 16, 2, 1)
+            first, *others = candidates(stage, head_dim, current)
+            assert first == current and len(set(others)) == len(others) >= 6
+            assert all(min(launch.block_q, launch.block_k) >= 16 for launch in others)
+
+
+def test_a_shipped_table_is_saved_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    original = (tuning._FOLDER / "sm_90.json").read_text()
+    monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
+    assert tuning.save("sm_90").read_text() == original
+
+
+def test_fastest_of_none() -> None:
+    assert fastest([Trial("forward", "bfloat16", 64, Launch(64, 64, 4, 2), None, "no")]) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main([]) == 1
+    assert "needs a GPU" in capsys.readouterr().err
