@@ -24,9 +24,9 @@ class Ours(Baseline):
 
     def prepare(self, mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Any:
         if self.impl == "triton":
-            from transfusion.kernels.attention.op import _tiles
+            from transfusion.kernels.attention.op import make_tiles
 
-            _tiles(q, k, v, mask)
+            make_tiles(q, k, v, mask)
         else:
             mask.to_dense()
         return mask

@@ -1,5 +1,8 @@
 """Suite "ops": patchify_noise and diffusion_loss against the eager chain and its compiled form, each checked first.
 
+"image_side" is both in turn with the gradient, what a training step does with its images beside the network: its peak
+memory shows what it is worth never to store the noise.
+
 "seeded" makes the noise inside, as training does; eagerly that is `randn_like` and then the chain. "given" reads it.
 Bytes are each input once and each output once; the share is that of this machine's copy bandwidth in the same run.
 """
@@ -20,7 +23,7 @@ from transfusion.kernels import diffusion_loss, patchify_noise, philox
 from transfusion.kernels.testing import Verdict, judge
 
 SUITE = "ops"
-OPS = ("patchify_noise", "diffusion_loss")
+OPS = ("patchify_noise", "diffusion_loss", "image_side")
 BASELINES = tuple(f"{name}, {noise}" for name in ("ours", "eager", "torch.compile") for noise in ("seeded", "given"))
 
 
@@ -93,9 +96,13 @@ Work = Callable[[Inputs, bool], Tensor]
 
 def work_of(op: str, kind: str) -> Work:
     """A call of (inputs, whether the noise is given)."""
+    ours, eager = {
+        "patchify_noise": (_our_tokens, _eager_tokens),
+        "diffusion_loss": (_our_losses, _eager_losses),
+        "image_side": (_our_side, _eager_side),
+    }[op]
     if kind == "ours":
-        return _our_tokens if op == "patchify_noise" else _our_losses
-    eager = _eager_tokens if op == "patchify_noise" else _eager_losses
+        return ours
     return _compiled(eager) if kind == "torch.compile" else eager
 
 
@@ -115,6 +122,21 @@ def _eager_tokens(x: Inputs, given: bool) -> Tensor:
 
 def _eager_losses(x: Inputs, given: bool) -> Tensor:
     return losses(x.prediction, tokens(x.latents, x.first, x.second, x.patch, x.noise if given else None))
+
+
+def _our_side(x: Inputs, given: bool) -> Tensor:
+    tokens_of_step = _our_tokens(x, given)  # the network holds them until its backward
+    loss = _our_losses(x, given)
+    del tokens_of_step
+    return loss
+
+
+def _eager_side(x: Inputs, given: bool) -> Tensor:
+    noise = x.noise if given else torch.randn_like(x.latents)
+    tokens_of_step = tokens(x.latents, x.first, x.second, x.patch, noise).to(DTYPE)
+    loss = losses(x.prediction, tokens(x.latents, x.first, x.second, x.patch, noise))
+    del tokens_of_step
+    return loss
 
 
 @functools.cache
@@ -149,6 +171,13 @@ def _measured(
 
     x = sets[0]
     read = x.latents.nbytes + (x.noise.nbytes if given else 0)
+    if op == "image_side":
+
+        def step(number: int) -> Any:
+            return torch.autograd.grad(forward(number).sum(), sets[number % len(sets)].prediction)
+
+        yield "forward + backward", _timed(step, 3 * read + 4 * x.prediction.nbytes, effort)
+        return
     yield "forward", _timed(forward, read + x.prediction.nbytes, effort)
     if op == "patchify_noise":
         return

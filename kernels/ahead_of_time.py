@@ -195,11 +195,11 @@ def broken_limits(case: Case, target: str, resources: Resources) -> list[str]:
 
 
 def _matrix_instruction(case: Case, limits: Target) -> str | None:
-    """What the products of attention in 16 bits belong on; a tile of few queries is below a warp group's 64 rows."""
+    """What the products of attention in 16 bits belong on; a tile of fewer rows than a warp group's 64 is mma's."""
     if "PRECISION" not in case.constants or case.dtype not in ("bf16", "fp16"):
         return None
-    few = case.function == "forward" and case.constants["BLOCK_Q"] < 64
-    return "mma" if few and limits.backend == "cuda" else limits.matrix_instruction
+    rows = case.constants["BLOCK_K" if case.function == "backward_key" else "BLOCK_Q"]
+    return "mma" if rows < 64 and limits.backend == "cuda" else limits.matrix_instruction
 
 
 def all_cases(target: str) -> Iterator[Case]:
@@ -250,6 +250,15 @@ def compile_all(numbers: Sequence[tuple[str, int]], jobs: int) -> Iterator[tuple
         yield from pool.map(_compile, numbers)
 
 
+def _keep(lines: Sequence[str]) -> None:
+    """Writes the lines of some targets, or of all, into the table; other targets' lines stay."""
+    before = GOLDEN.read_text().splitlines()[3:] if GOLDEN.exists() else []
+    new = {line.split()[0] for line in lines}
+    every = [*lines, *(line for line in before if line.split()[0] not in new)]
+    targets = list(TARGETS)
+    GOLDEN.write_text("\n".join([header(), *sorted(every, key=lambda line: targets.index(line.split()[0])), ""]))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Compiles, prints a row each, and returns 1 where a limit is broken, else 0."""
     parser = argparse.ArgumentParser(description="Compile the shipped kernels without a GPU and check their limits.")
@@ -259,8 +268,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
     parser.add_argument("--write", action="store_true", help=f"keep the table of --all in {GOLDEN.name}")
     options = parser.parse_args(argv)
-    if options.write and (options.target or not options.all):
-        parser.error("--write keeps the table of everything: give --all, and no --target")
+    if options.write and not options.all:
+        parser.error("--write keeps the table of everything: give --all")
     numbers = [
         (target, index)
         for target in options.target or TARGETS
@@ -278,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if as_table:
             print(lines[-1] + "".join(f"\n    FAIL: {reason}" for reason in broken), flush=True)
     if options.write:
-        GOLDEN.write_text("\n".join([header(), *lines, ""]))
+        _keep(lines)
     print(f"\n{len(rows) - failed} passed, {failed} failed" if as_table else json.dumps(rows, indent=1))
     return 1 if failed else 0
 

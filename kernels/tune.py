@@ -53,7 +53,9 @@ def candidates(stage: str, head_dim: int, current: Launch) -> list[Launch]:
 
 def packed_mask(rows: int, length: int) -> IntervalMask:
     """Captions of 24 tokens with images of 256, three to one text of 512, as training packs them; on the GPU."""
-    documents, images, start = [], [], 0
+    documents: list[int] = []
+    images: list[tuple[int, int]] = []
+    start = 0
     while start < length:
         text = len(documents) % 4 == 3
         size = min(512 if text else 24 + 258, length - start)
@@ -74,10 +76,11 @@ def make_call(stage: str, dtype: torch.dtype, head_dim: int) -> Callable[[], Any
     mask = packed_mask(4, 4096)
     leaves = [torch.randn(4, heads, 4096, head_dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
     if stage == "forward":
-        inputs = [leaf.detach() for leaf in leaves]
-        return lambda: transfusion_attention(*inputs, mask, impl="triton")
-    grad = torch.randn_like(leaves[0])
-    return lambda: torch.autograd.grad(transfusion_attention(*leaves, mask, impl="triton"), leaves, grad)
+        q, k, v = (leaf.detach() for leaf in leaves)
+        return lambda: transfusion_attention(q, k, v, mask, impl="triton")
+    q, k, v = leaves
+    grad = torch.randn_like(q)
+    return lambda: torch.autograd.grad(transfusion_attention(q, k, v, mask, impl="triton"), (q, k, v), grad)
 
 
 def _cache_sizes(heads: int) -> tuple[tuple[int, int], ...]:

@@ -115,6 +115,10 @@ def checks(
     for heads in ((2, 2), (4, 2), (3, 1)):
         masks = [_enlarged(random_layout(rng, 50), factor).mask() for _ in range(2)]
         yield f"random_layouts_{heads[0]}_heads_over_{heads[1]}", check(IntervalMask.stack(masks), heads=heads)
+    lengths = torch.randint(0, 90 * factor, (3,), generator=generator)
+    for name, new in (("one_token", Layout(1, [])), ("an_image", Layout(30 * factor, [(0, 30 * factor)]))):
+        cache = IntervalMask.continuation(new.mask(), lengths, 120 * factor)
+        yield f"{name}_over_a_cache", check(cache, heads=(4, 2), batch=3)
     for queries, keys in ((1, 65), (33, 7), (5, 100)):
         start, end = torch.randint(-3, queries * factor + 3, (2, 1, keys * factor), generator=generator)
         mask = IntervalMask(start, end, queries * factor)

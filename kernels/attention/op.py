@@ -119,7 +119,7 @@ def transfusion_attention(
         return (torch_paths.sdpa if name == "sdpa" else torch_paths.flex)(q, k, v, mask, scale)
     if name == "triton":
         q, k, v = (_readable(t) for t in (q, k, v))
-    tiles = _tiles(q, k, v, mask) if name == "triton" else (None, None, None)
+    tiles = make_tiles(q, k, v, mask) if name == "triton" else (None, None, None)
     out, lse = torch.ops.transfusion.attention(q, k, v, mask.query_start, mask.query_end, *tiles, scale, name)
     return (out, lse) if return_lse else out
 
@@ -129,8 +129,8 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
-def _tiles(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Tiles of the three kernels, built at the first layer and kept with the mask; those of backward where it comes."""
+def make_tiles(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Tiles of the three kernels, made at the first layer and kept with the mask; those of backward where it comes."""
     table, (batch, heads, queries, dim) = tuning.table_name(q.device), q.shape
     plan = plan_forward(q.device, q.dtype, batch, heads, k.shape[1], queries, k.shape[2], dim)
     forward = mask.query_tiles(plan.launch.block_q, plan.launch.block_k)
