@@ -1,12 +1,12 @@
 """The same mask through PyTorch's own attention: SDPA under the dense mask, FlexAttention under a BlockMask.
 
-SDPA is what `auto` takes where no Triton kernel runs; both are baselines of the benchmarks. Their dense mask or
-BlockMask is built once per `IntervalMask` and kept with it.
+SDPA is what `auto` takes where no Triton kernel runs; both are baselines of the benchmarks. What they need of the mask
+is built once per `IntervalMask` and kept with it.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +14,106 @@ from torch.nn import functional
 
 from transfusion.kernels.interval_mask import IntervalMask
 
+_WORTH_CUTTING = 0.5  # of the dense mask's pairs: what is saved has to pay for the copies
+_LENGTHS = 8  # in which pieces come
+
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> Tensor:
-    """`scaled_dot_product_attention` under the dense mask: O(N·M) bytes for the mask."""
-    dense = mask.to_dense()[:, None]
-    return functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=dense, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    """`scaled_dot_product_attention` under the dense mask: O(N·M) bytes for the mask.
+
+    On a CPU, packed rows are cut where no interval crosses, between documents, and pieces of about one length go
+    through together, where that leaves far fewer pairs.
+    """
+    attention = functools.partial(
+        functional.scaled_dot_product_attention, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
+    pieces = None
+    # The cut reads the mask, for which a GPU would have to wait and a graph to break.
+    if q.device.type == "cpu" and mask.batch_size == q.shape[0] and not torch.compiler.is_compiling():
+        pieces = mask.once("pieces", lambda: cut(mask))
+    if pieces is None:
+        return attention(q, k, v, attn_mask=mask.to_dense()[:, None])
+    rows = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]  # (B·N, H, D)
+    parts = []
+    for places, visible in pieces.groups:
+        shape = (visible.shape[0], visible.shape[-1])
+        query, key, value = (t.index_select(0, places).unflatten(0, shape).transpose(1, 2) for t in rows)
+        out = attention(query, key, value, attn_mask=visible)
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    whole = torch.cat(parts).index_select(0, pieces.origin)
+    return whole.unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+
+
+class Pieces(NamedTuple):
+    """Stretches of packed rows, in groups of about one length, each padded to L tokens.
+
+    groups: (places (P·L,), visible (P, 1, L, L)) of each: the flat b·N + i of every token of its P pieces, and its
+    mask; padding is token 0, which sees itself. origin (B·N,): where in all groups together each token went.
+    """
+
+    groups: list[tuple[Tensor, Tensor]]
+    origin: Tensor
+
+
+def cut(mask: IntervalMask) -> Pieces | None:
+    """The mask's rows cut into pieces, or None where that saves too little."""
+    count = mask.num_queries
+    if mask.num_keys != count:
+        return None
+    step = max(-(-count // _LENGTHS), 32)
+    groups: dict[int, list[tuple[int, int, int]]] = {}
+    for b, row in enumerate(zip(mask.query_start.tolist(), mask.query_end.tolist(), strict=True)):
+        for first, last in _joined(_stretches(*row), step):
+            groups.setdefault(-(-(last - first) // step) * step, []).append((b, first, last))
+    pairs = sum(len(pieces) * length**2 for length, pieces in groups.items())
+    if pairs > _WORTH_CUTTING * mask.batch_size * count**2:
+        return None
+    origin = torch.empty(mask.batch_size, count, dtype=torch.int64)
+    made, before = [], 0
+    for length, pieces in groups.items():
+        made.append(_group(mask, pieces, length, origin, before))
+        before += len(pieces) * length
+    return Pieces(made, origin.flatten())
+
+
+def _group(
+    mask: IntervalMask, pieces: list[tuple[int, int, int]], length: int, origin: Tensor, before: int
+) -> tuple[Tensor, Tensor]:
+    places = torch.zeros(len(pieces), length, dtype=torch.int64)
+    visible = torch.eye(length, dtype=torch.bool).expand(len(pieces), 1, -1, -1).clone()
+    for number, (b, first, last) in enumerate(pieces):
+        size, query = last - first, torch.arange(first, last)
+        places[number, :size] = b * mask.num_queries + query
+        origin[b, first:last] = before + number * length + torch.arange(size)
+        start, end = mask.query_start[b, first:last], mask.query_end[b, first:last]
+        visible[number, 0, :size, :size] = (start <= query[:, None]) & (query[:, None] < end)
+    return places.flatten(), visible
+
+
+def _stretches(start: list[int], end: list[int]) -> list[tuple[int, int]]:
+    """The row cut wherever no key before is seen after, and no key after is seen before."""
+    count = len(start)
+    earliest = [count] * (count + 1)
+    for j in reversed(range(count)):
+        earliest[j] = min(earliest[j + 1], start[j] if start[j] < end[j] else count)
+    stretches, first, reach = [], 0, 0
+    for j in range(count):
+        reach = max(reach, end[j])
+        if reach <= j + 1 <= earliest[j + 1]:
+            stretches.append((first, j + 1))
+            first = j + 1
+    return stretches if first == count else [*stretches, (first, count)]
+
+
+def _joined(stretches: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+    """Neighbours joined up to `most` tokens."""
+    joined: list[tuple[int, int]] = []
+    for first, last in stretches:
+        if joined and last - joined[-1][0] <= most:
+            joined[-1] = (joined[-1][0], last)
+        else:
+            joined.append((first, last))
+    return joined
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> Tensor:
