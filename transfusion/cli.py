@@ -1,4 +1,4 @@
-"""transfusion train | sample | eval | verify | doctor: each command's options are the fields of one dataclass."""
+"""transfusion train | sample | demo-ui | eval | ...: each command's options are the fields of one dataclass."""
 
 import json
 import sys
@@ -13,6 +13,7 @@ COMMANDS = """usage: transfusion COMMAND [options]      (transfusion COMMAND --h
   train-vae  train an autoencoder on your images
   encode     encode images once, for training
   sample     images from captions, captions from images, text from text
+  demo-ui    a page in the browser to talk to a trained model on
   eval       held-out losses and the conditioning gap of a run, into its metrics.json
   verify     check every kernel against its reference on this machine
   doctor     versions, devices, and the path that each kernel takes here, and why
@@ -51,11 +52,11 @@ def pick_device(name: str) -> str:
 
 
 def train(arguments: Sequence[str]) -> int:
-    """`transfusion train [--config FILE] [--preset NAME] [--out DIR] [--section.field VALUE ...]`."""
+    """`transfusion train [--config FILE | RECIPE] [--preset NAME] [--out DIR] [--section.field VALUE ...]`."""
     import tyro
 
     from transfusion import config as configs
-    from transfusion import presets
+    from transfusion import presets, recipes
     from transfusion.run import CONFIG, Run, RunConfig
     from transfusion.training import join
 
@@ -64,7 +65,7 @@ def train(arguments: Sequence[str]) -> int:
         """Train a model, or go on with the run in `out`, whose config then needs no repeating.
 
         Args:
-            config: a TOML file of a run; the options below override its fields.
+            config: a TOML file of a run, or the name of a recipe, such as emoji; the options below override its fields.
             preset: model preset in place of the config's model.
             out: the run's folder; a run that is there already goes on.
             device: "auto" is CUDA where there is one.
@@ -83,7 +84,7 @@ def train(arguments: Sequence[str]) -> int:
     wants_help = any(flag in arguments for flag in ("-h", "--help"))
     start, _ = tyro.cli(Start, args=[] if wants_help else list(arguments), return_unknown_args=True)
     begun = (start.out / CONFIG).is_file() and not (start.config or start.preset)
-    source = start.out / CONFIG if begun else start.config
+    source = start.out / CONFIG if begun else start.config and recipes.find(start.config)
     config = configs.load(RunConfig, source) if source else RunConfig()
     if start.preset:
         model = presets.get(start.preset)
@@ -117,6 +118,13 @@ def sample(arguments: Sequence[str]) -> int:
     from transfusion.sampling_cli import main as run_sample
 
     return run_sample(arguments)
+
+
+def demo_ui(arguments: Sequence[str]) -> int:
+    """`transfusion demo-ui`: see `transfusion.ui`."""
+    from transfusion.ui import main as run_demo_ui
+
+    return run_demo_ui(arguments)
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -158,6 +166,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train-vae": train_vae,
     "encode": encode,
     "sample": sample,
+    "demo-ui": demo_ui,
     "eval": evaluate,
     "verify": verify,
     "doctor": doctor,

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transfusion import presets
+from transfusion import config as configs
+from transfusion import presets, recipes
 from transfusion.data import DataConfig, LoaderConfig, image_source, text_source, to_tensor
 from transfusion.data.sources import ImageSource
 from transfusion.evaluation import sheets
@@ -27,8 +28,7 @@ _SHEET = 24  # images in a sheet
 
 
 def config(device: str) -> RunConfig:
-    """What the demo trains: sized for minutes on two CPU cores, or for minutes on one GPU."""
-    tiny = presets.get("tiny")
+    """What the demo trains: sized for minutes on two CPU cores; on a GPU, the recipe `emoji`."""
     if device == "cpu":
         loader = LoaderConfig(rows=6, row_length=160, image_size=32, patch_size=8, text_fraction=0.125)
         train = TrainConfig(
@@ -41,19 +41,8 @@ def config(device: str) -> RunConfig:
             checkpoint_every=200,
             preview_every=400,
         )
-        return RunConfig(tiny, DataConfig("emoji:demo", "pydoc", "pixels", loader), train)
-    model = replace(tiny, vocab_size=4096, dim=512, layers=8, heads=8)
-    loader = LoaderConfig(rows=16, row_length=1024, image_size=64, patch_size=8, text_fraction=0.125)
-    train = TrainConfig(
-        steps=6000,
-        learning_rate=6e-4,
-        min_learning_rate=1e-5,
-        warmup_steps=500,
-        weight_decay=0.01,
-        ema_decay=0.999,
-        preview_every=1000,
-    )
-    return RunConfig(model, DataConfig("emoji:all", "pydoc", "pixels", loader), train)
+        return RunConfig(presets.get("tiny"), DataConfig("emoji:demo", "pydoc", "pixels", loader), train)
+    return configs.load(RunConfig, recipes.find("emoji"))
 
 
 def pictures(source: ImageSource, count: int, size: int) -> tuple[list[str], Tensor]:

@@ -144,7 +144,7 @@ class Run:
         return (self.config.model.latent_channels, side, side)
 
     def train(self, on: torch.device | str | World = "cpu", preview: Preview | None = None) -> bool:
-        """Trains to the last step, then writes model/ with the averaged weights. -> False where it was stopped."""
+        """Trains to the last step, then writes model/, a pipeline with the averaged weights. -> False where stopped."""
         world = on if isinstance(on, World) else World(torch.device(on))
         with torch.device("meta"):
             model = Transfusion(self.config.model)
@@ -155,7 +155,7 @@ class Run:
         finished = trainer.run()
         averaged = trainer.averaged("cpu") if finished else None
         if averaged is not None:
-            averaged.save_pretrained(self.directory / MODEL)
+            self.pipeline(averaged).save_pretrained(self.directory / MODEL)
         return finished
 
     def model(self, device: torch.device | str = "cpu") -> Transfusion:

@@ -1,0 +1,102 @@
+"""The recipes that come with the package: each loads, is what its page says, and is what the demo trains on a GPU."""
+
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from transfusion import Transfusion, cli, demo, recipes
+from transfusion import config as configs
+from transfusion.data import PixelAutoencoder, Tokenizer
+from transfusion.generation import TransfusionPipeline
+from transfusion.run import CONFIG, Run, RunConfig
+from transfusion.sequence import image_tokens
+
+LARGEST = 16_000_000  # bytes: what fits beside the code
+
+
+def read(name):
+    return configs.load(RunConfig, recipes.find(name))
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_recipe_is_a_run(name):
+    config = read(name)
+    with torch.device("meta"):
+        model = Transfusion(config.model)
+    page = recipes.find(name).with_name("README.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+    parameters, size = re.search(r"\| ([\d,]+) \| ([\d.]+) MB", row).groups()
+    assert int(parameters.replace(",", "")) == model.num_parameters()
+    assert float(size) == round(2 * model.num_parameters() / 1e6, 1)
+    side = config.data.loader.image_size
+    assert image_tokens((3, side, side), config.model.patch_size) + 64 < config.data.loader.row_length
+
+
+def test_the_emoji_weights_fit_beside_the_code_and_draw(tmp_path):
+    """As the page says: the folder in bfloat16 is written, measured, read again, and goes on in bfloat16."""
+    config = read("emoji")
+    torch.manual_seed(0)
+    model, side = Transfusion(config.model), config.data.loader.image_size
+    pipe = TransfusionPipeline(model, Tokenizer.train(["red apple"], 300), PixelAutoencoder(), (3, side, side), 1024)
+    pipe.model.to(torch.bfloat16)
+    pipe.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+    assert 2 * model.num_parameters() <= (tmp_path / "model.safetensors").stat().st_size <= LARGEST
+    read_again = TransfusionPipeline.from_pretrained(tmp_path)
+    assert {weight.dtype for weight in read_again.model.parameters()} == {torch.bfloat16}
+    images = [p(prompt="red apple", num_inference_steps=2).images[0] for p in (pipe, read_again)]
+    assert images[0].size == (64, 64) and images[0].tobytes() == images[1].tobytes()
+
+
+def test_the_demo_trains_the_recipe_on_a_gpu_and_its_own_on_a_cpu():
+    assert demo.config("cuda") == read("emoji") != demo.config("cpu")
+    cpu = demo.config("cpu")
+    assert (cpu.data.images, cpu.data.loader.image_size, cpu.train.steps, cpu.model.dim) == (
+        "emoji:demo",
+        32,
+        1700,
+        256,
+    )
+
+
+def test_a_file_goes_before_a_recipe_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipes.find("emoji").parent.name == "recipes"
+    (tmp_path / "emoji").write_text("seed = 3")
+    assert read("emoji").seed == 3
+    with pytest.raises(FileNotFoundError, match=r"nothing is no file and no recipe; the recipes are .*emoji"):
+        recipes.find("nothing")
+
+
+def test_train_takes_a_recipe_by_name(tmp_path, capsys):
+    """Its own fields, the options over them; and what it leaves is a pipeline, which draws as the run does."""
+    pictures = tmp_path / "data"
+    pictures.mkdir()
+    for color in ("red", "green", "blue"):
+        Image.new("RGB", (16, 16), color).save(pictures / f"{color}.png")
+    lines = [f'{{"image": "{color}.png", "caption": "{color} square"}}' for color in ("red", "green", "blue")]
+    (pictures / "captions.jsonl").write_text("\n".join(lines))
+    small = {"model.dim": 32, "model.layers": 1, "model.heads": 2, "model.vocab-size": 300, "data.loader.rows": 2}
+    small |= {"data.loader.row-length": 64, "data.loader.image-size": 16, "train.steps": 2, "train.warmup-steps": 1}
+    small |= {"data.images": pictures, "data.texts": "", "data.loader.text-fraction": 0, "device": "cpu"}
+    options = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    out = tmp_path / "run"
+    assert cli.main(["train", "--config", "emoji", "--out", str(out), *options]) == 0, capsys.readouterr().err
+    config, recipe = configs.load(RunConfig, out / CONFIG), read("emoji")
+    assert (config.train.learning_rate, config.model.patch_size) == (recipe.train.learning_rate, 4)
+    assert (config.model.dim, config.train.steps) == (32, 2)
+
+    run = Run.open(out)
+    saved = TransfusionPipeline.from_pretrained(out / "model")
+    assert (saved.latent_shape, saved.max_length) == (run.latent_shape, 64)
+    assert saved.tokenizer.encode("red square").tolist() == run.tokenizer.encode("red square").tolist()
+    from_run, from_model = run.pipeline(run.model()).images(["red"], steps=2), saved.images(["red"], steps=2)
+    assert torch.equal(from_run, from_model)
+    for source in (["--run", str(out)], ["--model", str(out / "model")]):
+        samples = tmp_path / source[0].strip("-")
+        arguments = ["--prompt", "red", "--steps", "2", "--out", str(samples), "--device", "cpu"]
+        assert cli.main(["sample", *source, *arguments]) == 0
+    first, second = ((tmp_path / name / "000-red.png").read_bytes() for name in ("run", "model"))
+    assert first == second
