@@ -56,7 +56,7 @@ orders = st.sampled_from(["plain", "tokens first", "slice", "columns first"])
 
 # No shrinking: it would hunt for the tail of rounding errors, where numbers are few.
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
+    max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
 )
 @given(
     mask=masks(),
@@ -76,11 +76,7 @@ def test_every_call_keeps_the_bound(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # the orders of eager sums
-    copies = -(-64 // mask.num_queries)  # the largest of a handful of errors says little
-    if mask.batch_size > 1:
-        mask = IntervalMask.stack([mask] * copies)
-    batch = copies if mask.batch_size == 1 else mask.batch_size
-    case = rule.make_case(mask.to(DEVICE), dtype, generator, head_dim, heads, batch)
+    case = rule.make_case(mask.to(DEVICE), dtype, generator, head_dim, heads, max(2, mask.batch_size))
     q, k, v, grad = (laid_out(t, o) for t, o in zip((*case[:3], case.grad_out), layout, strict=True))
     before = [t.clone() for t in (q, k, v, grad)]
     verdicts = rule.verdicts(case, rule.run(case._replace(q=q, k=k, v=v, grad_out=grad), "triton"))
