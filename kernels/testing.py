@@ -65,7 +65,9 @@ def poison_empty(monkeypatch_setattr: object) -> None:
 
         def wrapper(*args: object, **kwargs: object) -> Tensor:
             result: Tensor = make(*args, **kwargs)
-            return result.fill_(torch.nan) if result.dtype.is_floating_point else result
+            if result.dtype.is_floating_point:
+                return result.fill_(torch.nan)
+            return result if result.dtype == torch.bool else result.fill_(torch.iinfo(result.dtype).max // 3)
 
         return wrapper
 

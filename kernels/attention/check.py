@@ -64,20 +64,33 @@ def formula(case: Case, wide: torch.dtype, compute: torch.dtype) -> list[Tensor]
 def eager_orders(case: Case, count: int = 64) -> list[list[Tensor]]:
     """The formula in the inputs' own precision, `count` times with head dimension and keys, so every sum, reordered.
 
-    lse is rounded once, for a whole row of probabilities: one order of keys may round it exactly, by luck.
+    lse is rounded once, for a whole row of probabilities: one order of keys may round it exactly, by luck. Backward
+    sums its scores in an order of its own, as kernels do: with the forward's, their errors would cancel those of lse.
     """
+    dtype, scale = case.q.dtype, case.q.shape[-1] ** -0.5
 
-    def one(lanes: Tensor, keys: Tensor) -> list[Tensor]:
-        mask = IntervalMask(case.mask.query_start[:, keys], case.mask.query_end[:, keys], case.mask.num_queries)
-        k, v = (t[:, :, keys][..., lanes] for t in (case.k, case.v))
-        shuffled = Case(case.q[..., lanes], k, v, mask, case.grad_out[..., lanes], case.grad_lse)
-        out, lse, dq, dk, dv = formula(shuffled, case.q.dtype, case.q.dtype)
-        lane, key = lanes.argsort(), keys.argsort()
-        return [out[..., lane], lse, dq[..., lane], *(grad[:, :, key][..., lane] for grad in (dk, dv))]
+    def one() -> list[Tensor]:
+        lanes, keys, shuffled = _reordered(case)
+        vectors = shuffled.mask.query_start, shuffled.mask.query_end
+        out, lse = reference.forward(*shuffled[:3], *vectors, scale, dtype)
+        out = out[..., lanes.argsort()]
+        lanes, keys, shuffled = _reordered(case)
+        vectors = shuffled.mask.query_start, shuffled.mask.query_end
+        grads = reference.backward(
+            shuffled.grad_out, case.grad_lse, *shuffled[:3], out[..., lanes], lse, *vectors, scale, dtype
+        )
+        dq, dk, dv = (grad[..., lanes.argsort()] for grad in grads)
+        return [out, lse, dq, dk[:, :, keys.argsort()], dv[:, :, keys.argsort()]]
 
-    sizes = case.q.shape[-1], case.k.shape[2]
-    runs = [one(*(torch.randperm(size, device=case.q.device) for size in sizes)) for _ in range(count)]
-    return [list(results) for results in zip(*runs, strict=True)]
+    return [list(results) for results in zip(*(one() for _ in range(count)), strict=True)]
+
+
+def _reordered(case: Case) -> tuple[Tensor, Tensor, Case]:
+    """Random orders of the head dimension and of the keys, and the case in them."""
+    lanes, keys = (torch.randperm(size, device=case.q.device) for size in (case.q.shape[-1], case.k.shape[2]))
+    mask = IntervalMask(case.mask.query_start[:, keys], case.mask.query_end[:, keys], case.mask.num_queries)
+    k, v = (t[:, :, keys][..., lanes] for t in (case.k, case.v))
+    return lanes, keys, Case(case.q[..., lanes], k, v, mask, case.grad_out[..., lanes], case.grad_lse)
 
 
 def run(case: Case, impl: str) -> list[Tensor]:

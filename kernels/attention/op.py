@@ -186,21 +186,11 @@ _BACKWARD = (
 
 
 @torch.library.custom_op("transfusion::attention", mutates_args=(), schema=_FORWARD)
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_start: Tensor,
-    query_end: Tensor,
-    forward_tiles: Tensor | None,
-    query_tiles: Tensor | None,
-    key_tiles: Tensor | None,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+def _attention(*call: Any) -> tuple[Tensor, Tensor]:
+    *tensors, forward_tiles, _, _, scale, impl = call
     tiles = () if forward_tiles is None else (forward_tiles,)
-    with torch.autocast(q.device.type, enabled=False):  # which would round inside the reference's formula
-        result: tuple[Tensor, Tensor] = backend(OP, impl).forward(q, k, v, query_start, query_end, *tiles, scale)
+    with torch.autocast(tensors[0].device.type, enabled=False):  # which would round inside the reference's formula
+        result: tuple[Tensor, Tensor] = backend(OP, impl).forward(*tensors, *tiles, scale)
     return result
 
 
@@ -214,29 +204,13 @@ def _new_lse(q: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("transfusion::attention_backward", mutates_args=(), schema=_BACKWARD)
-def _attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    query_start: Tensor,
-    query_end: Tensor,
-    query_tiles: Tensor | None,
-    key_tiles: Tensor | None,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    run = backend(OP, impl).backward
-    grad_out = _readable(grad_out)  # expanded, say
+def _attention_backward(grad_out: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, query_tiles, key_tiles, scale, impl = call
     assert impl == "reference" or query_tiles is not None, "the forward ran without a gradient in sight"
     tiles = () if query_tiles is None else (query_tiles, key_tiles)
-    with torch.autocast(q.device.type, enabled=False):
-        grads: tuple[Tensor, Tensor, Tensor] = run(
-            grad_out, grad_lse, q, k, v, out, lse, query_start, query_end, *tiles, scale
-        )
+    grad_out = _readable(grad_out)  # expanded, say
+    with torch.autocast(grad_out.device.type, enabled=False):
+        grads: tuple[Tensor, Tensor, Tensor] = backend(OP, impl).backward(grad_out, *tensors, *tiles, scale)
     return grads
 
 

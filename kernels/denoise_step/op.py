@@ -12,26 +12,16 @@ from transfusion.kernels.patchify_noise.contract import (
     check_noise,
     check_tokens,
     check_weights,
-    layout_of,
-    reasons_by_dtype,
+    define,
     refuse_gradient,
+    register_op,
     token_shape,
     unwrap,
 )
 from transfusion.kernels.ragged_latents import RaggedLatents
-from transfusion.kernels.registry import Implementation, Op, backend, choose, refuse_forward_mode, register
+from transfusion.kernels.registry import choose, refuse_forward_mode
 
-OP = register(
-    Op(
-        name="denoise_step",
-        implementations={
-            "triton": Implementation("transfusion.kernels.denoise_step.kernel", reasons_by_dtype),
-            "reference": Implementation("transfusion.kernels.denoise_step.reference"),
-        },
-        cuda_order=("triton", "reference"),
-        other_order=("reference",),
-    )
-)
+OP = register_op("denoise_step")
 
 NUM_COEFFICIENTS = 7
 
@@ -112,43 +102,10 @@ def _check_coefficients(coefficients: Tensor, latents: Tensor) -> None:
     refuse_gradient("denoise_step", "coefficients", coefficients)
 
 
-@torch.library.custom_op("transfusion::denoise_step", mutates_args=())
-def _denoise_step(
-    prediction: Tensor,
-    latents: Tensor,
-    coefficients: Tensor,
-    unconditional: Tensor | None,
-    guidance: Tensor | None,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    planes: Tensor | None,
-    tiles: Tensor | None,
-    channels: int,
-    alignment: int,
-    patch_size: int,
-    impl: str,
-) -> Tensor:
-    layout = layout_of(planes, tiles, channels, alignment)
-    result: Tensor = backend(OP, impl).forward(
-        prediction, latents, coefficients, unconditional, guidance, noise, seed, patch_size, layout
-    )
-    return result
-
-
-@_denoise_step.register_fake
-def _(
-    prediction: Tensor,
-    latents: Tensor,
-    coefficients: Tensor,
-    unconditional: Tensor | None,
-    guidance: Tensor | None,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    planes: Tensor | None,
-    tiles: Tensor | None,
-    channels: int,
-    alignment: int,
-    patch_size: int,
-    impl: str,
-) -> Tensor:
-    return latents.new_empty(latents.shape)
+_denoise_step = define(
+    OP,
+    "forward",
+    "Tensor prediction, Tensor latents, Tensor coefficients, Tensor? unconditional, Tensor? guidance, Tensor? noise, "
+    "Tensor? seed",
+    lambda prediction, latents, *rest: latents.new_empty(latents.shape),
+)

@@ -91,7 +91,7 @@ def formula_gradient(case: Case, source: str, grad_loss: Tensor) -> Tensor:
     return reference.backward(*inputs, noise, seed, case.weight, case.patch_size, layout)
 
 
-def eager_orders(case: Case, source: str, count: int = 8) -> list[Tensor]:
+def eager_orders(case: Case, source: str, count: int = 64) -> list[Tensor]:
     """The formula in float32, `count` times with the elements of the sum reordered."""
     target = patchify_noise(*case[1:5], **case.source(source), impl="reference", dtype=torch.float32)
     squares = (case.prediction.float() - target).square()

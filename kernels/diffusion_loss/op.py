@@ -11,25 +11,15 @@ from transfusion.kernels.patchify_noise.contract import (
     check_noise,
     check_tokens,
     check_weights,
-    layout_of,
-    reasons_by_dtype,
+    define,
     refuse_gradient,
+    register_op,
     token_shape,
     unwrap,
 )
-from transfusion.kernels.registry import Implementation, Op, backend, choose, refuse_forward_mode, register
+from transfusion.kernels.registry import choose, refuse_forward_mode
 
-OP = register(
-    Op(
-        name="diffusion_loss",
-        implementations={
-            "triton": Implementation("transfusion.kernels.diffusion_loss.kernel", reasons_by_dtype),
-            "reference": Implementation("transfusion.kernels.diffusion_loss.reference"),
-        },
-        cuda_order=("triton", "reference"),
-        other_order=("reference",),
-    )
-)
+OP = register_op("diffusion_loss")
 
 
 def diffusion_loss(
@@ -89,91 +79,22 @@ def diffusion_loss(
     )
 
 
-@torch.library.custom_op("transfusion::diffusion_loss", mutates_args=())
-def _diffusion_loss(
-    prediction: Tensor,
-    latents: Tensor,
-    data_weight: Tensor,
-    noise_weight: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    weight: Tensor | None,
-    planes: Tensor | None,
-    tiles: Tensor | None,
-    channels: int,
-    alignment: int,
-    patch_size: int,
-    impl: str,
-) -> Tensor:
-    layout = layout_of(planes, tiles, channels, alignment)
-    loss: Tensor = backend(OP, impl).forward(
-        prediction, latents, data_weight, noise_weight, noise, seed, weight, patch_size, layout
-    )
-    return loss
-
-
-@_diffusion_loss.register_fake
-def _(
-    prediction: Tensor,
-    latents: Tensor,
-    data_weight: Tensor,
-    noise_weight: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    weight: Tensor | None,
-    planes: Tensor | None,
-    tiles: Tensor | None,
-    channels: int,
-    alignment: int,
-    patch_size: int,
-    impl: str,
-) -> Tensor:
+def _empty_loss(prediction: Tensor, latents: Tensor, data_weight: Tensor, *rest: Any) -> Tensor:
     dtype = torch.float64 if torch.float64 in (prediction.dtype, latents.dtype) else torch.float32
     return prediction.new_empty(data_weight.shape, dtype=dtype)
 
 
-@torch.library.custom_op("transfusion::diffusion_loss_backward", mutates_args=())
-def _diffusion_loss_backward(
-    grad_loss: Tensor,
-    prediction: Tensor,
-    latents: Tensor,
-    data_weight: Tensor,
-    noise_weight: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    weight: Tensor | None,
-    planes: Tensor | None,
-    tiles: Tensor | None,
-    channels: int,
-    alignment: int,
-    patch_size: int,
-    impl: str,
-) -> Tensor:
-    layout = layout_of(planes, tiles, channels, alignment)
-    grad_prediction: Tensor = backend(OP, impl).backward(
-        grad_loss, prediction, latents, data_weight, noise_weight, noise, seed, weight, patch_size, layout
-    )
-    return grad_prediction
-
-
-@_diffusion_loss_backward.register_fake
-def _(
-    grad_loss: Tensor,
-    prediction: Tensor,
-    latents: Tensor,
-    data_weight: Tensor,
-    noise_weight: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    weight: Tensor | None,
-    planes: Tensor | None,
-    tiles: Tensor | None,
-    channels: int,
-    alignment: int,
-    patch_size: int,
-    impl: str,
-) -> Tensor:
-    return prediction.new_empty(prediction.shape)
+_ARGUMENTS = (
+    "Tensor prediction, Tensor latents, Tensor data_weight, Tensor noise_weight, Tensor? noise, Tensor? seed, "
+    "Tensor? weight"
+)
+_diffusion_loss = define(OP, "forward", _ARGUMENTS, _empty_loss)
+_diffusion_loss_backward = define(
+    OP,
+    "backward",
+    f"Tensor grad_loss, {_ARGUMENTS}",
+    lambda _, prediction, *rest: prediction.new_empty(prediction.shape),
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -30,8 +30,10 @@ def forward(
         mean = squares.flatten(1).mean(1)  # flat, so that the order of the sum is that of the tokens
     else:
         pixels = layout.planes[:, 1]
-        total = torch.segment_reduce(squares.sum(1), "sum", lengths=pixels // patch_size**2, unsafe=True)
-        mean = total / (pixels * layout.channels)
+        # It adds one token after another, which in float32 would lose digits of a large image.
+        wide = squares.sum(1, dtype=torch.float64)
+        total = torch.segment_reduce(wide, "sum", lengths=pixels // patch_size**2, unsafe=True)
+        mean = (total / (pixels * layout.channels)).to(squares.dtype)
     return mean if weight is None else weight.to(mean.dtype) * mean
 
 
@@ -72,6 +74,6 @@ def _difference(
 ) -> Tensor:
     compute = torch.float64 if torch.float64 in (prediction.dtype, latents.dtype) else torch.float32
     target = patchify_noise.forward(
-        latents.to(compute), data_weight, noise_weight, noise, seed, patch_size, compute, layout
+        latents.to(compute), data_weight, noise_weight, noise, seed, compute, patch_size, layout
     )
     return prediction.to(compute) - target

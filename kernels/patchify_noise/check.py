@@ -137,7 +137,7 @@ def gradient(case: Case, source: str, impl: str, grad_tokens: Tensor) -> Tensor:
 def formula_gradient(case: Case, grad_tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """`reference.backward` in `dtype`."""
     values, layout = unwrap(case.latents)[0], layout_or_none(case.latents)
-    return reference.backward(grad_tokens, case.alpha, values.shape, case.patch_size, dtype, layout)
+    return reference.backward(grad_tokens, case.alpha, values.shape, dtype, case.patch_size, layout)
 
 
 def verdicts(case: Case, source: str, grad_tokens: Tensor) -> dict[str, Verdict]:

@@ -1,5 +1,6 @@
-"""What `patchify_noise` and `diffusion_loss` ask of their arguments: each check names the value and the fix."""
+"""What the image-side ops share: their registration, and checks of arguments that name the value and the fix."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from transfusion.kernels.philox import check_seed
 from transfusion.kernels.ragged_latents import Layout, RaggedLatents
-from transfusion.kernels.registry import triton_reasons
+from transfusion.kernels.registry import Implementation, Op, backend, register, triton_reasons
 
 Latents = Tensor | RaggedLatents
 PlainLayout = tuple[Tensor | None, Tensor | None, int, int]
@@ -21,17 +22,47 @@ def reasons_by_dtype(
     return list(dict.fromkeys(reason for of_one in reasons for reason in of_one))
 
 
+def register_op(name: str) -> Op:
+    """The op of the package `name`, with a Triton kernel and a reference."""
+    package = f"transfusion.kernels.{name}"
+    implementations = {
+        "triton": Implementation(f"{package}.kernel", reasons_by_dtype),
+        "reference": Implementation(f"{package}.reference"),
+    }
+    return register(Op(name, implementations, cuda_order=("triton", "reference"), other_order=("reference",)))
+
+
+_LAYOUT = "Tensor? planes, Tensor? tiles, SymInt channels, SymInt alignment, SymInt patch_size, str impl"
+
+
+def define(op: Op, stage: str, arguments: str, fake: Callable[..., Tensor]) -> Any:
+    """The custom op that runs `stage`, "forward" or "backward", of the module that its last argument, `impl`, names.
+
+    Args:
+        op: whose stage it is.
+        stage: a function (*arguments, patch_size, layout) of each implementation.
+        arguments: in torch's schema language; the op takes a plain layout, patch_size and impl after them.
+        fake: like the op, an empty result.
+    """
+
+    def run(*call: Any) -> Tensor:
+        *own, planes, tiles, channels, alignment, patch_size, impl = call
+        layout = None if planes is None else Layout(planes, tiles, channels, alignment)
+        result: Tensor = getattr(backend(op, impl), stage)(*own, patch_size, layout)
+        return result
+
+    name = f"transfusion::{op.name}" if stage == "forward" else f"transfusion::{op.name}_{stage}"
+    defined = torch.library.custom_op(name, run, mutates_args=(), schema=f"({arguments}, {_LAYOUT}) -> Tensor")
+    defined.register_fake(fake)
+    return defined
+
+
 def unwrap(latents: Latents) -> tuple[Tensor, PlainLayout]:
     """The tensor of the latents, (I, C, h, w) or (E,), and a layout as an op takes it: plain tensors and numbers."""
     if isinstance(latents, RaggedLatents):
         layout = latents.layout
         return latents.values, (layout.planes, layout.tiles, layout.channels, layout.alignment)
     return latents, (None, None, latents.shape[1], 0)
-
-
-def layout_of(planes: Tensor | None, tiles: Tensor | None, channels: int, alignment: int) -> Layout | None:
-    """The layout again, inside an op; None for dense latents."""
-    return None if planes is None or tiles is None else Layout(planes, tiles, channels, alignment)
 
 
 def token_shape(latents: Tensor, planes: Tensor | None, channels: int, patch_size: int) -> tuple[int, ...]:

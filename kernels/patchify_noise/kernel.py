@@ -227,8 +227,8 @@ def forward(
     sigma: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
-    patch_size: int,
     dtype: torch.dtype,
+    patch_size: int,
     layout: Layout | None = None,
 ) -> Tensor:
     """-> (I, n, P·P·C) or (T, P·P·C) `dtype`. Given noise is read in the latents' element order, so a strided one is
@@ -252,8 +252,8 @@ def backward(
     grad_tokens: Tensor,
     alpha: Tensor,
     latents_shape: Sequence[int],
-    patch_size: int,
     dtype: torch.dtype,
+    patch_size: int,
     layout: Layout | None = None,
 ) -> Tensor:
     """grad_latents = alpha[i]·unpatchify(grad_tokens), (I, C, h, w) or (E,) `dtype`, contiguous."""

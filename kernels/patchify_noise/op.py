@@ -1,6 +1,5 @@
 """The contract of `patchify_noise`: checks, implementations, the custom ops and their gradient."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,24 +10,14 @@ from transfusion.kernels.patchify_noise.contract import (
     check_latents,
     check_noise,
     check_weights,
-    layout_of,
-    reasons_by_dtype,
+    define,
+    register_op,
     token_shape,
     unwrap,
 )
-from transfusion.kernels.registry import Implementation, Op, backend, choose, refuse_forward_mode, register
+from transfusion.kernels.registry import choose, refuse_forward_mode
 
-OP = register(
-    Op(
-        name="patchify_noise",
-        implementations={
-            "triton": Implementation("transfusion.kernels.patchify_noise.kernel", reasons_by_dtype),
-            "reference": Implementation("transfusion.kernels.patchify_noise.reference"),
-        },
-        cuda_order=("triton", "reference"),
-        other_order=("reference",),
-    )
-)
+OP = register_op("patchify_noise")
 
 
 def patchify_noise(
@@ -82,83 +71,30 @@ def patchify_noise(
         raise TypeError(f"dtype={dtype} is not a floating-point dtype")
     others = (dtype,) if noise is None else (dtype, noise.dtype)
     impl = choose(OP, impl, device=values.device, dtype=values.dtype, others=others)
-    return _patchify_noise(values, alpha, sigma, noise, seed, *layout, patch_size, dtype, impl)
+    return _patchify_noise(values, alpha, sigma, noise, seed, dtype, *layout, patch_size, impl)
 
 
-@torch.library.custom_op("transfusion::patchify_noise", mutates_args=())
-def _patchify_noise(
-    latents: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    planes: Tensor | None,
-    tiles: Tensor | None,
-    channels: int,
-    alignment: int,
-    patch_size: int,
-    dtype: torch.dtype,
-    impl: str,
-) -> Tensor:
-    layout = layout_of(planes, tiles, channels, alignment)
-    tokens: Tensor = backend(OP, impl).forward(latents, alpha, sigma, noise, seed, patch_size, dtype, layout)
-    return tokens
-
-
-@_patchify_noise.register_fake
-def _(
-    latents: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    planes: Tensor | None,
-    tiles: Tensor | None,
-    channels: int,
-    alignment: int,
-    patch_size: int,
-    dtype: torch.dtype,
-    impl: str,
-) -> Tensor:
+def _empty_tokens(latents: Tensor, *rest: Any) -> Tensor:
+    dtype, planes, _, channels, _, patch_size, _ = rest[-7:]
     return latents.new_empty(token_shape(latents, planes, channels, patch_size), dtype=dtype)
 
 
-@torch.library.custom_op("transfusion::patchify_noise_backward", mutates_args=())
-def _patchify_noise_backward(
-    grad_tokens: Tensor,
-    alpha: Tensor,
-    latents_shape: Sequence[int],
-    planes: Tensor | None,
-    tiles: Tensor | None,
-    channels: int,
-    alignment: int,
-    patch_size: int,
-    dtype: torch.dtype,
-    impl: str,
-) -> Tensor:
-    layout = layout_of(planes, tiles, channels, alignment)
-    grad_latents: Tensor = backend(OP, impl).backward(grad_tokens, alpha, latents_shape, patch_size, dtype, layout)
-    return grad_latents
-
-
-@_patchify_noise_backward.register_fake
-def _(
-    grad_tokens: Tensor,
-    alpha: Tensor,
-    latents_shape: Sequence[int],
-    planes: Tensor | None,
-    tiles: Tensor | None,
-    channels: int,
-    alignment: int,
-    patch_size: int,
-    dtype: torch.dtype,
-    impl: str,
-) -> Tensor:
-    return grad_tokens.new_empty(latents_shape, dtype=dtype)
+_patchify_noise = define(
+    OP,
+    "forward",
+    "Tensor latents, Tensor alpha, Tensor sigma, Tensor? noise, Tensor? seed, ScalarType dtype",
+    _empty_tokens,
+)
+_patchify_noise_backward = define(
+    OP,
+    "backward",
+    "Tensor grad_tokens, Tensor alpha, SymInt[] latents_shape, ScalarType dtype",
+    lambda grad_tokens, _, latents_shape, dtype, *rest: grad_tokens.new_empty(latents_shape, dtype=dtype),
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    latents, alpha, _, _, _, planes, tiles, *ctx.numbers, ctx.patch_size, _, ctx.impl = inputs
+    latents, alpha, _, _, _, _, planes, tiles, *ctx.numbers = inputs
     ctx.save_for_backward(alpha, planes, tiles)
     ctx.latents_shape, ctx.latents_dtype = latents.shape, latents.dtype
 
@@ -167,9 +103,8 @@ def _backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
     alpha, planes, tiles = ctx.saved_tensors
     grad_latents = None
     if ctx.needs_input_grad[0]:
-        layout = (planes, tiles, *ctx.numbers)
         grad_latents = _patchify_noise_backward(
-            grad_tokens, alpha, ctx.latents_shape, *layout, ctx.patch_size, ctx.latents_dtype, ctx.impl
+            grad_tokens, alpha, ctx.latents_shape, ctx.latents_dtype, planes, tiles, *ctx.numbers
         )
     return grad_latents, *[None] * 11
 

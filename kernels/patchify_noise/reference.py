@@ -38,8 +38,8 @@ def forward(
     sigma: Tensor,
     noise: Tensor | None,
     seed: Tensor | None,
-    patch_size: int,
     dtype: torch.dtype,
+    patch_size: int,
     layout: Layout | None = None,
 ) -> Tensor:
     """-> (I, n, P·P·C) `dtype`; (T, P·P·C) for the values (E,) of ragged latents."""
@@ -59,8 +59,8 @@ def backward(
     grad_tokens: Tensor,
     alpha: Tensor,
     latents_shape: Sequence[int],
-    patch_size: int,
     dtype: torch.dtype,
+    patch_size: int,
     layout: Layout | None = None,
 ) -> Tensor:
     """grad_latents = alpha[i]·unpatchify(grad_tokens), (I, C, h, w) or (E,) `dtype`."""

@@ -27,10 +27,8 @@ def generator() -> torch.Generator:
 
 
 def check(case: rule.Case) -> None:
-    """Gradients too in 16 bits; in float32 those of one query are too few numbers to bound each other's rounding."""
     verdicts = rule.verdicts(case, rule.run(case, "triton"))
-    names = ("out", "lse") if case.q.dtype == torch.float32 else rule.RESULTS
-    assert all(verdicts[name].passed for name in names), verdicts
+    assert all(verdict.passed for verdict in verdicts.values()), verdicts
 
 
 def split_into(count: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,4 @@
-"""Whatever the layout, the shape, the strides and the dtype of 16 bits: out, lse and every gradient keep the bound.
-
-Float32 is judged on the layouts of test_attention.py: there a kernel's error and the eager one are of the same few
-roundings, and over thousands of random small calls the one is at times more than twice the other.
-"""
+"""Whatever the layout, the shape, the strides and the dtype: out, lse and every gradient keep the bound."""
 
 import random
 
@@ -17,7 +13,7 @@ from transfusion.kernels.registry import TRITON_INTERPRET
 from transfusion.kernels.testing import random_layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float16] + ([] if TRITON_INTERPRET else [torch.bfloat16])
+DTYPES = [torch.float32, torch.float16] + ([] if TRITON_INTERPRET else [torch.bfloat16])
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -27,14 +23,14 @@ def masks(draw: st.DrawFn) -> IntervalMask:
     """Packed rows, hidden images among them; new tokens over caches; or any intervals. One row, or one each of two."""
     rng = random.Random(draw(seeds))
     kind, rows = draw(st.sampled_from(["packed", "cached", "any"])), draw(st.integers(1, 2))
-    length = draw(st.integers(1, 90))
+    length = draw(st.integers(1, 70))
     if kind == "packed":
         return IntervalMask.stack([random_layout(rng, length).mask() for _ in range(rows)])
     if kind == "cached":
         before = torch.tensor([rng.randint(0, 70) for _ in range(rows)])
         new = random_layout(rng, min(length, 40)).mask()
         return IntervalMask.continuation(new, before, int(before.max()) + new.num_keys + rng.randint(0, 20))
-    generator, keys = torch.Generator().manual_seed(rng.randrange(2**32)), draw(st.integers(1, 90))
+    generator, keys = torch.Generator().manual_seed(rng.randrange(2**32)), draw(st.integers(1, 70))
     start, end = torch.randint(-3, length + 3, (2, rows, keys), generator=generator)
     return IntervalMask(start, end, length)
 
@@ -62,7 +58,7 @@ orders = st.sampled_from(["plain", "tokens first", "slice", "columns first"])
     mask=masks(),
     dtype=st.sampled_from(DTYPES),
     head_dim=st.sampled_from([16, 18, 32, 40, 64]),
-    heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
+    heads=st.sampled_from([(1, 1), (2, 1), (2, 2)]),
     layout=st.tuples(orders, orders, orders, orders),
     seed=seeds,
 )
@@ -76,7 +72,13 @@ def test_every_call_keeps_the_bound(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # the orders of eager sums
-    case = rule.make_case(mask.to(DEVICE), dtype, generator, head_dim, heads, max(2, mask.batch_size))
+    # Enough queries for the largest error of a row to say something; a mask of one row serves the whole batch.
+    rows = max(mask.batch_size, -(-16 // mask.num_queries))
+    if mask.batch_size > 1:
+        rows = -(-rows // mask.batch_size) * mask.batch_size
+        start, end = (t.repeat(rows // mask.batch_size, 1) for t in (mask.query_start, mask.query_end))
+        mask = IntervalMask(start, end, mask.num_queries)
+    case = rule.make_case(mask.to(DEVICE), dtype, generator, head_dim, heads, rows)
     q, k, v, grad = (laid_out(t, o) for t, o in zip((*case[:3], case.grad_out), layout, strict=True))
     before = [t.clone() for t in (q, k, v, grad)]
     verdicts = rule.verdicts(case, rule.run(case._replace(q=q, k=k, v=v, grad_out=grad), "triton"))

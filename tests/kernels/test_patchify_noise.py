@@ -178,7 +178,7 @@ def test_formula_of_the_gradient_is_autograds(shape: Shape, patch_size: int, dty
     latents = case.latents
     leaf = (latents.values if isinstance(latents, RaggedLatents) else latents).detach().requires_grad_()
     layout = latents.layout if isinstance(latents, RaggedLatents) else None
-    tokens = reference.forward(leaf, case.alpha, case.sigma, None, case.seed, patch_size, dtype, layout)
+    tokens = reference.forward(leaf, case.alpha, case.sigma, None, case.seed, dtype, patch_size, layout)
     grad_tokens = torch.randn_like(tokens)
     expected = torch.autograd.grad(tokens, leaf, grad_tokens)[0]
     assert torch.equal(formula_gradient(case, grad_tokens, dtype), expected)
@@ -215,11 +215,11 @@ def test_opcheck(impl: str, source: str) -> None:
     pair = (case.noise, None) if source == "noise" else (None, case.seed)
     latents = case.latents.requires_grad_()
     dense = (None, None, 3, 0)
-    arguments = (latents, case.alpha, case.sigma, *pair, *dense, 2, torch.float16, impl)
+    arguments = (latents, case.alpha, case.sigma, *pair, torch.float16, *dense, 2, impl)
     torch.library.opcheck(torch.ops.transfusion.patchify_noise.default, arguments)
     grad = torch.randn(2, 4, 12, device=DEVICE)
     backward = torch.ops.transfusion.patchify_noise_backward.default
-    torch.library.opcheck(backward, (grad, case.alpha, list(latents.shape), *dense, 2, torch.float32, impl))
+    torch.library.opcheck(backward, (grad, case.alpha, list(latents.shape), torch.float32, *dense, 2, impl))
 
 
 @pytest.mark.parametrize("impl", ["auto", *IMPLS])

@@ -145,7 +145,7 @@ def test_opcheck(impl: str) -> None:
     seed, ops = torch.tensor(3, device=DEVICE), torch.ops.transfusion
     leaf = ragged.values.clone().requires_grad_()
     torch.library.opcheck(
-        ops.patchify_noise.default, (leaf, alpha, sigma, None, seed, *ragged.layout, 2, torch.float32, impl)
+        ops.patchify_noise.default, (leaf, alpha, sigma, None, seed, torch.float32, *ragged.layout, 2, impl)
     )
     prediction = torch.randn(7, 8, device=DEVICE, requires_grad=True)
     torch.library.opcheck(

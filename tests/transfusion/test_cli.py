@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -11,37 +12,12 @@ from transfusion import cli
 from transfusion.evaluation.metrics import image_figures
 from transfusion.run import Run
 
-COLORS = ["red", "green", "blue", "black", "gray", "purple", "orange", "navy", "teal", "olive"]
-SIZES = {
-    "model.dim": 32,
-    "model.layers": 1,
-    "model.heads": 2,
-    "model.vocab-size": 300,
-    "data.loader.rows": 4,
-    "data.loader.row-length": 48,
-    "data.loader.image-size": 16,
-    "train.steps": 4,
-    "train.warmup-steps": 1,
-    "train.log-every": 2,
-}
-SMALL = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
+SMALL = tiny.run_options(data__loader__image_size=16, train__log_every=2)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Ten plain images with captions, one of them cut short, and two texts."""
-    path = tmp_path / "data"
-    path.mkdir()
-    lines = []
-    for index, color in enumerate(COLORS):
-        Image.new("RGB", (20 + index, 24), color).save(path / f"{color}.png")
-        lines.append(json.dumps({"image": f"{color}.png", "caption": f"{color} square"}))
-    (path / "captions.jsonl").write_text("\n".join(lines))
-    damaged = path / "teal.png"
-    damaged.write_bytes(damaged.read_bytes()[:60])
-    for name in ("one", "two"):
-        (path / f"{name}.txt").write_text(f"this is text {name}, about squares and colors. " * 20)
-    return path
+    return tiny.data_folder(tmp_path / "data")
 
 
 @pytest.fixture
@@ -118,8 +94,8 @@ def test_the_gap_is_what_captions_are_worth(run: Path) -> None:
     """A model blind to text has no gap; one that reads the answer in the caption has a large one."""
     opened = Run.open(run)
     model = opened.model()
-    captions = [opened.tokenizer.encode(f"{color} square") for color in COLORS]
-    latents = torch.randn(len(COLORS), *opened.latent_shape)
+    captions = [opened.tokenizer.encode(f"{color} square") for color in tiny.COLORS]
+    latents = torch.randn(len(tiny.COLORS), *opened.latent_shape)
     with torch.no_grad():
         for block in model.transformer.blocks:
             block.attention.out.weight.zero_()  # no token sees another one

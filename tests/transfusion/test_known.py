@@ -1,7 +1,5 @@
 """Denoising of which a part is given: inpainting, without a network."""
 
-import random
-
 import pytest
 import torch
 
@@ -17,11 +15,6 @@ CASES = [
     ("trigflow", "scm"),
 ]
 SHAPE = (2, 3, 4, 4)
-
-
-@pytest.fixture
-def seed():
-    return random.randrange(2**62)
 
 
 def run(predict, noise, schedule, scheduler, seed, **options):

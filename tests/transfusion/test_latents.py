@@ -1,62 +1,26 @@
 """A user's own images, an autoencoder trained on them, its latents kept, a model trained on these: every command."""
 
-import json
 from pathlib import Path
 
 import pytest
+import tiny
 from PIL import Image
 
 from transfusion import cli
 from transfusion.training import metrics
 
-COLORS = ["red", "green", "blue", "black", "gray", "purple", "orange", "navy", "teal", "olive"]
-SIZES = {
-    "model.dim": 32,
-    "model.layers": 1,
-    "model.heads": 2,
-    "model.vocab-size": 300,
-    "model.patch-size": 2,
-    "model.latent-channels": 4,
-    "data.loader.rows": 4,
-    "data.loader.row-length": 48,
-    "train.steps": 3,
-    "train.warmup-steps": 1,
-    "train.log-every": 1,
-}
-SMALL = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
+SMALL = tiny.run_options(model__patch_size=2, model__latent_channels=4, train__steps=3)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Ten plain images with captions, one of them cut short, and a text."""
-    path, lines = tmp_path / "data", []
-    path.mkdir()
-    for index, color in enumerate(COLORS):
-        Image.new("RGB", (20 + index, 24), color).save(path / f"{color}.png")
-        lines.append(json.dumps({"image": f"{color}.png", "caption": f"{color} square"}))
-    (path / "captions.jsonl").write_text("\n".join(lines))
-    damaged = path / "teal.png"
-    damaged.write_bytes(damaged.read_bytes()[:60])
-    (path / "text.txt").write_text("this is a text about squares and colors. " * 20)
-    (path / "other.txt").write_text("this is another text about squares and colors. " * 20)
-    return path
+    return tiny.data_folder(tmp_path / "data")
 
 
 def _train_vae(folder: Path, out: Path) -> int:
-    shape = [
-        "--image-size",
-        "16",
-        "--channels",
-        "4",
-        "8",
-        "--steps",
-        "4",
-        "--batch-size",
-        "2",
-        "--checkpoint-every",
-        "2",
-    ]
-    return cli.main(["train-vae", "--images", str(folder), "--out", str(out), *shape])
+    sizes = {"image-size": "16", "steps": "4", "batch-size": "2", "checkpoint-every": "2"}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", value)]
+    return cli.main(["train-vae", "--images", str(folder), "--out", str(out), "--channels", "4", "8", *options])
 
 
 def test_from_a_folder_to_a_model_of_its_latents(

@@ -3,8 +3,8 @@
 import re
 
 import pytest
+import tiny
 import torch
-from PIL import Image
 
 from transfusion import Transfusion, cli, demo, recipes
 from transfusion import config as configs
@@ -72,16 +72,16 @@ def test_a_file_goes_before_a_recipe_of_its_name(tmp_path, monkeypatch):
 
 def test_train_takes_a_recipe_by_name(tmp_path, capsys):
     """Its own fields, the options over them; and what it leaves is a pipeline, which draws as the run does."""
-    pictures = tmp_path / "data"
-    pictures.mkdir()
-    for color in ("red", "green", "blue"):
-        Image.new("RGB", (16, 16), color).save(pictures / f"{color}.png")
-    lines = [f'{{"image": "{color}.png", "caption": "{color} square"}}' for color in ("red", "green", "blue")]
-    (pictures / "captions.jsonl").write_text("\n".join(lines))
-    small = {"model.dim": 32, "model.layers": 1, "model.heads": 2, "model.vocab-size": 300, "data.loader.rows": 2}
-    small |= {"data.loader.row-length": 64, "data.loader.image-size": 16, "train.steps": 2, "train.warmup-steps": 1}
-    small |= {"data.images": pictures, "data.texts": "", "data.loader.text-fraction": 0, "device": "cpu"}
-    options = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    options = tiny.run_options(
+        data__images=tiny.data_folder(tmp_path / "data"),
+        data__texts="",
+        data__loader__rows=2,
+        data__loader__row_length=64,
+        data__loader__image_size=16,
+        data__loader__text_fraction=0,
+        train__steps=2,
+        device="cpu",
+    )
     out = tmp_path / "run"
     assert cli.main(["train", "--config", "emoji", "--out", str(out), *options]) == 0, capsys.readouterr().err
     config, recipe = configs.load(RunConfig, out / CONFIG), read("emoji")

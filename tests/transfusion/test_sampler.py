@@ -4,7 +4,6 @@ import copy
 import inspect
 import itertools
 import math
-import random
 
 import diffusers
 import pytest
@@ -33,11 +32,6 @@ CASES = [
     ("trigflow", "scm"),
 ]
 SHAPE = (2, 3, 4, 4)
-
-
-@pytest.fixture
-def seed():
-    return random.randrange(2**62)
 
 
 def generators(seed, count=SHAPE[0]):

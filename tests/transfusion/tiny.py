@@ -1,9 +1,12 @@
-"""A model and batches small enough for a test."""
+"""A model, batches and a run of the command line, small enough for a test."""
 
+import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from PIL import Image as Pictures
 
 from transfusion import ModelConfig, Transfusion
 from transfusion.diffusion.schedule import NoiseSchedule
@@ -59,3 +62,38 @@ class Batches:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
+
+
+COLORS = ["red", "green", "blue", "black", "gray", "purple", "orange", "navy", "teal", "olive"]
+
+
+def data_folder(path: Path) -> Path:
+    """Ten plain images with captions, teal.png cut short, and two texts, in a new folder."""
+    path.mkdir()
+    lines = []
+    for index, color in enumerate(COLORS):
+        Pictures.new("RGB", (20 + index, 24), color).save(path / f"{color}.png")
+        lines.append(json.dumps({"image": f"{color}.png", "caption": f"{color} square"}))
+    (path / "captions.jsonl").write_text("\n".join(lines))
+    damaged = path / "teal.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    for name in ("one", "two"):
+        (path / f"{name}.txt").write_text(f"this is text {name}, about squares and colors. " * 20)
+    return path
+
+
+def run_options(**changes: object) -> list[str]:
+    """Words for `transfusion train`; `data__loader__rows=2` is --data.loader.rows 2."""
+    sizes = {
+        "model__dim": 32,
+        "model__layers": 1,
+        "model__heads": 2,
+        "model__vocab_size": 300,
+        "data__loader__rows": 4,
+        "data__loader__row_length": 48,
+        "train__steps": 4,
+        "train__warmup_steps": 1,
+        "train__log_every": 1,
+    }
+    options = {f"--{name.replace('__', '.').replace('_', '-')}": value for name, value in (sizes | changes).items()}
+    return [str(word) for option in options.items() for word in option]

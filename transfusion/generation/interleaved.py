@@ -117,7 +117,10 @@ class _Row:
 
     def result(self) -> Generation:
         self._close_run()
-        tokens, logprobs = torch.tensor(self.tokens, dtype=torch.int64), torch.tensor(self.logprobs).double()
+        tokens, logprobs = (
+            torch.tensor(self.tokens, dtype=torch.int64),
+            torch.tensor(self.logprobs, dtype=torch.float64),
+        )
         return Generation(tuple(self._segments), tokens, logprobs, self.finish)
 
 

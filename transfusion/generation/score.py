@@ -14,9 +14,10 @@ from transfusion.sequence import Document, Text, document_length
 def score(
     model: Transfusion, contexts: Sequence[Document], targets: Sequence[Tensor], *, impl: str = "auto"
 ) -> list[Tensor]:
-    """-> for each context the log-probabilities (T_i,) float32 of its target's tokens, each after those before it.
+    """-> for each context the log-probabilities (T_i,) of its target's tokens, each after those before it.
 
-    Their sum is log p(target | context): of a caption after an image, or of an answer after a question.
+    They are float32, float64 for float64 weights. Their sum is log p(target | context): of a caption after an image,
+    or of an answer after a question.
 
     Args:
         model: in any mode, which is kept.
@@ -40,7 +41,8 @@ def score(
         before = [document_length(context, model.config.patch_size) - 1 for context in contexts]
         spans = zip(before, lengths, strict=True)
         states = [row[first : last - 1] for row, (first, last) in zip(hidden, spans, strict=True)]
-        log_p = model.head(torch.cat(states)).float().log_softmax(-1)
+        logits = model.head(torch.cat(states))
+        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         chosen = log_p.gather(1, torch.cat(list(targets)).to(log_p.device)[:, None])[:, 0].cpu()
     if not chosen.isfinite().all():
         raise FloatingPointError("log-probabilities are not finite; look for NaN in the weights")

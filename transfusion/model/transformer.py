@@ -98,7 +98,7 @@ def one_image_on_grid(positions: Tensor, tokens: int, columns: int) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, N, H, D), its halves the real and imaginary parts, turned by the angle of each position."""
-    real, imaginary = x.float().chunk(2, dim=-1)
+    real, imaginary = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1).to(x.dtype)
 
 

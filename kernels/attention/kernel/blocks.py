@@ -50,15 +50,22 @@ def load_interval(p_start, p_end, keys, num_keys):
 
 
 @triton.jit
-def probabilities(products, lse, scale, PRECISION: tl.constexpr):
-    """exp(scale·products - lse).
+def exponential(x, PRECISION: tl.constexpr):
+    """exp(x) of natural x in float32; else x is in units of log2, which spares a product for each score.
 
-    In 16 bits one multiply-add makes the exponent of 2. In float32 lse is subtracted before the change of base: the
-    difference is small where p is not, and rounds little.
+    That change of base rounds the scale and then lse: as much as all the rest of a float32 forward.
     """
     if PRECISION == "ieee":
-        return tl.exp2((products * scale - lse) * LOG2_E)
-    return tl.exp2(products * (scale * LOG2_E) - lse * LOG2_E)
+        x = x * LOG2_E
+    return tl.exp2(x)
+
+
+@triton.jit
+def probabilities(products, lse, scale, PRECISION: tl.constexpr):
+    """exp(scale·products - lse); in 16 bits one multiply-add makes the exponent of 2."""
+    if PRECISION == "ieee":
+        return exponential(products * scale - lse, PRECISION)
+    return exponential(products * (scale * LOG2_E) - lse * LOG2_E, PRECISION)
 
 
 def row_strides(query_start: Tensor, tiles: Tensor) -> tuple[int, int]:

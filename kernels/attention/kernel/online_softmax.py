@@ -17,6 +17,7 @@ from transfusion.kernels.attention.kernel.blocks import (
     LN_2,
     LOG2_E,
     MASKED_RUNS,
+    exponential,
     launch_options,
     load_interval,
     load_rows,
@@ -31,7 +32,7 @@ def _run(
     acc, l, m, q, queries, p_k, p_v, p_start, p_end, first, last, stride_k, stride_v, num_keys, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over key tiles [first, last): acc = Σ p v, l = Σ p, m = running maximum, in units of log2."""
+    """Online softmax over key tiles [first, last): acc = Σ p v, l = Σ p, m = running maximum, in units of `scale`."""
     for tile in range(first, last):
         keys = tile * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = keys < num_keys
@@ -44,12 +45,12 @@ def _run(
             m_new = tl.maximum(m, tl.max(scores, 1))
             # -inf - -inf is NaN: a query that has seen no key yet subtracts 0
             base = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(scores - base[:, None])
+            p = exponential(scores - base[:, None], PRECISION)
         else:  # scale >= 0: the largest score is that of the largest product, and one multiply-add is left for each
             m_new = tl.maximum(m, tl.max(products, 1) * scale)
             base = m_new
-            p = tl.exp2(products * scale - base[:, None])
-        decay = tl.exp2(m - base)
+            p = exponential(products * scale - base[:, None], PRECISION)
+        decay = exponential(m - base, PRECISION)
         l = l * decay + tl.sum(p, 1)
         v = load_rows(p_v, keys.to(tl.int64) * stride_v, inside, HEAD_DIM, BLOCK_D, MASKED)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
@@ -91,7 +92,7 @@ def forward_kernel(
     """out and lse of a block of rows. Grid: blocks (last, so longest, first) × B·H / packed × splits.
 
     Rows are the queries of one head, or with PACKED those of `packed` heads, head by head. With SPLIT, p_out and p_lse
-    have a leading dimension of splits. scale is in units of log2.
+    have a leading dimension of splits. scale is `softmax_scale`'s.
     """
     blocks = tl.cdiv(packed * num_queries, BLOCK_Q)
     block = blocks - 1 - tl.program_id(0) % blocks
@@ -130,7 +131,8 @@ def forward_kernel(
 
     some = l > 0
     out = acc / tl.where(some, l, 1.0)[:, None]
-    lse = tl.where(some, m * LN_2 + tl.log(tl.where(some, l, 1.0)), float("-inf"))
+    natural = m if PRECISION == "ieee" else m * LN_2
+    lse = tl.where(some, natural + tl.log(tl.where(some, l, 1.0)), float("-inf"))
     first_row = split.to(tl.int64) * batch  # of this split, where there are several
     out_rows = (first_row + b) * out_b + head * out_h + queries.to(tl.int64) * out_n
     store_rows(p_out, out_rows, inside, out, HEAD_DIM, BLOCK_D)
@@ -184,7 +186,7 @@ def forward(
             q, k, v, parts, part_lse, query_start, query_end, tiles,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *parts.stride()[:3],
             *row_strides(query_start, tiles), 0 if packed > 1 else tiles.stride(1),
-            batch, heads, heads // kv_heads, packed, num_queries, num_keys, scale * LOG2_E.value, splits,
+            batch, heads, heads // kv_heads, packed, num_queries, num_keys, softmax_scale(scale, q.dtype), splits,
             PACKED=packed > 1, SPLIT=splits > 1, **launch_options(launch, head_dim, q.dtype),
         )  # fmt: skip
         if splits > 1:
@@ -193,6 +195,11 @@ def forward(
                 **combine_constexprs(head_dim, splits),
             )  # fmt: skip
     return out, lse
+
+
+def softmax_scale(scale: float, dtype: torch.dtype) -> float:
+    """The scale in the units that the kernel's scores have: natural in float32, else of log2."""
+    return scale if dtype == torch.float32 else scale * LOG2_E.value
 
 
 def combine_constexprs(head_dim: int, splits: int) -> dict[str, int]:

@@ -51,8 +51,7 @@ def test_what_was_generated_scores_what_generation_said(seed):
     fixed = contexts()
     results = generate(model, [write(*context) for context in fixed], **options_of(model))
     for each, logprobs in zip(results, score(model, fixed, [r.token_ids for r in results]), strict=True):
-        # rotary positions are computed in float32, whatever the weights
-        torch.testing.assert_close(logprobs.float(), each.logprobs.float(), msg=f"seed {seed}")
+        torch.testing.assert_close(logprobs.double(), each.logprobs, msg=f"seed {seed}")
     assert plain_text(model, fixed[1], 8)[0] == results[1].token_ids.tolist()
 
 
