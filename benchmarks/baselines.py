@@ -13,7 +13,7 @@ from benchmarks.adapter import Baseline
 from benchmarks.cases import DEVICE, AttentionCase
 from benchmarks.libraries import CudnnFlex, FlashAttention4
 from transfusion.kernels import IntervalMask
-from transfusion.kernels.attention import reference
+from transfusion.kernels.attention import reference, torch_paths
 
 
 class Ours(Baseline):
@@ -28,7 +28,7 @@ class Ours(Baseline):
 
             make_tiles(q, k, v, mask)
         else:
-            mask.to_dense()
+            torch_paths.prepare(mask, q)
         return mask
 
 
@@ -64,7 +64,7 @@ class Compiled(Baseline):
 
 
 class DenseSdpa(Baseline):
-    """PyTorch's SDPA under the mask's dense form."""
+    """PyTorch's SDPA under the mask's dense form, uncut on a CPU too."""
 
     def __init__(self) -> None:
         super().__init__("sdpa dense", "sdpa")
@@ -75,6 +75,9 @@ class DenseSdpa(Baseline):
     def prepare(self, mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Any:
         mask.to_dense()
         return mask
+
+    def __call__(self, prepared: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch_paths.dense_sdpa(q, k, v, prepared, q.shape[3] ** -0.5)
 
 
 class SpeedOfLight(Baseline):

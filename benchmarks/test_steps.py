@@ -18,12 +18,12 @@ def test_training_step(benchmark: Any, name: str, baseline: str) -> None:
     reason = train.why_not(baseline)
     if reason:
         pytest.skip(reason)
-    case, impl = train.CASES[name], train.BASELINES[baseline]
+    case, attend = train.CASES[name], train.BASELINES[baseline]
     torch._dynamo.reset()
-    assert not failures(train.check(case, impl))
+    assert not failures(train.check(case, attend))
     step = train.own_step(case)
     benchmark.group = f"training step {name}"
-    with train.attention_by(impl):
+    with train.attention_by(attend):
         benchmark.pedantic(synchronized(lambda: step(0)), warmup_rounds=1, rounds=3)
 
 

@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import peers, rows
 from benchmarks.attention import fresh
@@ -22,14 +23,29 @@ from benchmarks.clock import Effort, matmul_rate, peak_memory, wall_time
 from benchmarks.gate import failures
 from transfusion import Transfusion, presets
 from transfusion.data.documents import caption_image_document, text_documents
+from transfusion.kernels import IntervalMask, transfusion_attention
+from transfusion.kernels.attention import torch_paths
 from transfusion.kernels.testing import Verdict, judge
 from transfusion.model import transformer
 from transfusion.sequence import Batch, Document, SpecialTokens, collate, document_length
 
 SUITE = "train"
 PEER = "transfusion-pytorch"
-# baseline -> the implementation of attention, where it is not that of "ours"
-BASELINES = {"ours": "", "flex": "flex", "sdpa dense": "sdpa", "eager": "reference", PEER: ""}
+Attend = Callable[[Tensor, Tensor, Tensor, IntervalMask], Tensor]
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> Tensor:
+    return torch_paths.dense_sdpa(q, k, v, mask, q.shape[3] ** -0.5)
+
+
+# baseline -> its attention, where that is not what `impl="auto"` takes
+BASELINES: dict[str, Attend | None] = {
+    "ours": None,
+    "flex": partial(transfusion_attention, impl="flex"),
+    "sdpa dense": _dense,
+    "eager": partial(transfusion_attention, impl="reference"),
+    PEER: None,
+}
 
 
 @dataclass(frozen=True)
@@ -122,12 +138,11 @@ def why_not(baseline: str) -> str | None:
 
 
 @contextmanager
-def attention_by(impl: str) -> Iterator[None]:
-    """The model's attention by `impl`, all else as ever; "" changes nothing."""
+def attention_by(attend: Attend | None) -> Iterator[None]:
+    """The model's attention by `attend`, all else as ever; None changes nothing."""
     original = transformer.transfusion_attention
-    if impl:
-        change: Callable[..., Any] = lambda *args, **named: original(*args, **{**named, "impl": impl})  # noqa: E731
-        transformer.transfusion_attention = change  # type: ignore[assignment]
+    if attend:
+        transformer.transfusion_attention = lambda q, k, v, mask, impl: attend(q, k, v, mask)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -138,20 +153,21 @@ def _cast() -> AbstractContextManager[Any]:
     return torch.autocast("cuda", torch.bfloat16) if DEVICE == "cuda" else nullcontext()
 
 
-def check(case: TrainCase, impl: str) -> dict[str, Verdict]:
+def check(case: TrainCase, attend: Attend | None) -> dict[str, Verdict]:
     """The embedding's gradient, which the whole step has a part in, against float64; two layers and one row of it."""
     config = replace(presets.get(case.preset), layers=2)
     model = Transfusion(config).to(DEVICE)
     small = batch(replace(case, rows=1, length=min(case.length, 1024))).to(DEVICE)
 
-    def gradient(model: Transfusion, impl: str, cast: AbstractContextManager[Any]) -> torch.Tensor:
+    def gradient(model: Transfusion, attend: Attend | None, cast: AbstractContextManager[Any]) -> Tensor:
         again = replace(small, mask=fresh(small.mask.to("cpu")))
-        with attention_by(impl), cast:
+        with attention_by(attend), cast:
             total = model(again).total
         return torch.autograd.grad(total, model.embedding.weight)[0]
 
-    actual, eager = (gradient(model, each, _cast()) for each in (impl, "reference"))
-    return {"embedding gradient": judge(actual, eager, gradient(model.double(), "reference", nullcontext()))}
+    formula = BASELINES["eager"]
+    actual, eager = (gradient(model, each, _cast()) for each in (attend, formula))
+    return {"embedding gradient": judge(actual, eager, gradient(model.double(), formula, nullcontext()))}
 
 
 def own_step(case: TrainCase) -> Callable[[int], None]:
@@ -165,11 +181,11 @@ def _own(case: TrainCase) -> tuple[Callable[[int], None], Transfusion, list[Batc
     return _step(model, lambda number: _loss(model, batches[number % len(batches)])), model, batches
 
 
-def _ours(case: TrainCase, impl: str, effort: Effort) -> rows.Row:
+def _ours(case: TrainCase, attend: Attend | None, effort: Effort) -> rows.Row:
     step, model, batches = _own(case)
-    with attention_by(impl):
+    with attention_by(attend):
         figures = _timed(step, model, case.rows * case.length, effort)
-        parts = breakdown(step) if not impl else None
+        parts = breakdown(step) if attend is None else None
     flops = sum(step_flops(model, each) for each in batches) / len(batches)
     share = flops / figures["p50"] / matmul_rate()
     return figures | {"flops": flops, "tflops": flops / figures["p50"] / 1e12, "share": share, "breakdown": parts}

@@ -19,29 +19,42 @@ _LENGTHS = 8  # in which pieces come
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> Tensor:
-    """`scaled_dot_product_attention` under the dense mask: O(N·M) bytes for the mask.
-
-    On a CPU, packed rows are cut where no interval crosses, between documents, and pieces of about one length go
-    through together, where that leaves far fewer pairs.
+    """`dense_sdpa`; on a CPU, packed rows are cut where no interval crosses, between documents, and pieces of about one
+    length go through together, where that leaves far fewer pairs.
     """
-    attention = functools.partial(
-        functional.scaled_dot_product_attention, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    pieces = None
-    # The cut reads the mask, for which a GPU would have to wait and a graph to break.
-    if q.device.type == "cpu" and mask.batch_size == q.shape[0] and not torch.compiler.is_compiling():
-        pieces = mask.once("pieces", lambda: cut(mask))
+    pieces = prepare(mask, q)
     if pieces is None:
-        return attention(q, k, v, attn_mask=mask.to_dense()[:, None])
+        return dense_sdpa(q, k, v, mask, scale)
     rows = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]  # (B·N, H, D)
     parts = []
     for places, visible in pieces.groups:
         shape = (visible.shape[0], visible.shape[-1])
         query, key, value = (t.index_select(0, places).unflatten(0, shape).transpose(1, 2) for t in rows)
-        out = attention(query, key, value, attn_mask=visible)
+        out = _attention(query, key, value, visible, scale)
         parts.append(out.transpose(1, 2).flatten(0, 1))
     whole = torch.cat(parts).index_select(0, pieces.origin)
     return whole.unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+
+
+def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> Tensor:
+    """`scaled_dot_product_attention` under the dense mask: O(N·M) bytes for the mask."""
+    return _attention(q, k, v, mask.to_dense()[:, None], scale)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
+
+
+def prepare(mask: IntervalMask, q: Tensor) -> "Pieces | None":
+    """What `sdpa` makes of a new batch's mask, kept with it: the pieces, or None and the dense mask."""
+    # The cut reads the mask, for which a GPU would have to wait and a graph to break.
+    if q.device.type == "cpu" and mask.batch_size == q.shape[0] and not torch.compiler.is_compiling():
+        pieces = mask.once("pieces", lambda: cut(mask))
+        if pieces is not None:
+            return pieces
+    mask.to_dense()
+    return None
 
 
 class Pieces(NamedTuple):

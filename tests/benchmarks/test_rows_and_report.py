@@ -161,7 +161,7 @@ def test_a_training_row_counts_the_formula():
     case = train.TrainCase("tiny", 2, 160, 32)
     model, batch = Transfusion(presets.get("tiny")), train.batch(case)
     x = torch.randn(*batch.token_ids.shape, model.config.dim, requires_grad=True)
-    with FlopCounterMode(display=False) as counter, train.attention_by("sdpa"):
+    with FlopCounterMode(display=False) as counter, train.attention_by(train.BASELINES["sdpa dense"]):
         model.transformer(x, batch.positions, batch.mask).sum().backward()
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     positions = batch.token_ids.numel()
