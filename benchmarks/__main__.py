@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import rows
 from benchmarks.clock import QUICK, Effort
 
-SUITES = ("attention", "ops", "tiles", "train", "denoise")
+SUITES = ("attention", "ops", "tiles", "train", "denoise", "generation")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,6 +100,7 @@ def _line(row: dict[str, Any]) -> str:
         ("gigabytes_per_second", "GB/s"),
         ("share", "of the ceiling"),
         ("overhead", "× the least tiles"),
+        ("times_ours", "× our time"),
     ):
         if row.get(key) is not None:
             figures.append(f"{row[key]:.3g} {name}")

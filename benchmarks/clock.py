@@ -65,14 +65,34 @@ def synchronized(work: Callable[[], Any]) -> Callable[[], Any]:
 
 def wall_time(call: Callable[[int], Any], effort: Effort) -> Times:
     """call(0), call(1), ... each with a wait for the device: what the host sees."""
-    samples: list[float] = []
-    synchronized(lambda: call(0))()
-    began = time.perf_counter()
-    while len(samples) < effort.least or (time.perf_counter() - began < effort.seconds and len(samples) < effort.most):
-        start = time.perf_counter()
-        synchronized(lambda: call(len(samples)))()
-        samples.append(time.perf_counter() - start)
-    return quantiles(samples)
+    return quantiles(_in_turn([call], effort)[0])
+
+
+def in_turn(call: Callable[[int], Any], beside: Callable[[int], Any], effort: Effort) -> tuple[Times, Times, float]:
+    """`wall_time` of both, and the median of call's time over that of `beside`, the two in turn.
+
+    A machine that slows down for seconds slows both down, so the quotient holds where the times do not.
+    """
+    first, second = _in_turn([call, beside], effort)
+    return quantiles(first), quantiles(second), quantiles([a / b for a, b in zip(first, second, strict=True)]).p50
+
+
+def _in_turn(calls: list[Callable[[int], Any]], effort: Effort) -> list[list[float]]:
+    samples: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        _seconds(call, 0)
+    began, number = time.perf_counter(), 0
+    while number < effort.least or (time.perf_counter() - began < effort.seconds and number < effort.most):
+        for call, own in zip(calls, samples, strict=True):
+            own.append(_seconds(call, number))
+        number += 1
+    return samples
+
+
+def _seconds(call: Callable[[int], Any], number: int) -> float:
+    start = time.perf_counter()
+    synchronized(lambda: call(number))()
+    return time.perf_counter() - start
 
 
 def device_time(call: Callable[[int], Any], effort: Effort) -> Times:

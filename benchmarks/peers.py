@@ -1,7 +1,9 @@
 """lucidrains' transfusion-pytorch on the same documents: as many parameters, its defaults, rows padded, not packed."""
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from transfusion import Transfusion
 from transfusion.config import ModelConfig
 from transfusion.sequence import Document, Text
 
+NAME = "transfusion-pytorch"
 _WIDTHS = range(32, 8192, 32)
 
 
@@ -21,6 +24,16 @@ def why_not() -> str | None:
     if importlib.util.find_spec("transfusion_pytorch") is None:
         return "transfusion_pytorch is not installed (pip install transfusion-pytorch)"
     return None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without its progress bars and log lines."""
+    from loguru import logger
+
+    logger.disable("transfusion_pytorch")
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
 
 
 def training_step(

@@ -149,8 +149,24 @@ def _tiles(found: list[Row]) -> str:
 
 
 def _train(found: list[Row]) -> str:
-    text = "Milliseconds of a training step, median; in brackets the share of this run's matrix product rate.\n\n"
-    return text + _pivot(found, lambda row: f"{row['p50'] * 1e3:.4g} ({row['share']:.0%})")
+    text = "Milliseconds of a training step, median; in brackets the share of this run's matrix product rate. "
+    text += "Last, × our time: the median of quotients of steps taken in turn.\n\n"
+    return text + _pivot(found, lambda row: f"{row['p50'] * 1e3:.4g} ({row['share']:.0%}){_times_ours(row)}")
+
+
+def _times_ours(row: Row) -> str:
+    return f", {row['times_ours']:.2f}×" if row.get("times_ours") else ""
+
+
+def _generation(found: list[Row]) -> str:
+    text = "Median of calls taken in turn; × our time is the median of their quotients.\n\n"
+    lines = []
+    for row in found:
+        if row["baseline"] != "ours":
+            ours = next(each for each in found if (each["case"], each["baseline"]) == (row["case"], "ours"))
+            speeds = [f"{each['p50'] * 1e3:.4g} ms, {each['per_second']:.4g} {each['unit']}/s" for each in (ours, row)]
+            lines.append([row["case"], row["baseline"], *speeds, f"{row['times_ours']:.2f}×"])
+    return text + markdown(["case", "beside", "ours", "the other", "× our time"], lines)
 
 
 def _denoise(found: list[Row]) -> str:
@@ -163,4 +179,5 @@ _TABLES: dict[str, Callable[[list[Row]], str]] = {
     "tiles": _tiles,
     "train": _train,
     "denoise": _denoise,
+    "generation": _generation,
 }

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks import peers, rows
 from benchmarks.attention import fresh
 from benchmarks.cases import DEVICE
-from benchmarks.clock import Effort, matmul_rate, peak_memory, wall_time
+from benchmarks.clock import Effort, in_turn, matmul_rate, peak_memory, wall_time
 from benchmarks.gate import failures
 from transfusion import Transfusion, presets
 from transfusion.data.documents import caption_image_document, text_documents
@@ -30,7 +30,7 @@ from transfusion.model import transformer
 from transfusion.sequence import Batch, Document, SpecialTokens, collate, document_length
 
 SUITE = "train"
-PEER = "transfusion-pytorch"
+PEER = peers.NAME
 Attend = Callable[[Tensor, Tensor, Tensor, IntervalMask], Tensor]
 
 
@@ -115,9 +115,8 @@ def run(case_name: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:
     torch._dynamo.reset()
     try:
         if baseline == PEER:
-            yield row(
-                "ok", **_timed(*peers.training_step(case.preset, documents(case), presets.get(case.preset)), effort)
-            )
+            peer = peers.training_step(case.preset, documents(case), presets.get(case.preset))
+            yield row("ok", **_timed(*peer, effort, beside=own_step(case)))
             return
         checked = check(case, BASELINES[baseline])
         if wrong := failures(checked):
@@ -183,9 +182,14 @@ def _own(case: TrainCase) -> tuple[Callable[[int], None], Transfusion, list[Batc
 
 def _ours(case: TrainCase, attend: Attend | None, effort: Effort) -> rows.Row:
     step, model, batches = _own(case)
-    with attention_by(attend):
-        figures = _timed(step, model, case.rows * case.length, effort)
-        parts = breakdown(step) if attend is None else None
+
+    def attended(number: int) -> None:
+        with attention_by(attend):
+            step(number)
+
+    beside = None if attend is None else own_step(case)
+    figures = _timed(attended, model, case.rows * case.length, effort, beside)
+    parts = breakdown(step) if attend is None else None
     flops = sum(step_flops(model, each) for each in batches) / len(batches)
     share = flops / figures["p50"] / matmul_rate()
     return figures | {"flops": flops, "tflops": flops / figures["p50"] / 1e12, "share": share, "breakdown": parts}
@@ -209,14 +213,26 @@ def _step(model: nn.Module, loss: Callable[[int], torch.Tensor]) -> Callable[[in
     return step
 
 
-def _timed(step: Callable[[int], Any], model: nn.Module, tokens: int, effort: Effort) -> rows.Row:
+def _timed(
+    step: Callable[[int], Any],
+    model: nn.Module,
+    tokens: int,
+    effort: Effort,
+    beside: Callable[[int], Any] | None = None,
+) -> rows.Row:
+    """Times and what follows from them; with our own step `beside` it, also the median of its time over ours."""
     step(0)
     with peak_memory() as peak:
         step(1)
-    times = wall_time(step, effort._replace(seconds=10 * effort.seconds))
+    effort = effort._replace(seconds=10 * effort.seconds)
+    if beside is None:
+        times, quotient = wall_time(step, effort), None
+    else:
+        times, _, quotient = in_turn(step, beside, effort)
     parameters = sum(weight.numel() for weight in model.parameters())
     return {
         **times._asdict(),
+        "times_ours": quotient,
         "parameters": parameters,
         "tokens": tokens,
         "tokens_per_second": tokens / times.p50,

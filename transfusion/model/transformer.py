@@ -118,17 +118,21 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.heads, config.num_kv_heads, config.head_dim
         self.qkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
-        norms = (HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity() for _ in range(2))
-        self.q_norm, self.k_norm = norms
+        self.q_norm, self.k_norm = (
+            HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else None for _ in range(2)
+        )
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: IntervalMask, impl: str, attend: Attend | None = None
     ) -> Tensor:
         """x (B, N, dim) -> (B, N, dim); `attend` takes the place of attention under `mask`."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        turning, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = turning.split([self.heads, self.kv_heads], dim=2)
+            turning = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
+        q, k = rotate(turning, cos, sin).transpose(1, 2).split([self.heads, self.kv_heads], dim=1)
+        v = v.transpose(1, 2)
         attended = attend(q, k, v, impl) if attend else transfusion_attention(q, k, v, mask, impl=impl)
         return self.out(attended.transpose(1, 2).flatten(2))
 
