@@ -136,10 +136,11 @@ def evaluate(arguments: Sequence[str]) -> int:
     options = tyro.cli(EvalOptions, args=list(arguments), prog="transfusion eval")
     run = Run.open(options.run)
     model = run.model(pick_device(options.device))
-    figures = run.evaluate(model, options.draws, options.seed)
-    if options.features:
+    distances = {}
+    if options.features:  # first, for the file may be none
         chosen = options.features, options.samples, options.guidance, options.seed
-        figures["image_distances"] = run.distances(model, *chosen)
+        distances["image_distances"] = run.distances(model, *chosen)
+    figures = run.evaluate(model, options.draws, options.seed) | distances
     result = json.dumps(figures, indent=2)
     (options.run / "metrics.json").write_text(result + "\n")
     print(result)

@@ -188,20 +188,36 @@ class Run:
     ) -> dict[str, Any]:
         """How far images that `model` draws for at most `samples` captions are from the images that have them.
 
-        The images are held out where the run holds some out. features: what `load_features` takes.
+        The images are held out where the run holds out two or more, and `split` says so; a distance needs two. Raises
+        `ValueError` where the run has fewer. features: what `load_features` takes.
         """
         network = load_features(features, model.head.weight.device)
-        data, size = self.config.data, self.config.data.loader.image_size
-        images = image_source(data, "test") or image_source(data, "train")
-        if images is None:
-            raise ValueError("this run has no images to compare with: data.images is empty")
-        real, captions = [], []
-        for index in range(min(len(images), samples)):
-            with contextlib.suppress(SampleError):
-                real.append(to_tensor(images[index].image, size))
-                captions.append(images.captions[index])
+        splits: tuple[Split, ...] = ("test", "train")
+        for split in splits:
+            captions, real = self._read(split, samples)
+            if len(real) > 1:
+                break
+        else:
+            raise ValueError(
+                f"a distance needs two images or more; of {samples} that were asked for, {len(real)} of data.images "
+                "can be read"
+            )
         generated = self.pipeline(model).images(captions, guidance_scale=guidance_scale, seed=seed)
-        return image_distances(torch.stack(real).to(generated.device), generated, network, seed=seed)
+        distances = image_distances(torch.stack(real).to(generated.device), generated, network, seed=seed)
+        return {"split": split, **distances}
+
+    def _read(self, split: Split, limit: int) -> tuple[list[str], list[torch.Tensor]]:
+        """Captions and pixels of those of the first `limit` images of `split` that can be read."""
+        source = image_source(self.config.data, split)
+        captions: list[str] = []
+        pixels: list[torch.Tensor] = []
+        if source is None:
+            return captions, pixels
+        for index in range(min(len(source), limit)):
+            with contextlib.suppress(SampleError):
+                pixels.append(to_tensor(source[index].image, self.config.data.loader.image_size))
+                captions.append(source.captions[index])
+        return captions, pixels
 
     def pipeline(self, model: Transfusion) -> TransfusionPipeline:
         """Captions, pictures and texts in and out of `model`, this run's or one of its previews."""

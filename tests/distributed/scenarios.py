@@ -15,7 +15,9 @@ from typing import Any
 import tiny
 import torch
 
-from transfusion.sequence import Batch, SpecialTokens, Text, collate
+from transfusion.config import ModelConfig, UNetConfig
+from transfusion.kernels import RaggedLatents
+from transfusion.sequence import Batch, Image, SpecialTokens, Text, collate
 from transfusion.training import ParallelConfig, TrainConfig, Trainer, World, distribute, materialize
 from transfusion.training.parallel import local, whole
 from transfusion.training.world import _mesh
@@ -23,6 +25,7 @@ from transfusion.training.world import _mesh
 CONFIG = TrainConfig(
     steps=3, learning_rate=1e-2, warmup_steps=2, log_every=1, checkpoint_every=100, ema_decay=0.9, impl="reference"
 )
+UNET = replace(tiny.CONFIG, codec="unet", unet=UNetConfig(width=16, deep_width=32, blocks=1, head_dim=16))
 MATRIX = list(product(("none", "full", "selective"), ("none", "aot_eager")))
 SEED = 5
 TIMEOUT = datetime.timedelta(seconds=30)
@@ -39,6 +42,29 @@ class Mixed(tiny.Batches):
         return collate(rows, self.length, tiny.CONFIG.patch_size, SpecialTokens(), generator)
 
 
+class Gray(tiny.Batches):
+    """Images of one channel: of the U-Net's last convolution, all but one rank hold nothing."""
+
+    def batch(self, step: int) -> Batch:
+        batch = super().batch(step)
+        assert isinstance(batch.latents, torch.Tensor)
+        return replace(batch, latents=batch.latents[:, :1].contiguous())
+
+
+class Ragged(tiny.Batches):
+    """Images of mixed sizes; in a world of two they meet images of one size, and text alone, on the other rank."""
+
+    def batch(self, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        sizes = ([(4, 4), (2, 6), (8, 4)], [(4, 6), (4, 6)], [])[step % 3]
+        images = [Image(torch.randn(3, *size, generator=generator)) for size in sizes]
+        words = [Text(torch.randint(5, 40, (5,), generator=generator)) for _ in range(3)]
+        rows = [[(words[0], *images[:2]), (words[1],)], [(words[2], *images[2:])]]
+        batch = collate(rows, self.length, tiny.CONFIG.patch_size, SpecialTokens(), generator)
+        assert isinstance(batch.latents, RaggedLatents) == (step % 3 == 0)
+        return batch
+
+
 def _image(step: int) -> Any:
     return [segment for segment in tiny.document(random.Random(step)) if not isinstance(segment, Text)]
 
@@ -49,25 +75,26 @@ def trainer(
     parallel: ParallelConfig | None = None,
     source: type[tiny.Batches] = tiny.Batches,
     dtype: torch.dtype = torch.float32,
+    model_config: ModelConfig = tiny.CONFIG,
     **changes: Any,
 ) -> Trainer:
     """A trainer of the tiny model on `world`, from the initial weights of SEED; `accumulation` batches on each rank."""
     parallel = parallel or ParallelConfig()
     config = replace(CONFIG, parallel=parallel, **changes)
     with torch.device("meta"):
-        model = tiny.Transfusion(tiny.CONFIG).to(dtype)
+        model = tiny.Transfusion(model_config).to(dtype)
     distribute(model, parallel, config.precision, world)
     materialize(model, world.device, SEED)
     if dtype == torch.float64:  # the same weights, not other draws
-        plain = materialized()
+        plain = materialized(model_config)
         model.load_state_dict({name: value.double() for name, value in plain.state_dict().items()})
     return Trainer(model, source(rank=world.rank, ranks=world.size), config, folder, None, world)
 
 
-def materialized() -> Any:
+def materialized(config: ModelConfig = tiny.CONFIG) -> Any:
     """The tiny model as one process initialises it."""
     with torch.device("meta"):
-        model = tiny.Transfusion(tiny.CONFIG)
+        model = tiny.Transfusion(config)
     materialize(model, torch.device("cpu"), SEED)
     return model
 
@@ -79,15 +106,18 @@ def weights(each: Trainer) -> torch.Tensor:
 
 
 def steps(each: Trainer, count: int = 3) -> dict[str, torch.Tensor]:
-    """Losses and gradient norms of some steps over the whole world, and all that they change."""
+    """Losses and gradient norms of some steps over the whole world, the weights after them and their average."""
     batches, seen = each.loader.iterate(), []
     for _ in range(count):
         each.train_step(batches)
         each.step += 1
         values = each.losses_seen.read()
         seen.append([values["text_loss"], values["image_loss"], values["gradient_norm"]])
-    named = {name: whole(p.detach()).flatten() for name, p in each.parameters.items()}
-    return {"losses": torch.tensor(seen), "weights": torch.cat(list(named.values()))}
+    return {
+        "losses": torch.tensor(seen),
+        "weights": torch.cat([whole(p.detach()).flatten() for p in each.parameters.values()]),
+        "average": torch.cat([whole(weight).flatten() for weight in each.ema.values()]),
+    }
 
 
 # ---------------------------------------------------------------- two ranks
@@ -108,6 +138,16 @@ def matrix(world: World, folder: Path) -> dict[Any, Any]:
     }
 
 
+INPUTS: dict[str, dict[str, Any]] = {
+    "unet": {"model_config": UNET},
+    "unet_mixed": {"model_config": UNET, "source": Mixed},
+    "unet_bfloat16": {"model_config": UNET, "precision": "bfloat16"},
+    "ragged": {"source": Ragged},
+    "ragged_bfloat16": {"source": Ragged, "precision": "bfloat16"},
+}
+GRAY: dict[str, Any] = {"model_config": replace(UNET, latent_channels=1), "source": Gray}
+
+
 def variants(world: World, folder: Path) -> dict[str, Any]:
     """Accumulation, weights kept between forward and backward, one copy on each rank, ranks without a modality."""
     copies = replace(world, mesh=_mesh(world.device, world.size, 1, TIMEOUT))
@@ -117,6 +157,7 @@ def variants(world: World, folder: Path) -> dict[str, Any]:
         "replicated": steps(trainer(copies, folder)),
         "mixed": steps(trainer(world, folder, source=Mixed)),
         "bfloat16": steps(trainer(world, folder, precision="bfloat16")),
+        **{name: steps(trainer(world, folder, **changes)) for name, changes in INPUTS.items()},
     }
 
 
@@ -150,6 +191,15 @@ def beside(world: World, folder: Path) -> dict[str, Any]:
     again = trainer(world, folder, steps=10)
     again.resume()
     return {"then": then, "read": weights(again), "step": again.step, "path": path.name}
+
+
+def gray_unet(world: World, folder: Path) -> dict[str, torch.Tensor]:
+    """Steps of a U-Net whose last convolution rank 1 holds nothing of, and all that is in its checkpoint."""
+    each = trainer(world, folder, **GRAY)
+    assert world.rank == 0 or not local(each.parameters["codec.output.weight"]).numel()
+    result = steps(each)
+    each.save()
+    return {**result, "saved": weights(each)}
 
 
 def poisoned(world: World, folder: Path) -> dict[str, Any]:
@@ -225,7 +275,19 @@ def averaged(world: World, folder: Path) -> dict[str, Any]:
 
 PAIR: dict[str, Callable[[World, Path], Any]] = {
     scenario.__name__: scenario
-    for scenario in (matrix, variants, initial, resumed, beside, poisoned, stopped, full_disk, errors, averaged)
+    for scenario in (
+        matrix,
+        variants,
+        initial,
+        resumed,
+        beside,
+        gray_unet,
+        poisoned,
+        stopped,
+        full_disk,
+        errors,
+        averaged,
+    )
 }
 
 

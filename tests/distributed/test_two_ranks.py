@@ -43,29 +43,37 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def check(two: dict[str, torch.Tensor], one: dict[str, torch.Tensor], gold: dict[str, torch.Tensor]) -> None:
-    for name in ("losses", "weights"):
+    for name in ("losses", "weights", "average"):
         verdict = judge(two[name], one[name], gold[name])
         assert verdict.passed, (name, verdict)
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Whether two ranks tell of the same losses and hold, or put together, the same weights and averages."""
+    return all(torch.equal(first[name], second[name]) for name in ("losses", "weights", "average"))
 
 
 @pytest.mark.parametrize("case", scenarios.MATRIX, ids="-".join)
 def test_a_step_is_that_of_one_process(pair: Any, alone: Any, case: tuple[str, str]) -> None:
     check(pair[0]["matrix"][case], alone(accumulation=2), alone(accumulation=2, dtype=torch.float64))
-    assert torch.equal(pair[0]["matrix"][case]["weights"], pair[1]["matrix"][case]["weights"])
+    assert same(pair[0]["matrix"][case], pair[1]["matrix"][case])
 
 
 @pytest.mark.parametrize(
-    ("case", "same"),
+    ("case", "changes"),
     [
         ("accumulation", {"accumulation": 4}),
         ("kept", {"accumulation": 2}),
         ("replicated", {"accumulation": 2}),
         ("mixed", {"accumulation": 2, "source": scenarios.Mixed}),
         ("bfloat16", {"accumulation": 2, "precision": "bfloat16"}),
+        *((name, {"accumulation": 2, **changes}) for name, changes in scenarios.INPUTS.items()),
     ],
 )
-def test_so_is_every_variant(pair: Any, alone: Any, case: str, same: dict[str, Any]) -> None:
-    check(pair[0]["variants"][case], alone(**same), alone(**{**same, "precision": "float32"}, dtype=torch.float64))
+def test_so_is_every_variant(pair: Any, alone: Any, case: str, changes: dict[str, Any]) -> None:
+    gold = alone(**{**changes, "precision": "float32"}, dtype=torch.float64)
+    check(pair[0]["variants"][case], alone(**changes), gold)
+    assert same(pair[0]["variants"][case], pair[1]["variants"][case])
 
 
 def test_initial_weights_do_not_depend_on_the_ranks(pair: Any) -> None:
@@ -81,6 +89,17 @@ def test_a_checkpoint_written_beside_the_training_is_of_its_step(pair: Any) -> N
     result = pair[0]["beside"]
     assert torch.equal(result["then"], result["read"])
     assert (result["step"], result["path"]) == (2, "step-00000002")
+
+
+def test_a_rank_may_hold_nothing_of_a_convolution(pair: Any, alone: Any, folder: Path) -> None:
+    first, second = (rank["gray_unet"] for rank in pair)
+    one, gold = (alone(accumulation=2, dtype=dtype, **scenarios.GRAY) for dtype in (torch.float32, torch.float64))
+    check(first, one, gold)
+    assert same(first, second)
+    each = scenarios.trainer(World(torch.device("cpu")), folder / "gray_unet", **scenarios.GRAY)
+    each.resume()
+    assert each.step == 3
+    assert torch.equal(scenarios.weights(each), first["saved"])
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(pair: Any) -> None:

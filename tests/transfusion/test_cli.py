@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 from transfusion import cli
+from transfusion.data import image_source, to_tensor
+from transfusion.evaluation import image_distances
 from transfusion.evaluation.metrics import image_figures
 from transfusion.run import Run
 
@@ -45,6 +47,58 @@ def test_train_evaluate_sample(run: Path, folder: Path, tmp_path: Path, capsys: 
     assert list(settings["captions"]) == [str(folder / "red.png")]
     assert list(settings["continuations"]) == ["this is"]
     assert Image.open(out / "000-red-square.png").size == (16, 16)
+
+
+class Moments(torch.nn.Module):
+    """(I, 6): mean and standard deviation of each channel, of images in [0, 1] alone."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.min() >= 0 and images.max() <= 1
+        return torch.cat([images.mean((2, 3)), images.std((2, 3))], dim=1)
+
+
+def test_eval_measures_distances_in_the_features_of_a_file(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the images that can be read, and of what the model draws for their captions under the options given."""
+    pytest.importorskip("torchmetrics")
+    network = torch.jit.script(Moments())
+    network.save(tmp_path / "moments.pt")
+    options = ["--features", str(tmp_path / "moments.pt"), "--samples", "9", "--guidance", "2", "--seed", "3"]
+    assert cli.main(["eval", "--run", str(run), "--draws", "1", "--device", "cpu", *options]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["images_train"]["images"] == 8
+    opened = Run.open(run)
+    source = image_source(opened.config.data, "train")
+    readable = [index for index, name in enumerate(source.names) if name != "teal.png"]
+    real = torch.stack([to_tensor(source[index].image, 16) for index in readable])
+    captions = [source.captions[index] for index in readable]
+    drawn = opened.pipeline(opened.model()).images(captions, guidance_scale=2, seed=3)
+    expected = image_distances(real, drawn, network, seed=3)
+    assert metrics["image_distances"] == {"split": "train", **expected}
+    assert (expected["features"], expected["real_images"], expected["generated_images"]) == (6, 8, 8)
+    assert expected["frechet_distance"] > 0 and expected["kernel_distance"] > 0
+    assert cli.main(["eval", "--run", str(run), *options, "--samples", "1"]) == 2
+    assert "a distance needs two images or more; of 1 that" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("nowhere.pt", "does not exist"), ("captions.jsonl", "is no TorchScript file")]
+)
+def test_eval_refuses_a_file_without_features_before_it_measures(
+    name: str,
+    message: str,
+    run: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(Run, "evaluate", None)
+    capsys.readouterr()
+    assert cli.main(["eval", "--run", str(run), "--features", str(folder / name)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"transfusion eval: {folder / name} {message}")
+    assert not (run / "metrics.json").exists()
 
 
 def test_a_run_with_another_config_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
