@@ -130,22 +130,16 @@ def _ops(found: list[Row]) -> str:
 
 
 def _tiles(found: list[Row]) -> str:
-    lines = [
-        [
-            row["case"],
-            row["baseline"],
-            row["measure"],
-            f"{row['block_q']} × {row['block_k']}",
-            f"{row['masked'] + row['full']}",
-            f"{row['full'] / (row['masked'] + row['full']):.0%}",
-            f"{row['granularity']:.2f}",
-            f"{row['walk']:.2f}",
-            f"{row['overhead']:.2f}",
-        ]
-        for row in found
-    ]
-    header = ["mask", "", "stage", "tile", "visited", "full", "granularity", "walk", "overhead"]
-    return markdown(header, lines)
+    """Launches that differ in the head dimension alone, one line."""
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for row in found:
+        visited = row["masked"] + row["full"]
+        figures = (f"{row[name]:.2f}" for name in ("granularity", "walk", "overhead"))
+        tile = f"{row['block_q']} × {row['block_k']}"
+        line = (row["case"], row["measure"], tile, f"{visited}", f"{row['full'] / visited:.0%}", *figures)
+        lines.setdefault(line, []).append(row["baseline"].removeprefix("head dim "))
+    header = ["mask", "stage", "tile", "visited", "full", "granularity", "walk", "overhead", "head dim"]
+    return markdown(header, [[*line, ", ".join(dims)] for line, dims in lines.items()])
 
 
 def _train(found: list[Row]) -> str:
