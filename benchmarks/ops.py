@@ -8,6 +8,7 @@ Bytes are each input once and each output once; the share is that of this machin
 """
 
 import functools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -70,8 +71,10 @@ def run(case: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:
     sets = [make(images)]
     sets += [make(images) for _ in range(copies_past_cache(sets[0].tensors()) - 1)]
     work = work_of(op, kind)
+    start = time.perf_counter()
     checked = check(op, work, sets[0], noise == "given" or kind != "ours")
     conditions = {"dtype": str(DTYPE).removeprefix("torch."), "rotated": len(sets), "gate": checked}
+    conditions["first_call"] = time.perf_counter() - start  # compiled, and checked
     wrong = failures(checked)
     if wrong:
         yield rows.row(SUITE, case, baseline, "forward", "failed", reason=wrong, **conditions)
