@@ -55,8 +55,8 @@ def judge(actual: Tensor, eager: Tensor | Sequence[Tensor], gold: Tensor, factor
 
 
 def poison_empty(monkeypatch_setattr: object) -> None:
-    """Makes `torch.empty`, `torch.empty_like` and `Tensor.new_empty` return NaN where they can, so that an unwritten
-    element shows. Takes pytest's `monkeypatch.setattr`."""
+    """Makes `torch.empty`, `torch.empty_like` and `Tensor.new_empty` return NaN, or a huge integer, so that an
+    unwritten element shows. Takes pytest's `monkeypatch.setattr`."""
     setattr_ = monkeypatch_setattr
     assert callable(setattr_)
 
