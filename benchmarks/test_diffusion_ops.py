@@ -1,40 +1,35 @@
 """The ops on image latents under pytest-benchmark: the cases and checks of `python -m benchmarks --suite ops`, and what
-that suite leaves out: images of different sizes, a sampler's step, and what a call costs the host."""
+that suite leaves out: images of different sizes, and what a call costs the host."""
 
-import math
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks import ops
-from benchmarks.cases import DEVICE, DTYPE, IMAGES, RAGGED_SIZES
+from benchmarks.cases import DEVICE, DTYPE, RAGGED_SIZES
 from benchmarks.clock import synchronized
 from benchmarks.gate import failures
 from transfusion.kernels import RaggedLatents, denoise_step, diffusion_loss, patchify_noise
-from transfusion.kernels.patchify_noise.reference import unpatchify
-from transfusion.kernels.testing import judge
 
 ON_GPU = DEVICE == "cuda"
 
 
-@pytest.mark.parametrize("baseline", ops.BASELINES)
-@pytest.mark.parametrize("op", ops.OPS)
-@pytest.mark.parametrize("name", IMAGES)
-def test_image_op(benchmark: Any, name: str, op: str, baseline: str) -> None:
-    """Forward, and for the loss forward + backward."""
+@pytest.mark.parametrize(("case", "baseline"), ops.pairs())
+def test_image_op(benchmark: Any, case: str, baseline: str) -> None:
+    """Forward, and for what has a gradient forward + backward."""
+    op, name = case.split(" ", 1)
     kind, noise = baseline.split(", ")
     if kind == "torch.compile" and not ON_GPU:
         pytest.skip("it needs a C++ compiler on a CPU")
     torch._dynamo.reset()
     work, x = ops.work_of(op, kind), ops.make(name)
-    assert not failures(ops.check(op, work, x, noise == "given" or kind != "ours"))
+    assert not failures(ops.check(op, kind, x, noise))
     benchmark.group = f"{op} {noise} {name}"
 
     def call() -> Any:
-        result = work(x, noise == "given")
-        return result if op == "patchify_noise" else torch.autograd.grad(result.sum(), x.prediction)
+        result = work(x, noise)
+        return torch.autograd.grad(result.sum(), x.prediction) if result.requires_grad else result
 
     benchmark.pedantic(synchronized(call), warmup_rounds=2, rounds=10)
 
@@ -56,39 +51,6 @@ def test_images_of_different_sizes(benchmark: Any, form: str) -> None:
         weights = [(alpha[kind::kinds], sigma[kind::kinds]) for kind in range(kinds)]
         return [patchify_noise(x, *w, 2, seed=seed, dtype=DTYPE) for x, w in zip(groups, weights, strict=True)]
 
-    benchmark.pedantic(synchronized(call), warmup_rounds=2, rounds=10)
-
-
-def eager_step(prediction: Tensor, latents: Tensor, base: Tensor, scale: Tensor, a: float, b: float, patch: int) -> Any:
-    """Guidance in token order, unpatchify, and the linear update, as a sampler writes them."""
-    guided = base + scale.view(-1, 1, 1) * (prediction - base)
-    return a * latents + b * unpatchify(guided, latents.shape, patch)
-
-
-@pytest.mark.parametrize("kind", ["ours", "eager", "torch.compile"])
-@pytest.mark.parametrize("name", IMAGES)
-def test_denoise_step(benchmark: Any, name: str, kind: str) -> None:
-    """A guided, deterministic step. Bytes: two predictions and the latents in, the latents out."""
-    if kind == "torch.compile" and not ON_GPU:
-        pytest.skip("it needs a C++ compiler on a CPU")
-    torch._dynamo.reset()
-    x, a, b = ops.make(name), 0.9, -0.3
-    prediction, base = x.prediction.detach(), torch.randn_like(x.prediction)
-    coefficients = torch.tensor([a, b, 0.0, 0.0, 0.0, 0.0, math.inf], device=DEVICE)
-    eager = torch.compile(eager_step, dynamic=False) if kind == "torch.compile" else eager_step
-
-    def call() -> Any:
-        if kind == "ours":
-            given = {"unconditional": base, "guidance": x.first}
-            return denoise_step(prediction, x.latents, coefficients, x.patch, **given)
-        return eager(prediction, x.latents, base, x.first, a, b, x.patch)
-
-    wide = (t.double() for t in (prediction, x.latents, base, x.first))
-    plain = eager_step(*(t.float() for t in (prediction, x.latents, base, x.first)), a, b, x.patch)
-    # the coefficients that the op reads are float32
-    assert judge(call(), plain, eager_step(*wide, *coefficients[:2].double().tolist(), x.patch)).passed
-    benchmark.group = f"denoise_step {name}"
-    benchmark.extra_info["bytes"] = 2 * prediction.nbytes + 2 * x.latents.nbytes
     benchmark.pedantic(synchronized(call), warmup_rounds=2, rounds=10)
 
 
