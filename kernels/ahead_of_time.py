@@ -177,7 +177,7 @@ def _hip_resources(asm: Any, shared_bytes: int) -> Resources:
 
 
 def count_inner_spills(sass: str) -> int:
-    """Loads and stores of local memory between an innermost loop's first address and its branch back, in all of them."""
+    """Loads and stores of local memory between the first address of an innermost loop and its branch back."""
     code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)]
     branches = ((at, re.search(r"\bBRA\b.*?\b(0x[0-9a-f]+)", what)) for at, what in code)
     loops = [(int(target[1], 16), at) for at, target in branches if target and int(target[1], 16) <= at]
@@ -257,7 +257,8 @@ def _row(name: str, target: str, resources: Resources) -> str:
 
 def header() -> str:
     """The compiler's version and the names of the columns."""
-    columns = f"{'target':7} {'registers':>9} {'spills':>6} {'inner':>5} {'shared':>7} {'threads':>7} {'matrix':11}  launch"
+    numbers = f"{'registers':>9} {'spills':>6} {'inner':>5} {'shared':>7} {'threads':>7}"
+    columns = f"{'target':7} {numbers} {'matrix':11}  launch"
     units = "bytes and registers are those of one thread, shared those of one program"
     inner = "inner: instructions of innermost loops that move spills"
     return f"triton {triton.__version__}: {units}\n{inner}\n{columns}"
