@@ -19,7 +19,7 @@ from transfusion.data.streams import JsonlTexts, Stream, TarImages, shard_paths
 from transfusion.data.texts import PydocTextSource, TextFolderSource
 from transfusion.data.tokenizer import Tokenizer
 
-_STREAM = "stream:"
+_STREAM, _EMOJI = "stream:", "emoji:"
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class DataConfig:
     """Where samples come from, and how they become batches.
 
     Args:
-        images: "emoji:demo", "emoji:all", a folder with captions.jsonl, tar shards such as "shards/{000..120}.tar",
-            or "hf:NAME" of Hugging Face datasets ("stream:hf:NAME" reads it in order); several make a mixture; none.
+        images: "emoji:demo", "emoji:animals-and-food", "emoji:all", a folder with captions.jsonl, tar shards such as
+            "shards/{000..120}.tar", or "hf:NAME" of Hugging Face datasets ("stream:hf:NAME" reads it in order);
+            several make a mixture; none.
         texts: "pydoc" (Python's own reference manual), a folder of .txt and .jsonl files, one such file,
             "stream:texts/*.jsonl", or "hf:NAME" ("stream:hf:NAME"); several make a mixture; none.
         autoencoder: "pixels" (latents are pixels in [-1, 1]) or a diffusers AutoencoderKL, local folder or hub name.
@@ -61,8 +62,8 @@ def _specs(value: str | Sequence[str]) -> tuple[str, ...]:
 
 def open_images(spec: str, split: Split, image_size: int) -> Images:
     """The source or stream that one word of `DataConfig.images` names. Raises `ValueError` where there is none."""
-    if spec in ("emoji:demo", "emoji:all"):
-        return EmojiSource(image_size, split, "demo" if spec == "emoji:demo" else "all")
+    if spec.startswith(_EMOJI):
+        return EmojiSource(image_size, split, spec.removeprefix(_EMOJI))  # type: ignore[arg-type]
     where = spec.removeprefix(_STREAM)
     if where.startswith("hf:"):
         return (HubImages if where == spec else HubImageStream)(where.removeprefix("hf:"), split)

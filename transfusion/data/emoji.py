@@ -15,7 +15,7 @@ import zlib
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from transfusion.data.optional import require
 from transfusion.data.sources import CaptionedImage, Skipped, Split, held_out, in_split
 
 logger = logging.getLogger(__name__)
+
+Selection = Literal["demo", "animals-and-food", "all"]
 
 DEMO_EMOJI: tuple[str, ...] = tuple(
     "🐶🐱🐭🐹🐰🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐔🐧🐦🐤🦆🦅🦉🦇🐺🐗🐴🦄🐝🐛🦋🐌🐞🐜🐢🐍🦎🐙🦑🦐🦞🦀🐡🐠🐟🐬🐳🦈🐘"
@@ -50,6 +52,7 @@ class EmojiSource:
     """Emoji drawn on white, centred, at `size`×`size` pixels, with captions such as "red apple".
 
     selection   "demo": train = `DEMO_EMOJI`, test = the held-out ones among the other animals and foods;
+                "animals-and-food": every animal, plant, food and drink;
                 "all": every emoji that the font has.
     split       a base emoji and all its variants are in one split, the same one in each selection: 15 % are held
                 out by a hash, `DEMO_EMOJI` never.
@@ -57,11 +60,11 @@ class EmojiSource:
     skipped     emoji that are missing in the font, blank, not one glyph, or byte-identical to an earlier one.
     """
 
-    def __init__(self, size: int, split: Split = "train", selection: Literal["demo", "all"] = "all") -> None:
+    def __init__(self, size: int, split: Split = "train", selection: Selection = "all") -> None:
         if size < 1:
             raise ValueError(f"size must be a positive number of pixels, got {size}")
-        if selection not in ("demo", "all"):
-            raise ValueError(f"selection must be 'demo' or 'all', got {selection!r}")
+        if selection not in get_args(Selection):
+            raise ValueError(f"selection must be one of {', '.join(get_args(Selection))}, got {selection!r}")
         drawn, skipped = _draw_selection(size, selection)
         test_bases, captions = _test_bases(), _captions()
         self.skipped = list(skipped)
@@ -93,9 +96,11 @@ def _test_bases() -> set[str]:
 def _selected(selection: str) -> list[str]:
     if selection == "all":
         return list(_captions())
+    living_or_eaten = [emoji for emoji in _captions() if _ANIMALS_AND_FOOD.match(emoji)]
+    if selection == "animals-and-food":
+        return living_or_eaten
     test_bases = _test_bases()
-    others = (e for e in _captions() if _ANIMALS_AND_FOOD.match(e) and base_emoji(e) in test_bases)
-    return [*DEMO_EMOJI, *others]
+    return [*DEMO_EMOJI, *(emoji for emoji in living_or_eaten if base_emoji(emoji) in test_bases)]
 
 
 @functools.lru_cache(maxsize=1)  # the train and the test split of one selection are drawn once

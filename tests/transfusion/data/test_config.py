@@ -60,6 +60,7 @@ def test_each_word_names_its_source(files):
     shards = open_images(f"{files}/part-{{0..1}}.tar", "all", 8)
     assert isinstance(shards, TarImages) and shards.num_shards == 2
     assert isinstance(open_images("emoji:demo", "train", 8), EmojiSource)
+    assert len(open_images("emoji:animals-and-food", "train", 8)) > len(open_images("emoji:demo", "train", 8))
     assert isinstance(open_texts("pydoc", "train"), PydocTextSource)
     texts = open_texts(str(files / "folder"), "all")
     assert isinstance(texts, TextFolderSource) and len(texts) == 8
@@ -68,6 +69,8 @@ def test_each_word_names_its_source(files):
     for wrong in ("stream:folder", "shards.tar.gz", f"stream:{files}/folder"):
         with pytest.raises(ValueError, match="cannot be streamed"):
             open_images(wrong, "train", 8)
+    with pytest.raises(ValueError, match="one of demo, animals-and-food, all, got 'pets'"):
+        open_images("emoji:pets", "train", 8)
     with pytest.raises(ValueError, match="no shard at"):
         open_images("nowhere/*.tar", "train", 8)
 

@@ -44,7 +44,10 @@ def test_no_base_or_image_is_in_both_splits(splits):
 
 
 def test_an_emoji_is_in_the_same_split_whatever_the_selection(splits):
-    assert set(EmojiSource(32, "test", "demo").names) <= set(splits["test"].names)
+    for split in ("train", "test"):
+        demo, living_or_eaten = (EmojiSource(32, split, which) for which in ("demo", "animals-and-food"))
+        assert set(demo.names) <= set(living_or_eaten.names) < set(splits[split].names)
+    assert set(demo.names) == set(living_or_eaten.names)  # held-out animals and foods
 
 
 def test_base_joins_the_variants_of_one_emoji():
