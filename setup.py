@@ -49,11 +49,15 @@ setup(
     description="Transfusion: one transformer for text and image diffusion, on Triton kernels that you can verify.",
     long_description=LONG_DESCRIPTION,
     long_description_content_type="text/markdown",
-    license="MIT",
+    license="MIT AND CC-BY-SA-4.0",  # the code, and the weights and pictures of emoji
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=PACKAGES,
-    package_data={"": ["README.md"], "transfusion.kernels": ["tables/*.json"], "transfusion.recipes": ["*.toml"]},
+    package_data={
+        "": ["README.md"],
+        "transfusion.kernels": ["tables/*.json"],
+        "transfusion.recipes": ["*.toml", *(f"*/*.{kind}" for kind in ("toml", "json", "safetensors", "md", "png"))],
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

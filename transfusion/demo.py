@@ -1,7 +1,8 @@
 """`make demo`: trains a small model on real captioned images and real English, and shows what it generates.
 
 On a CPU it learns 96 emoji of animals and food at 32×32 pixels in a few minutes; on a GPU, all emoji at 64×64 with the
-Triton kernels. Stopped and started again, it goes on where it was. Everything lands in `runs/demo/`.
+Triton kernels; `--recipe` names another recipe. Stopped and started again, it goes on where it was. Everything lands in
+`runs/demo/`.
 """
 
 import argparse
@@ -98,10 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Trains, draws, measures, and says where to look."""
     parser = argparse.ArgumentParser(prog="python -m transfusion.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--recipe", choices=recipes.names(), help="what to train instead, on a CPU or a GPU")
     parser.add_argument("--steps", type=int, help="fewer steps than usual, for a quick look")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = config(device)
+    chosen = configs.load(RunConfig, recipes.find(options.recipe)) if options.recipe else config(device)
     if options.steps:
         chosen = replace(chosen, train=replace(chosen.train, steps=options.steps))
     run, start = Run.start(chosen, options.out), time.monotonic()

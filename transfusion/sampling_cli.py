@@ -2,14 +2,17 @@
 
 import json
 import re
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transfusion.generation import TransfusionPipeline
     from transfusion.generation.inputs import PipelineOutput
+
+DEFAULT_MODEL = Path("emoji-32")
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class SampleOptions:
 
     Args:
         run: folder of a run that has ended.
-        model: folder of a saved pipeline, in place of a run.
+        model: a saved pipeline in place of a run: its folder, or the name of one that comes with the package. Without
+            a run or a model, emoji-32, which does.
         prompt: captions to draw, or what to change in --edit.
         edit: an image to change as each prompt says.
         mask: with --edit: a picture, white where the image is to be painted anew; the rest of it stays.
@@ -75,20 +79,32 @@ def main(arguments: Sequence[str]) -> int:
     options = tyro.cli(SampleOptions, args=list(arguments), prog="transfusion sample")
     if not (options.prompt or options.image or options.text or options.story):
         raise ValueError("nothing to sample: give --prompt, --image, --text or --story")
-    if (options.run is None) == (options.model is None):
-        raise ValueError("give one of --run (a run that has ended) and --model (a saved pipeline)")
     if options.edit is not None and not options.prompt:
         raise ValueError("--edit needs --prompt: what is to change")
     if options.mask is not None and options.edit is None:
         raise ValueError("--mask needs --edit: the image that it is a part of")
+    options = with_model(options)
     result = write_samples(options, open_pipeline(options))
     print(json.dumps(result, indent=2, ensure_ascii=False))
     print(f"see {options.out}/sheet.html")
     return 0
 
 
+def with_model(options: SampleOptions) -> SampleOptions:
+    """The options, naming `DEFAULT_MODEL` where they name nothing. Raises `ValueError` where they name two."""
+    if options.run is not None and options.model is not None:
+        raise ValueError("give one of --run (a run that has ended) and --model (a saved pipeline)")
+    if options.run is not None or options.model is not None:
+        return options
+    print(f"neither --run nor --model: {DEFAULT_MODEL}, which comes with the package", file=sys.stderr)
+    return replace(options, model=DEFAULT_MODEL)
+
+
 def open_pipeline(options: SampleOptions) -> "TransfusionPipeline":
-    """What `run` or `model` names, on the device. Raises `FileNotFoundError` or `ValueError` where it is none."""
+    """What `run` or `model` names, on the device; a model's weights in float32 on a CPU.
+
+    Raises `FileNotFoundError` or `ValueError` where it is none.
+    """
     import torch
 
     from transfusion.generation import TransfusionPipeline
@@ -98,7 +114,7 @@ def open_pipeline(options: SampleOptions) -> "TransfusionPipeline":
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.model is not None:
-        return TransfusionPipeline.from_pretrained(options.model, device)
+        return TransfusionPipeline.from_pretrained(options.model, device, torch.float32 if device == "cpu" else None)
     assert options.run is not None
     run = Run.open(options.run)
     return run.pipeline(run.model(device))

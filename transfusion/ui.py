@@ -48,7 +48,7 @@ class UiOptions:
 
     Args:
         run: folder of a run that has ended.
-        model: folder of a saved pipeline, in place of a run.
+        model: a saved pipeline in place of a run, as for `transfusion sample`; emoji-32 without either.
         host: address to listen on; 0.0.0.0 lets other machines in.
         port: to listen on.
         share: also give the page a public address, through Gradio's servers, for anyone who knows it.
@@ -78,16 +78,14 @@ class Settings:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`transfusion demo-ui --run DIR` or `--model DIR`: serves the page until it is interrupted."""
+    """`transfusion demo-ui [--run DIR | --model DIR]`: serves the page until it is interrupted."""
     import tyro
 
-    from transfusion.sampling_cli import SampleOptions, open_pipeline
+    from transfusion.sampling_cli import SampleOptions, open_pipeline, with_model
 
     options = tyro.cli(UiOptions, args=list(arguments), prog="transfusion demo-ui")
-    if (options.run is None) == (options.model is None):
-        raise ValueError("give one of --run (a run that has ended) and --model (a saved pipeline)")
+    chosen = with_model(SampleOptions(run=options.run, model=options.model, device=options.device))
     require("gradio", "ui")  # before the model is loaded
-    chosen = SampleOptions(run=options.run, model=options.model, device=options.device)
     serve(open_pipeline(chosen), options)
     return 0
 

@@ -41,7 +41,7 @@ def wheel(checkout, run, tmp_path_factory):
 
 
 def test_wheel_holds_every_file_of_the_package(wheel, checkout, python_files, repository_files):
-    patterns = ("README.md", "kernels/tables/*.json", "transfusion/recipes/*.toml")
+    patterns = ("README.md", "kernels/tables/*.json", "transfusion/recipes/*.toml", "transfusion/recipes/*/*")
     data = [name for name in repository_files if any(map(name.match, patterns))]
     expected = {
         ("transfusion" / name if name.parts[0] == "kernels" else name).as_posix(): (checkout / name).read_bytes()

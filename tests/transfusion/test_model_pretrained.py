@@ -13,7 +13,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from transfusion import Transfusion
+from transfusion import Transfusion, recipes
 from transfusion.model import pretrained
 from transfusion.model.pretrained import plan_shards
 
@@ -159,8 +159,20 @@ def test_a_missing_hub_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         tiny.model().push_to_hub("me/mine")
 
 
-def test_a_folder_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_wins_over_the_hub_and_over_what_comes_with_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny.model().save_pretrained("runs/mine")
     monkeypatch.setattr(pretrained, "_hub", lambda purpose: SimpleNamespace())
-    assert same(Transfusion.from_pretrained("runs/mine"), tiny.model())
+    for name in ("runs/mine", next(iter(recipes.trained()))):
+        tiny.model().save_pretrained(name)
+        assert same(Transfusion.from_pretrained(name), tiny.model())
+
+
+def test_weights_are_read_in_another_type(tmp_path: Path) -> None:
+    model = tiny.model()
+    model.half().save_pretrained(tmp_path)
+    kept, single = (Transfusion.from_pretrained(tmp_path, dtype=dtype) for dtype in (None, torch.float32))
+    assert {weight.dtype for weight in kept.parameters()} == {torch.float16}
+    assert {weight.dtype for weight in single.parameters()} == {torch.float32}
+    assert same(single.half(), kept)

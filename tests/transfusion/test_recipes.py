@@ -1,14 +1,21 @@
 """The recipes that come with the package: each loads, is what its page says, and is what the demo trains on a GPU."""
 
+import json
 import re
+from dataclasses import replace
+from operator import eq
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 from transfusion import Transfusion, cli, demo, recipes
 from transfusion import config as configs
-from transfusion.data import PixelAutoencoder, Tokenizer
+from transfusion.data import PixelAutoencoder, Tokenizer, to_tensor
+from transfusion.data.emoji import EmojiSource
+from transfusion.evaluation import sheets
 from transfusion.generation import TransfusionPipeline
 from transfusion.run import CONFIG, Run, RunConfig
 from transfusion.sequence import image_tokens
@@ -48,6 +55,52 @@ def test_the_emoji_weights_fit_beside_the_code_and_draw(tmp_path):
     assert {weight.dtype for weight in read_again.model.parameters()} == {torch.bfloat16}
     images = [p(prompt="red apple", num_inference_steps=2).images[0] for p in (pipe, read_again)]
     assert images[0].size == (64, 64) and images[0].tobytes() == images[1].tobytes()
+
+
+@pytest.mark.parametrize("name", recipes.trained())
+def test_what_comes_with_the_package_is_a_recipes_and_small(name):
+    folder, config = recipes.trained()[name], read(name)
+    model = Transfusion.from_pretrained(name)
+    assert model.config == config.model and sum(file.stat().st_size for file in folder.iterdir()) <= LARGEST
+    assert {weight.dtype for weight in model.parameters()} == {torch.float16}
+    assert all(weight.isfinite().all() for weight in model.parameters())
+    card = (folder / "README.md").read_text()
+    assert "CC BY-SA 4.0" in card and f"{model.num_parameters():,} parameters" in card
+
+
+def test_emoji_32_draws_what_it_is_asked_for_and_names_what_it_is_shown(seed):
+    """Each image is nearest, of all that it has learned, to the emoji of its caption; chance would be 1 in 252."""
+    source = EmojiSource(32, "train", "animals-and-food")
+    pipe = TransfusionPipeline.from_pretrained("emoji-32", dtype=torch.float32)
+    learned = torch.stack([to_tensor(sample.image, 32) for sample in source])
+    chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:8].tolist()
+    captions = [source.captions[index] for index in chosen]
+    drawn = pipe.images(captions, seed=seed)
+    found = sheets.nearest(drawn, learned).tolist()
+    assert sum(map(eq, found, chosen)) >= 6, [source.captions[index] for index in found]
+    said = pipe.captions(learned[chosen])
+    assert sum(map(eq, said, captions)) >= 6, said
+
+
+def test_sample_draws_with_what_comes_with_the_package(tmp_path, capsys):
+    arguments = ["--prompt", "red apple", "--steps", "2", "--out", str(tmp_path), "--device", "cpu"]
+    assert cli.main(["sample", *arguments]) == 0
+    assert capsys.readouterr().err == "neither --run nor --model: emoji-32, which comes with the package\n"
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["options"]["model"] == "emoji-32" and Image.open(tmp_path / "000-red-apple.png").size == (32, 32)
+
+
+def test_the_demo_trains_a_recipe_and_shows_it(tmp_path, monkeypatch, capsys):
+    """To the end, with a small model in the recipe's place: every file that it says to look at is there."""
+    recipe = read("emoji-32")
+    small = replace(recipe.model, dim=32, layers=1, heads=2)
+    train = replace(recipe.train, steps=1, warmup_steps=1)
+    configs.save(replace(recipe, model=small, train=train), tmp_path / "small.toml")
+    monkeypatch.setattr(demo.recipes, "find", lambda name: tmp_path / "small.toml")
+    assert demo.main(["--recipe", "emoji-32", "--out", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out.rpartition("look at\n")[2].split()
+    assert {"samples.png", "metrics.json"} <= {Path(file).name for file in shown}
+    assert all(Path(file).stat().st_size > 0 for file in shown)
 
 
 def test_the_demo_trains_the_recipe_on_a_gpu_and_its_own_on_a_cpu():

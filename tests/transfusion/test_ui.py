@@ -181,7 +181,6 @@ def test_an_empty_number_is_named():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give one of --run"),
         (["--run", "a", "--model", "b"], "give one of --run"),
         (["--model", "nowhere"], "nowhere is no saved pipeline|pip install transfusion-kernels\\[ui\\]"),
     ],

@@ -30,6 +30,7 @@ from transfusion.generation.requests import Generation, Request
 from transfusion.generation.score import score
 from transfusion.generation.text import TextSampling
 from transfusion.model import Transfusion
+from transfusion.model.pretrained import local_folder
 from transfusion.sequence import Image, Text
 
 CONFIG, TOKENIZER, VAE = "pipeline.toml", "tokenizer.json", "vae"
@@ -102,9 +103,15 @@ class TransfusionPipeline:
         os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)  # last: a folder that has it is whole
 
     @staticmethod
-    def from_pretrained(path: str | Path, device: torch.device | str = "cpu") -> "TransfusionPipeline":
-        """The pipeline in folder `path`. Raises `FileNotFoundError` or `ValueError` naming the file at fault."""
-        folder = Path(path)
+    def from_pretrained(
+        path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> "TransfusionPipeline":
+        """The pipeline saved in folder `path`, that comes with the package under this name, or OWNER/NAME of the hub.
+
+        dtype: of the model's weights; None keeps that of the file. Raises `FileNotFoundError` or `ValueError` naming
+        the file at fault.
+        """
+        folder = local_folder(path)
         if not (folder / CONFIG).is_file():
             raise FileNotFoundError(f"{folder} is no saved pipeline: it has no {CONFIG}")
         config = configs.load(PipelineConfig, folder / CONFIG)
@@ -112,8 +119,8 @@ class TransfusionPipeline:
             raise ValueError(f"{folder / CONFIG}: autoencoder={config.autoencoder!r} must be 'pixels' or {VAE!r}")
         in_pixels = config.autoencoder == "pixels"
         autoencoder = PixelAutoencoder() if in_pixels else DiffusersAutoencoder(folder / VAE, device)
-        model, tokenizer = Transfusion.from_pretrained(folder, device).eval(), Tokenizer.load(folder / TOKENIZER)
-        return TransfusionPipeline(model, tokenizer, autoencoder, config.latent_shape, config.max_length)
+        model, tokenizer = Transfusion.from_pretrained(folder, device, dtype), Tokenizer.load(folder / TOKENIZER)
+        return TransfusionPipeline(model.eval(), tokenizer, autoencoder, config.latent_shape, config.max_length)
 
     # ---------------------------------------------------------------- the call
 

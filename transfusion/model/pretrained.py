@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from transfusion import config as configs
+from transfusion import recipes
 from transfusion.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ def _write_shards(state: Mapping[str, Tensor], shards: Mapping[str, list[str]], 
         save_file(tensors, folder / f"{file}.tmp", metadata={"format": "pt"})
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> "Transfusion":
-    """The model in folder `path`, or OWNER/NAME of the hub, on `device`.
+def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> "Transfusion":
+    """The model that `local_folder` finds, on `device`; its weights in `dtype`, None keeps the file's.
 
     Raises `FileNotFoundError` or `ValueError` naming the file at fault.
     """
@@ -96,7 +97,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> "Transfusion":
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ValueError(f"the weights in {folder} are not of the model in its {CONFIG}: {error}") from error
-    return model
+    return model if dtype is None else model.to(dtype)
 
 
 def read_weights(folder: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -132,8 +133,15 @@ def _read_file(path: Path, device: torch.device | str) -> dict[str, Tensor]:
 
 
 def local_folder(source: str | Path) -> Path:
-    """The folder `source`; for OWNER/NAME that is no folder here, the hub's files, fetched into its cache."""
-    if isinstance(source, Path) or Path(source).exists() or not _HUB_NAME.fullmatch(source):
+    """The folder `source`, or else what comes with the package under that name.
+
+    For a string OWNER/NAME that is no folder here: the hub's files, fetched into its cache.
+    """
+    if Path(source).exists():
+        return Path(source)
+    if str(source) in recipes.trained():
+        return recipes.trained()[str(source)]
+    if isinstance(source, Path) or not _HUB_NAME.fullmatch(source):
         return Path(source)
     wanted = ["*.toml", "*.json", "*.safetensors"]
     return Path(_hub(f"fetch {source}").snapshot_download(source, allow_patterns=wanted))

@@ -143,12 +143,15 @@ class Transfusion(nn.Module):
         pretrained.save(self, path, max_shard_size)
 
     @staticmethod
-    def from_pretrained(path: str | Path, device: torch.device | str = "cpu") -> "Transfusion":
-        """The model saved in folder `path`, or as OWNER/NAME on the Hugging Face hub.
+    def from_pretrained(
+        path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> "Transfusion":
+        """The model saved in folder `path`, that comes with the package under this name, or OWNER/NAME of the hub.
 
-        Raises `FileNotFoundError` or `ValueError` naming the file at fault.
+        dtype: of the weights; None keeps that of the file. Raises `FileNotFoundError` or `ValueError` naming the file
+        at fault.
         """
-        return pretrained.load(path, device)
+        return pretrained.load(path, device, dtype)
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
         """Writes the model's folder to OWNER/NAME on the Hugging Face hub -> its address. Needs huggingface_hub."""

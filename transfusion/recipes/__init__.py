@@ -1,4 +1,8 @@
-"""Configs of runs that come with the package, by name: `transfusion train --config emoji`."""
+"""Configs of runs that come with the package, by name, and the weights that some of them have led to.
+
+emoji-32.toml   a recipe                            transfusion train --config emoji-32
+emoji-32/       the saved pipeline that it led to   transfusion sample --model emoji-32
+"""
 
 from pathlib import Path
 
@@ -8,6 +12,11 @@ _FOLDER = Path(__file__).parent
 def names() -> list[str]:
     """Of every recipe, sorted."""
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
+
+
+def trained() -> dict[str, Path]:
+    """Name -> folder of each saved pipeline that comes with the package."""
+    return {path.parent.name: path.parent for path in sorted(_FOLDER.glob("*/pipeline.toml"))}
 
 
 def find(config: str | Path) -> Path:

@@ -1,6 +1,7 @@
 """Strings and pictures in and out."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import rigged
@@ -12,6 +13,7 @@ from transfusion.data import DiffusersAutoencoder, PixelAutoencoder, Tokenizer
 from transfusion.generation import TransfusionPipeline
 from transfusion.generation.inputs import StopStrings, rows_of
 from transfusion.generation.media import to_pixels, to_unknown
+from transfusion.model import pretrained
 
 PROMPTS = ["red green", "green"]
 HEIGHT, WIDTH = rigged.SHAPE[1:]
@@ -195,6 +197,15 @@ def test_a_saved_pipeline_is_the_same_one(pipeline, tmp_path):
     assert images(again(PROMPTS, **FEW)) == images(pipeline(PROMPTS, **FEW))
     assert again.latent_shape == rigged.SHAPE and again.max_length == 60
     assert again(image=PICTURE).text == pipeline(image=PICTURE).text
+
+
+def test_a_pipeline_comes_from_the_hub_and_in_another_type(pipeline, tmp_path, monkeypatch):
+    pipeline.save_pretrained(tmp_path / "me" / "mine")
+    hub = SimpleNamespace(snapshot_download=lambda name, allow_patterns: str(tmp_path / name))
+    monkeypatch.setattr(pretrained, "_hub", lambda purpose: hub)
+    assert images(TransfusionPipeline.from_pretrained("me/mine")(PROMPTS, **FEW)) == images(pipeline(PROMPTS, **FEW))
+    double = TransfusionPipeline.from_pretrained("me/mine", dtype=torch.float64).model
+    assert {weight.dtype for weight in double.parameters()} == {torch.float64} and not double.training
 
 
 def test_a_vae_is_saved_with_the_pipeline(tmp_path):
