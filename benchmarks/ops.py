@@ -66,9 +66,8 @@ def pairs() -> list[tuple[str, str]]:
     ]
 
 
-def tokens(latents: Tensor, first: Tensor, second: Tensor, patch: int, noise: Tensor | None) -> Tensor:
+def tokens(latents: Tensor, first: Tensor, second: Tensor, patch: int, noise: Tensor) -> Tensor:
     """The formula of patchify_noise, and of diffusion_loss's target."""
-    noise = torch.randn_like(latents) if noise is None else noise
     mixed = first.view(-1, 1, 1, 1) * latents + second.view(-1, 1, 1, 1) * noise
     return rearrange(mixed, "i c (y p) (x q) -> i (y x) (p q c)", p=patch, q=patch)
 
@@ -144,8 +143,8 @@ def _our_noise(x: Inputs, noise: str) -> dict[str, Tensor]:
     return {"seeded": {"seed": x.seed}, "given": {"noise": x.noise}, "none": {}}[noise]
 
 
-def _eager_noise(x: Inputs, noise: str) -> Tensor | None:
-    return {"seeded": None, "given": x.noise}[noise]
+def _eager_noise(x: Inputs, noise: str) -> Tensor:
+    return torch.randn_like(x.latents) if noise == "seeded" else x.noise
 
 
 def _our_tokens(x: Inputs, noise: str) -> Tensor:
@@ -172,7 +171,7 @@ def _our_side(x: Inputs, noise: str) -> Tensor:
 
 
 def _eager_side(x: Inputs, noise: str) -> Tensor:
-    drawn = torch.randn_like(x.latents) if noise == "seeded" else x.noise
+    drawn = _eager_noise(x, noise)
     tokens_of_step = tokens(x.latents, x.first, x.second, x.patch, drawn).to(DTYPE)
     loss = losses(x.prediction, tokens(x.latents, x.first, x.second, x.patch, drawn))
     del tokens_of_step
@@ -186,7 +185,7 @@ def _our_step(x: Inputs, noise: str) -> Tensor:
 
 
 def _eager_step(x: Inputs, noise: str) -> Tensor:
-    drawn = {"seeded": torch.randn_like, "given": lambda _: x.noise, "none": lambda _: None}[noise](x.latents)
+    drawn = None if noise == "none" else _eager_noise(x, noise)
     return next_latents(x.prediction.detach(), x.base, x.latents, x.first, x.patch, drawn)
 
 
