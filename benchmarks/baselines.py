@@ -59,7 +59,7 @@ class Compiled(Baseline):
 
     def __call__(self, prepared: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scale = q.shape[3] ** -0.5
-        out: Tensor = _compiled(reference.forward)(q, k, v, prepared.query_start, prepared.query_end, scale)[0]
+        out: Tensor = _compiled(reference.forward)(q, k, v, prepared.intervals, scale)[0]
         return out
 
 

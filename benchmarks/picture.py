@@ -60,7 +60,7 @@ def draw(file: Path, length: int = 4096, detail: int = 1024) -> None:
 def _tiles(axes: Any, row: IntervalMask, block_q: int, block_k: int, shown: int) -> None:
     from matplotlib.colors import ListedColormap
 
-    kinds = tile_kinds(row.query_start, row.query_end, row.num_queries, block_q, block_k)[0]
+    kinds = tile_kinds(row.intervals, row.num_queries, block_q, block_k)[0]
     part = kinds[: -(-shown // block_q), : -(-shown // block_k)]
     extent = (0, part.shape[1] * block_k, part.shape[0] * block_q, 0)
     colors = ListedColormap([_COLORS[name] for name in ("empty", "masked", "full")])
@@ -87,7 +87,7 @@ def _documents(axes: Any, row: IntervalMask, shown: int) -> None:
 
 
 def _counts(row: IntervalMask, block_q: int, block_k: int) -> str:
-    kinds = tile_kinds(row.query_start, row.query_end, row.num_queries, block_q, block_k)
+    kinds = tile_kinds(row.intervals, row.num_queries, block_q, block_k)
     masked, full = int((kinds == MASKED).sum()), int((kinds == FULL).sum())
     return f"{kinds.numel() - masked - full} tiles empty, {masked} masked, {full} full"
 

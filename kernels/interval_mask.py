@@ -23,17 +23,17 @@ Span = tuple[int, int]
 class IntervalMask:
     """The mask as `query_start`, `query_end`: (B or 1, M) int32, one interval of queries per key.
 
-    A leading 1 broadcasts over the batch. Intervals are cut to [0, num_queries) and an empty one is stored
-    as (num_queries, 0). Immutable; what is derived from it (tile bounds, the dense form) is built once, on its
-    device and without a host sync, and kept with it.
+    A leading 1 broadcasts over the batch. `intervals` (B or 1, M, 2) holds both, as kernels read them: cut to
+    [0, num_queries), an empty one as (num_queries, 0). Immutable; what is derived from it (tiles, the dense form) is
+    built once, on its device and without a host sync, and kept with it.
     """
 
     def __init__(self, query_start: Tensor, query_end: Tensor, num_queries: int) -> None:
         _check_vectors(query_start, query_end, num_queries)
         start, end = query_start.clamp(min=0), query_end.clamp(max=num_queries)
         empty = end <= start
-        self.query_start = start.masked_fill(empty, num_queries).to(torch.int32)
-        self.query_end = end.masked_fill(empty, 0).to(torch.int32)
+        start, end = start.masked_fill(empty, num_queries), end.masked_fill(empty, 0)
+        self.intervals = torch.stack([start, end], -1).to(torch.int32)
         self.num_queries = num_queries
         self._derived: dict[object, Any] = {}
 
@@ -149,27 +149,37 @@ class IntervalMask:
     # ---------------------------------------------------------------- facts
 
     @property
+    def query_start(self) -> Tensor:
+        """(B or 1, M) int32: the first query that sees each key."""
+        return self.intervals[..., 0]
+
+    @property
+    def query_end(self) -> Tensor:
+        """(B or 1, M) int32: one past the last query that sees each key."""
+        return self.intervals[..., 1]
+
+    @property
     def num_keys(self) -> int:
         """M."""
-        return self.query_start.shape[1]
+        return self.intervals.shape[1]
 
     @property
     def batch_size(self) -> int:
         """B, or 1 where one row serves every batch element."""
-        return self.query_start.shape[0]
+        return self.intervals.shape[0]
 
     @property
     def device(self) -> torch.device:
         """Where the vectors live."""
-        return self.query_start.device
+        return self.intervals.device
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "IntervalMask":
         """The same mask on `device`."""
-        start, end = (t.to(device, non_blocking=non_blocking) for t in (self.query_start, self.query_end))
-        if start is self.query_start:
+        intervals = self.intervals.to(device, non_blocking=non_blocking)
+        if intervals is self.intervals:
             return self
         moved = object.__new__(IntervalMask)  # checked and cut already: nothing more to launch on the device
-        moved.query_start, moved.query_end, moved.num_queries, moved._derived = start, end, self.num_queries, {}
+        moved.intervals, moved.num_queries, moved._derived = intervals, self.num_queries, {}
         return moved
 
     def area(self) -> Tensor:
@@ -191,21 +201,21 @@ class IntervalMask:
 
         See `transfusion.kernels.mask_tiles.reference`. What is in no run is empty.
         """
-        return self.once(("query_tiles", block_q, block_k), lambda: query_tiles(*self._vectors, block_q, block_k))
+        return self.once(
+            ("query_tiles", block_q, block_k), lambda: query_tiles(self.intervals, self.num_queries, block_q, block_k)
+        )
 
     def key_tiles(self, block_k: int, block_q: int) -> Tensor:
         """(B or 1, ceil(M / block_k), WIDTH) int32: the same for each key tile, in query tiles."""
-        return self.once(("key_tiles", block_k, block_q), lambda: key_tiles(*self._vectors, block_q, block_k))
-
-    @property
-    def _vectors(self) -> tuple[Tensor, Tensor, int]:
-        return self.query_start, self.query_end, self.num_queries
+        return self.once(
+            ("key_tiles", block_k, block_q), lambda: key_tiles(self.intervals, self.num_queries, block_q, block_k)
+        )
 
     def to_block_mask(self, block_size: int = 128) -> "BlockMask":
         """The same mask for FlexAttention, from tile extremes: no dense mask, no element evaluated."""
         from torch.nn.attention.flex_attention import BlockMask
 
-        kinds = tile_kinds(*self._vectors, block_size, block_size)
+        kinds = tile_kinds(self.intervals, self.num_queries, block_size, block_size)
         start, end, rows = self.query_start, self.query_end, self.batch_size
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:

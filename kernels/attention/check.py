@@ -54,11 +54,10 @@ def make_case(
 def formula(case: Case, wide: torch.dtype, compute: torch.dtype) -> list[Tensor]:
     """`RESULTS` by the reference's formulas on inputs of dtype `wide`, carried out in `compute`."""
     q, k, v, grad_out, grad_lse = (t.to(wide) for t in (case.q, case.k, case.v, case.grad_out, case.grad_lse))
-    vectors = case.mask.query_start, case.mask.query_end
     scale = case.q.shape[-1] ** -0.5
     # A query that sees no key has lse = -inf whatever the inputs: no gradient comes through it.
-    out, lse = reference.forward(q, k, v, *vectors, scale, compute)
-    return [out, lse, *reference.backward(grad_out, grad_lse, q, k, v, out, lse, *vectors, scale, compute)]
+    out, lse = reference.forward(q, k, v, case.mask.intervals, scale, compute)
+    return [out, lse, *reference.backward(grad_out, grad_lse, q, k, v, out, lse, case.mask.intervals, scale, compute)]
 
 
 def eager_orders(case: Case, count: int = 64) -> list[list[Tensor]]:
@@ -71,13 +70,11 @@ def eager_orders(case: Case, count: int = 64) -> list[list[Tensor]]:
 
     def one() -> list[Tensor]:
         lanes, keys, shuffled = _reordered(case)
-        vectors = shuffled.mask.query_start, shuffled.mask.query_end
-        out, lse = reference.forward(*shuffled[:3], *vectors, scale, dtype)
+        out, lse = reference.forward(*shuffled[:3], shuffled.mask.intervals, scale, dtype)
         out = out[..., lanes.argsort()]
         lanes, keys, shuffled = _reordered(case)
-        vectors = shuffled.mask.query_start, shuffled.mask.query_end
         grads = reference.backward(
-            shuffled.grad_out, case.grad_lse, *shuffled[:3], out[..., lanes], lse, *vectors, scale, dtype
+            shuffled.grad_out, case.grad_lse, *shuffled[:3], out[..., lanes], lse, shuffled.mask.intervals, scale, dtype
         )
         dq, dk, dv = (grad[..., lanes.argsort()] for grad in grads)
         return [out, lse, dq, dk[:, :, keys.argsort()], dv[:, :, keys.argsort()]]

@@ -21,7 +21,7 @@ SPLITS = 16
 
 _TYPES = {
     **dict.fromkeys(("p_lse", "p_grad_lse", "p_delta", "p_parts", "p_part_lse"), "*fp32"),
-    **dict.fromkeys(("p_start", "p_end", "p_tiles"), "*i32"),
+    **dict.fromkeys(("p_intervals", "p_tiles"), "*i32"),
     "scale": "fp32",
 }
 

@@ -120,7 +120,7 @@ def transfusion_attention(
     if name == "triton":
         q, k, v = (_readable(t) for t in (q, k, v))
     tiles = make_tiles(q, k, v, mask) if name == "triton" else (None, None, None)
-    out, lse = torch.ops.transfusion.attention(q, k, v, mask.query_start, mask.query_end, *tiles, scale, name)
+    out, lse = torch.ops.transfusion.attention(q, k, v, mask.intervals, *tiles, scale, name)
     return (out, lse) if return_lse else out
 
 
@@ -176,12 +176,12 @@ def _check_mask(mask: IntervalMask, batch: int, num_queries: int, num_keys: int,
 # -------------------------------------------------------------------- registration
 
 _FORWARD = (
-    "(Tensor q, Tensor k, Tensor v, Tensor query_start, Tensor query_end, Tensor? forward_tiles, "
-    "Tensor? query_tiles, Tensor? key_tiles, float scale, str impl) -> (Tensor, Tensor)"
+    "(Tensor q, Tensor k, Tensor v, Tensor intervals, Tensor? forward_tiles, Tensor? query_tiles, "
+    " Tensor? key_tiles, float scale, str impl) -> (Tensor, Tensor)"
 )
 _BACKWARD = (
-    "(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor query_start, "
-    "Tensor query_end, Tensor? query_tiles, Tensor? key_tiles, float scale, str impl) -> (Tensor, Tensor, Tensor)"
+    "(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor intervals, "
+    "Tensor? query_tiles, Tensor? key_tiles, float scale, str impl) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -231,13 +231,13 @@ _attention_backward.register_vmap(_refuse_vmap)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, query_start, query_end, _, query_tiles, key_tiles, ctx.scale, ctx.impl = inputs
-    ctx.save_for_backward(q, k, v, *output, query_start, query_end, query_tiles, key_tiles)
+    q, k, v, intervals, _, query_tiles, key_tiles, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(q, k, v, *output, intervals, query_tiles, key_tiles)
 
 
 def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     grads = torch.ops.transfusion.attention_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale, ctx.impl)
-    return (*grads, *[None] * 7)
+    return (*grads, *[None] * 6)
 
 
 _attention.register_autograd(_differentiate, setup_context=_setup_context)

@@ -16,14 +16,16 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    query_start: Tensor,
-    query_end: Tensor,
+    intervals: Tensor,
     scale: float,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q (B, H, N, D), k, v (B, H_kv, M, D) -> out like q, lse (B, H, N) float32 (float64 for float64 inputs)."""
+    """q (B, H, N, D), k, v (B, H_kv, M, D), intervals (B or 1, M, 2) -> out like q, lse (B, H, N).
+
+    lse is float32, of float64 inputs float64.
+    """
     dtype = compute_dtype or _wide(q.dtype)
-    scores, visible = _scores(q, k, query_start, query_end, scale, dtype)
+    scores, visible = _scores(q, k, intervals, scale, dtype)
     probabilities = scores.softmax(-1).masked_fill(~visible, 0)
     out = torch.empty_like(q)
     out.copy_((probabilities @ v[:, :, None].to(dtype)).flatten(1, 2))
@@ -38,8 +40,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    query_start: Tensor,
-    query_end: Tensor,
+    intervals: Tensor,
     scale: float,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +49,7 @@ def backward(
     heads = (k.shape[1], q.shape[1] // k.shape[1])
     query, d_out, d_lse, result = (t.to(dtype).unflatten(1, heads) for t in (q, grad_out, grad_lse, out))
     key, value = k[:, :, None].to(dtype), v[:, :, None].to(dtype)
-    scores, visible = _scores(q, k, query_start, query_end, scale, dtype)
+    scores, visible = _scores(q, k, intervals, scale, dtype)
     logarithm = lse.unflatten(1, heads)[..., None]  # never in 16 bits, as the forward keeps it
     probabilities = (scores - logarithm).exp().masked_fill(~visible, 0).to(dtype)
     delta = (d_out * result).sum(-1) - d_lse
@@ -61,12 +62,11 @@ def backward(
     return tuple(torch.empty_like(like).copy_(x) for like, x in zip((q, k, v), results, strict=True))  # type: ignore[return-value]
 
 
-def _scores(
-    q: Tensor, k: Tensor, query_start: Tensor, query_end: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _scores(q: Tensor, k: Tensor, intervals: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """S (B, H_kv, H / H_kv, N, M), -inf where invisible, and what is visible, broadcast over heads."""
     query = q.to(dtype).unflatten(1, (k.shape[1], -1))
     index = torch.arange(q.shape[2], device=q.device)[:, None]
+    query_start, query_end = intervals.unbind(-1)
     visible = (query_start[:, None, :] <= index) & (index < query_end[:, None, :])
     visible = visible[:, None, None]
     return (query @ k[:, :, None].to(dtype).mT * scale).masked_fill(~visible, -torch.inf), visible

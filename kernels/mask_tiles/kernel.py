@@ -12,12 +12,13 @@ CHUNK = 128  # tiles that a program classifies at once
 
 
 @triton.jit
-def key_extremes_kernel(p_start, p_end, p_extremes, num_queries, num_keys, tiles, BLOCK_K: tl.constexpr):
+def key_extremes_kernel(p_intervals, p_extremes, num_queries, num_keys, tiles, BLOCK_K: tl.constexpr):
     """min start, max start, min end, max end of each key tile, (B, 4, tiles). Grid: key tiles × B."""
     tile, b = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     keys = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    start = tl.load(p_start + b * num_keys + keys, mask=keys < num_keys, other=num_queries)
-    end = tl.load(p_end + b * num_keys + keys, mask=keys < num_keys, other=0)
+    p_intervals += 2 * (b * num_keys + keys)
+    start = tl.load(p_intervals, mask=keys < num_keys, other=num_queries)
+    end = tl.load(p_intervals + 1, mask=keys < num_keys, other=0)
     p_extremes += b * 4 * tiles + tile
     tl.store(p_extremes, tl.min(start, 0))
     tl.store(p_extremes + tiles, tl.max(start, 0))
@@ -80,21 +81,20 @@ def query_tiles_kernel(
 
 
 @triton.jit
-def key_tiles_kernel(
-    p_start, p_end, p_tiles, num_queries, num_keys, tiles, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def key_tiles_kernel(p_intervals, p_tiles, num_queries, num_keys, tiles, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """The runs of one key tile: masked, full, masked, for its keys' intervals are contiguous. Grid: key tiles × B.
 
     A query tile t is not empty where min start < (t + 1)·BLOCK_Q and max end > t·BLOCK_Q, and so on.
     """
     tile, b = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     keys = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    start = tl.load(p_start + b * num_keys + keys, mask=keys < num_keys, other=num_queries)
-    end = tl.load(p_end + b * num_keys + keys, mask=keys < num_keys, other=0)
+    p_intervals += 2 * (b * num_keys + keys)
+    start = tl.load(p_intervals, mask=keys < num_keys, other=num_queries)
+    end = tl.load(p_intervals + 1, mask=keys < num_keys, other=0)
     end_min = tl.min(end, 0)
     first, last = tl.min(start, 0) // BLOCK_Q, tl.cdiv(tl.max(end, 0), BLOCK_Q)
     full_first = tl.minimum(tl.cdiv(tl.max(start, 0), BLOCK_Q), last)
-    full_last = tl.where(end_min >= num_queries, tl.cdiv(num_queries, BLOCK_Q), end_min // BLOCK_Q)
+    full_last = end_min // BLOCK_Q
     last = tl.maximum(first, last)
     has_full = full_first < full_last
     full_first = tl.where(has_full, full_first, last)
@@ -112,15 +112,15 @@ def key_tiles_kernel(
     tl.store(p_tiles + _HEADER + 2 * _RUNS + 1, full_last, mask=has_full)
 
 
-def query_tiles(query_start: Tensor, query_end: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
+def query_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
     """(B, ceil(N / block_q), WIDTH) int32; places without a run hold anything."""
-    batch, num_keys = query_start.shape
+    batch, num_keys, _ = intervals.shape
     lines, tiles = triton.cdiv(num_queries, block_q), triton.cdiv(num_keys, block_k)
-    extremes = torch.empty(batch, 4, tiles, dtype=torch.int32, device=query_start.device)
-    result = torch.empty(batch, lines, WIDTH, dtype=torch.int32, device=query_start.device)
-    with torch.cuda.device_of(query_start):
+    extremes = torch.empty(batch, 4, tiles, dtype=torch.int32, device=intervals.device)
+    result = torch.empty(batch, lines, WIDTH, dtype=torch.int32, device=intervals.device)
+    with torch.cuda.device_of(intervals):
         key_extremes_kernel[(batch * tiles,)](
-            query_start, query_end, extremes, num_queries, num_keys, tiles, BLOCK_K=block_k, num_warps=1
+            intervals, extremes, num_queries, num_keys, tiles, BLOCK_K=block_k, num_warps=1
         )
         query_tiles_kernel[(batch * lines,)](
             extremes, result, num_queries, lines, tiles, BLOCK_Q=block_q, CHUNK=CHUNK, num_warps=1
@@ -128,14 +128,14 @@ def query_tiles(query_start: Tensor, query_end: Tensor, num_queries: int, block_
     return result
 
 
-def key_tiles(query_start: Tensor, query_end: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
+def key_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
     """(B, ceil(M / block_k), WIDTH) int32; places without a run hold anything."""
-    batch, num_keys = query_start.shape
+    batch, num_keys, _ = intervals.shape
     tiles = triton.cdiv(num_keys, block_k)
-    result = torch.empty(batch, tiles, WIDTH, dtype=torch.int32, device=query_start.device)
-    with torch.cuda.device_of(query_start):
+    result = torch.empty(batch, tiles, WIDTH, dtype=torch.int32, device=intervals.device)
+    with torch.cuda.device_of(intervals):
         key_tiles_kernel[(batch * tiles,)](
-            query_start, query_end, result, num_queries, num_keys, tiles,
+            intervals, result, num_queries, num_keys, tiles,
             BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=1,
         )  # fmt: skip
     return result

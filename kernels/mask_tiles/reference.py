@@ -25,18 +25,22 @@ WIDTH = HEADER + 4 * RUNS
 EMPTY, MASKED, FULL = 0, 1, 2
 
 
-def query_tiles(query_start: Tensor, query_end: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
+def query_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
     """(B, ceil(N / block_q), WIDTH) int32: the key tiles of each query tile."""
-    return _runs(tile_kinds(query_start, query_end, num_queries, block_q, block_k))
+    return _runs(tile_kinds(intervals, num_queries, block_q, block_k))
 
 
-def key_tiles(query_start: Tensor, query_end: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
-    """(B, ceil(M / block_k), WIDTH) int32: the query tiles of each key tile."""
-    return _runs(tile_kinds(query_start, query_end, num_queries, block_q, block_k).mT)
+def key_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
+    """(B, ceil(M / block_k), WIDTH) int32: the query tiles of each key tile; one that is cut by N is never full."""
+    kinds = tile_kinds(intervals, num_queries, block_q, block_k)
+    if num_queries % block_q:
+        kinds[:, -1].clamp_(max=MASKED)
+    return _runs(kinds.mT)
 
 
-def tile_kinds(query_start: Tensor, query_end: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
+def tile_kinds(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
     """(B, query tiles, key tiles) of EMPTY, MASKED, FULL. A key past the end is seen by no query."""
+    query_start, query_end = intervals.unbind(-1)
     padding = -query_start.shape[1] % block_k
     start = torch.nn.functional.pad(query_start, (0, padding), value=num_queries).unflatten(1, (-1, block_k))
     end = torch.nn.functional.pad(query_end, (0, padding), value=0).unflatten(1, (-1, block_k))

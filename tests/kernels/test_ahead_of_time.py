@@ -20,7 +20,7 @@ FORWARD = Case(
     {"HEAD_DIM": 80, "BLOCK_D": 128, "BLOCK_Q": 128, "PRECISION": "tf32"},
     {},
 )
-GOOD = Resources(128, 0, 0, 100_000, 256, ("wgmma",), False)
+GOOD = Resources(128, 0, 0, (900, 500), 100_000, 256, ("wgmma",), False)
 
 
 def shipped_launches(target: str) -> set[tuple[Any, ...]]:
@@ -87,7 +87,7 @@ def test_cases_hold_every_shipped_launch_once(target: str) -> None:
 def test_the_kept_table_has_a_line_for_each_shipped_launch() -> None:
     """Run `python -m transfusion.kernels.ahead_of_time --all --write` after a change of a kernel or of a table."""
     lines = [line.split() for line in GOLDEN.read_text().splitlines()[3:]]
-    kept = {(line[0], " ".join(line[7:])) for line in lines}
+    kept = {(line[0], " ".join(line[8:])) for line in lines}
     assert kept == {(target, case.name) for target in TARGETS for case in ahead_of_time.all_cases(target)}
 
 
@@ -112,7 +112,7 @@ def test_good_resources_break_nothing() -> None:
         ("sm_90", {"spill_bytes": 128}, "spills 128 bytes a thread"),
         ("sm_90", {"inner_spills": 1}, "moves spills 1 times in inner loops, 0 allowed"),
         ("sm_90", {"shared_bytes": 227 * 1024 + 1}, "232449 bytes of shared memory, 232448 allowed"),
-        ("sm_80", {"shared_bytes": 163 * 1024 + 1, "matrix_instructions": ("mma",)}, "166913 bytes"),
+        ("sm_80", {"shared_bytes": 99 * 1024 + 1, "matrix_instructions": ("mma",)}, "101377 bytes"),
         ("gfx942", {"shared_bytes": 64 * 1024 + 1, "matrix_instructions": ("mfma",)}, "65537 bytes"),
         ("sm_90", {"threads": 2048}, "2048 threads, 1024 allowed"),
         ("sm_90", {"has_f64": True}, "float64"),
@@ -135,15 +135,13 @@ def test_each_limit_can_break(
     assert capsys.readouterr().out.endswith("0 passed, 1 failed\n")
 
 
-def test_spill_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    spilling = GOOD._replace(spill_bytes=40)
+def test_another_compiler_may_spill_a_little_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    spilling = GOOD._replace(spill_bytes=65)
     monkeypatch.setattr(ahead_of_time.triton, "__version__", "3.7.9")
-    assert broken_limits(FORWARD, "sm_90", spilling) == ["spills 40 bytes a thread, 0 allowed"]
-    monkeypatch.setitem(ahead_of_time.SPILL_BUDGET, ("sm_90", "forward", "bf16", 128), 40)
-    assert broken_limits(FORWARD, "sm_90", spilling) == []
-    assert broken_limits(FORWARD, "sm_90", spilling._replace(spill_bytes=41)) != []
+    assert broken_limits(FORWARD, "sm_90", spilling) == ["spills 65 bytes a thread, 64 allowed"]
+    assert broken_limits(FORWARD, "sm_90", spilling._replace(spill_bytes=64)) == []
     monkeypatch.setattr(ahead_of_time.triton, "__version__", "3.6.0")
-    assert broken_limits(FORWARD, "sm_90", spilling._replace(spill_bytes=41)) == []
+    assert broken_limits(FORWARD, "sm_90", spilling) == []
 
 
 SASS = """
@@ -163,10 +161,19 @@ SASS = """
 """
 
 
+def test_innermost_loops_are_found() -> None:
+    loops = ahead_of_time.inner_loops(SASS)
+    assert [len(loop) for loop in loops] == [2, 3]
+    assert loops[0][0].startswith("HGMMA") and loops[1][0].startswith("LDL.LU")
+
+
 def test_spills_are_counted_in_innermost_loops() -> None:
-    assert ahead_of_time.count_inner_spills(SASS) == 1
-    assert ahead_of_time.count_inner_spills(SASS.replace("HGMMA", "STL [R1+0x40], R7 ; /*0028*/ HGMMA")) == 2
-    assert ahead_of_time.count_inner_spills(SASS.replace("LDL.LU", "LDS")) == 0
+    def spills(sass: str) -> int:
+        return ahead_of_time.count_spills(ahead_of_time.inner_loops(sass))
+
+    assert spills(SASS) == 1
+    assert spills(SASS.replace("HGMMA", "STL [R1+0x40], R7 ; /*0028*/ HGMMA")) == 2
+    assert spills(SASS.replace("LDL.LU", "LDS")) == 0
 
 
 def test_only_16_bit_products_need_the_matrix_units() -> None:

@@ -41,7 +41,7 @@ def test_opcheck(impl: str) -> None:
     arguments = [t.requires_grad_() if i < 3 else t for i, t in enumerate(calls[0])]
     torch.library.opcheck(original.default, tuple(arguments))
     out, lse = (t.detach() for t in original(*arguments))
-    saved = [case.grad_out, case.grad_lse, *case[:3], out, lse, *arguments[3:5], *arguments[6:]]
+    saved = [case.grad_out, case.grad_lse, *case[:3], out, lse, arguments[3], *arguments[5:]]
     torch.library.opcheck(
         torch.ops.transfusion.attention_backward.default,
         tuple(t.detach() if isinstance(t, Tensor) else t for t in saved),

@@ -67,6 +67,8 @@ def test_runs_are_not_merely_safe() -> None:
     assert [decoded(line, 8) for line in causal] == [[FULL] * t + [MASKED] + [EMPTY] * (7 - t) for t in range(8)]
     image = IntervalMask.from_spans(128, [(32, 96)]).query_tiles(16, 16)[0].tolist()
     assert decoded(image[2], 8) == [FULL] * 6 + [EMPTY] * 2
+    cut = IntervalMask.full(40, 40).key_tiles(16, 16)[0].tolist()  # the last query tile is not whole
+    assert [decoded(line, 3) for line in cut] == [[FULL, FULL, MASKED]] * 2 + [[MASKED] * 3]
     hidden = IntervalMask.from_spans(128, [(32, 96)], hidden_images=[0]).query_tiles(16, 16)[0].tolist()
     assert decoded(hidden[7], 8) == [FULL] * 2 + [EMPTY] * 4 + [FULL, MASKED]
 
@@ -86,9 +88,8 @@ def test_kernel_equals_reference(blocks: tuple[int, int], monkeypatch: pytest.Mo
     for mask in [*random.sample(masks()[: len(LAYOUTS)], 3), *masks()[-6:]]:
         for name in ("query_tiles", "key_tiles"):
             arguments = (mask.num_queries, *blocks)
-            expected = getattr(reference, name)(mask.query_start, mask.query_end, *arguments)
-            vectors = (mask.query_start.to(DEVICE), mask.query_end.to(DEVICE))
-            actual = getattr(kernel, name)(*vectors, *arguments).cpu()
+            expected = getattr(reference, name)(mask.intervals, *arguments)
+            actual = getattr(kernel, name)(mask.intervals.to(DEVICE), *arguments).cpu()
             unused = torch.cat([place >= 2 * actual[..., kind : kind + 1] for kind in (0, 1)], -1)
             actual[..., HEADER:][unused] = 0
             assert torch.equal(actual, expected), (name, mask)
@@ -97,7 +98,7 @@ def test_kernel_equals_reference(blocks: tuple[int, int], monkeypatch: pytest.Mo
 def test_opcheck() -> None:
     mask = LAYOUTS["hidden_image"].mask(DEVICE)
     for each in (op.query_tiles, op.key_tiles):
-        arguments = (mask.query_start, mask.query_end, mask.num_queries, 32, 16)
+        arguments = (mask.intervals, mask.num_queries, 32, 16)
         # what a place without a run holds is not defined, so results of two calls need not agree there
         torch.library.opcheck(each, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -108,11 +109,10 @@ def test_cuda_graph_reads_new_masks() -> None:
     static = IntervalMask.causal(512, DEVICE)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    kernel.query_tiles(static.query_start, static.query_end, 512, 64, 64)
+    kernel.query_tiles(static.intervals, 512, 64, 64)
     with torch.cuda.graph(graph):
-        lines = kernel.query_tiles(static.query_start, static.query_end, 512, 64, 64)
+        lines = kernel.query_tiles(static.intervals, 512, 64, 64)
     other = IntervalMask.from_spans(512, [(10, 300)], device=DEVICE)
-    static.query_start.copy_(other.query_start)
-    static.query_end.copy_(other.query_end)
+    static.intervals.copy_(other.intervals)
     graph.replay()
     check_lines(lines[0].cpu(), other.to_dense()[0].cpu(), 64, 64)

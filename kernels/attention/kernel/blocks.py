@@ -43,10 +43,22 @@ def store_rows(p_base, offsets, inside, value, HEAD_DIM: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
-def load_interval(p_start, p_end, keys, num_keys):
-    """The keys' query intervals; a key past the end is seen by no query."""
-    inside = keys < num_keys
-    return tl.load(p_start + keys, mask=inside, other=0), tl.load(p_end + keys, mask=inside, other=0)
+def load_numbers(p_base, index, inside, CHECK: tl.constexpr):
+    """Numbers at `index`; where CHECK those not `inside` are 0."""
+    if CHECK:
+        return tl.load(p_base + index, mask=inside, other=0.0)
+    return tl.load(p_base + index)
+
+
+@triton.jit
+def load_intervals(p_intervals, keys, inside):
+    """start, end of the keys' query intervals; a key not `inside` is seen by no query.
+
+    One load of pairs: of fewer numbers than threads, as each half is, Triton 3.6 makes a load for every thread that
+    wants them, 64 of them a tile.
+    """
+    pairs = tl.load(p_intervals + 2 * keys[:, None] + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0)
+    return tl.split(pairs)
 
 
 @triton.jit
@@ -68,9 +80,9 @@ def probabilities(products, lse, scale, PRECISION: tl.constexpr):
     return exponential(products * (scale * LOG2_E) - lse * LOG2_E, PRECISION)
 
 
-def row_strides(query_start: Tensor, tiles: Tensor) -> tuple[int, int]:
-    """Batch strides of the mask vectors and of the tiles: 0 where one row serves the whole batch."""
-    return tuple(0 if t.shape[0] == 1 else t.stride(0) for t in (query_start, tiles))  # type: ignore[return-value]
+def row_strides(intervals: Tensor, tiles: Tensor) -> tuple[int, int]:
+    """Batch strides of the intervals and of the tiles: 0 where one row serves the whole batch."""
+    return tuple(0 if t.shape[0] == 1 else t.stride(0) for t in (intervals, tiles))  # type: ignore[return-value]
 
 
 def constexprs(launch: tuning.Launch, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:

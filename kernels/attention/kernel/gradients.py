@@ -14,7 +14,8 @@ from transfusion.kernels.attention.kernel.blocks import (
     FULL_RUNS,
     MASKED_RUNS,
     launch_options,
-    load_interval,
+    load_intervals,
+    load_numbers,
     load_rows,
     probabilities,
     row_strides,
@@ -44,20 +45,24 @@ def delta_kernel(
 
 @triton.jit
 def _query_runs(
-    dq, q, grad_out, lse, delta, queries, runs, p_runs, p_k, p_v, p_start, p_end, stride_k, stride_v, num_keys, scale,
+    dq, q, grad_out, lse, delta, queries, runs, p_runs, p_k, p_v, p_intervals, stride_k, stride_v, num_keys, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dq += dS k over the key tiles of all runs of one kind."""
+    # Where a row lies in its tile is the same for every tile: computed once, not by a 64-bit product for each.
+    rows = tl.arange(0, BLOCK_K)
+    k_rows, v_rows = rows.to(tl.int64) * stride_k, rows.to(tl.int64) * stride_v
     for run in range(runs):
         for tile in range(tl.load(p_runs + 2 * run), tl.load(p_runs + 2 * run + 1)):
-            keys = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+            first_key = tile * BLOCK_K
+            keys = first_key + rows
             inside = keys < num_keys
-            k = load_rows(p_k, keys.to(tl.int64) * stride_k, inside, HEAD_DIM, BLOCK_D, MASKED)
-            v = load_rows(p_v, keys.to(tl.int64) * stride_v, inside, HEAD_DIM, BLOCK_D, MASKED)
+            k = load_rows(p_k + first_key.to(tl.int64) * stride_k, k_rows, inside, HEAD_DIM, BLOCK_D, MASKED)
+            v = load_rows(p_v + first_key.to(tl.int64) * stride_v, v_rows, inside, HEAD_DIM, BLOCK_D, MASKED)
             products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             p = probabilities(products, lse[:, None], scale, PRECISION)
             if MASKED:
-                start, end = load_interval(p_start, p_end, keys, num_keys)
+                start, end = load_intervals(p_intervals, keys, inside)
                 visible = (start[None, :] <= queries[:, None]) & (queries[:, None] < end[None, :])
                 p = tl.where(visible, p, 0.0)
             dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
@@ -68,7 +73,7 @@ def _query_runs(
 
 @triton.jit
 def backward_query_kernel(
-    p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_dq, p_start, p_end, p_tiles,
+    p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_dq, p_intervals, p_tiles,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, go_b, go_h, go_n, dq_b, dq_h, dq_n, mask_b, tiles_b, tiles_n,
     heads, group, num_queries, num_keys, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -87,17 +92,16 @@ def backward_query_kernel(
     delta = tl.load(p_delta + row * num_queries + rows, mask=inside, other=0.0)
     p_k += b * k_b + h // group * k_h
     p_v += b * v_b + h // group * v_h
-    p_start += b * mask_b
-    p_end += b * mask_b
+    p_intervals += b * mask_b
     p_tiles += b * tiles_b + tile * tiles_n
 
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     dq = _query_runs(
-        dq, q, grad_out, lse, delta, queries, tl.load(p_tiles), p_tiles + MASKED_RUNS, p_k, p_v, p_start, p_end,
+        dq, q, grad_out, lse, delta, queries, tl.load(p_tiles), p_tiles + MASKED_RUNS, p_k, p_v, p_intervals,
         k_n, v_n, num_keys, scale, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION, True,
     )  # fmt: skip
     dq = _query_runs(
-        dq, q, grad_out, lse, delta, queries, tl.load(p_tiles + 1), p_tiles + FULL_RUNS, p_k, p_v, p_start, p_end,
+        dq, q, grad_out, lse, delta, queries, tl.load(p_tiles + 1), p_tiles + FULL_RUNS, p_k, p_v, p_intervals,
         k_n, v_n, num_keys, scale, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION, False,
     )  # fmt: skip
     store_rows(p_dq + b * dq_b + h * dq_h, rows * dq_n, inside, dq * scale, HEAD_DIM, BLOCK_D)
@@ -108,23 +112,26 @@ def _key_runs(
     dk, dv, k, v, start, end, runs, p_runs, p_q, p_grad_out, p_lse, p_delta, stride_q, stride_go, num_queries, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dv += Pᵀ dout, dk += dSᵀ q over the query tiles of all runs of one kind; scores are (BLOCK_K, BLOCK_Q)."""
+    """dv += Pᵀ dout, dk += dSᵀ q over the query tiles of all runs of one kind; scores are (BLOCK_K, BLOCK_Q).
+
+    A tile with queries past the end is a masked one. Offsets of rows are computed anew for each tile, unlike elsewhere:
+    the two accumulators leave no registers to keep them in.
+    """
     for run in range(runs):
         for tile in range(tl.load(p_runs + 2 * run), tl.load(p_runs + 2 * run + 1)):
             queries = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
             inside, rows = queries < num_queries, queries.to(tl.int64)
-            q = load_rows(p_q, rows * stride_q, inside, HEAD_DIM, BLOCK_D, True)
+            q = load_rows(p_q, rows * stride_q, inside, HEAD_DIM, BLOCK_D, MASKED)
             products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            # A query past the end has lse = +inf, so p = 0, in full tiles too.
-            lse = tl.load(p_lse + queries, mask=inside, other=float("inf"))
+            lse = load_numbers(p_lse, queries, inside, MASKED)
             p = probabilities(products, lse[None, :], scale, PRECISION)
             if MASKED:
                 visible = (start[:, None] <= queries[None, :]) & (queries[None, :] < end[:, None])
                 p = tl.where(visible, p, 0.0)
-            grad_out = load_rows(p_grad_out, rows * stride_go, inside, HEAD_DIM, BLOCK_D, True)
+            grad_out = load_rows(p_grad_out, rows * stride_go, inside, HEAD_DIM, BLOCK_D, MASKED)
             dv = tl.dot(p.to(grad_out.dtype), grad_out, dv, input_precision=PRECISION)
             dp = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
-            delta = tl.load(p_delta + queries, mask=inside, other=0.0)
+            delta = load_numbers(p_delta, queries, inside, MASKED)
             ds = p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
@@ -132,7 +139,7 @@ def _key_runs(
 
 @triton.jit
 def backward_key_kernel(
-    p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_dk, p_dv, p_start, p_end, p_tiles,
+    p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_dk, p_dv, p_intervals, p_tiles,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, go_b, go_h, go_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
     mask_b, tiles_b, tiles_n, kv_heads, group, num_queries, num_keys, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -147,23 +154,29 @@ def backward_key_kernel(
     inside, rows = keys < num_keys, keys.to(tl.int64)
     k = load_rows(p_k + b * k_b + kv * k_h, rows * k_n, inside, HEAD_DIM, BLOCK_D, True)
     v = load_rows(p_v + b * v_b + kv * v_h, rows * v_n, inside, HEAD_DIM, BLOCK_D, True)
-    start, end = load_interval(p_start + b * mask_b, p_end + b * mask_b, keys, num_keys)
+    start, end = load_intervals(p_intervals + b * mask_b, keys, inside)
     p_tiles += b * tiles_b + tile * tiles_n
     masked_runs, full_runs = tl.load(p_tiles), tl.load(p_tiles + 1)
 
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for h in range(kv * group, kv * group + group):
-        p_qh, p_goh = p_q + b * q_b + h * q_h, p_grad_out + b * go_b + h * go_h
-        offset = (b * kv_heads * group + h) * num_queries
+    p_q += b * q_b + kv * group * q_h
+    p_grad_out += b * go_b + kv * group * go_h
+    p_lse += row * group * num_queries
+    p_delta += row * group * num_queries
+    for _ in range(group):
         dk, dv = _key_runs(
-            dk, dv, k, v, start, end, masked_runs, p_tiles + MASKED_RUNS, p_qh, p_goh, p_lse + offset, p_delta + offset,
+            dk, dv, k, v, start, end, masked_runs, p_tiles + MASKED_RUNS, p_q, p_grad_out, p_lse, p_delta,
             q_n, go_n, num_queries, scale, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION, True,
         )  # fmt: skip
         dk, dv = _key_runs(
-            dk, dv, k, v, start, end, full_runs, p_tiles + FULL_RUNS, p_qh, p_goh, p_lse + offset, p_delta + offset,
+            dk, dv, k, v, start, end, full_runs, p_tiles + FULL_RUNS, p_q, p_grad_out, p_lse, p_delta,
             q_n, go_n, num_queries, scale, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION, False,
         )  # fmt: skip
+        p_q += q_h
+        p_grad_out += go_h
+        p_lse += num_queries
+        p_delta += num_queries
     store_rows(p_dk + b * dk_b + kv * dk_h, rows * dk_n, inside, dk * scale, HEAD_DIM, BLOCK_D)
     store_rows(p_dv + b * dv_b + kv * dv_h, rows * dv_n, inside, dv, HEAD_DIM, BLOCK_D)
 
@@ -176,8 +189,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    query_start: Tensor,
-    query_end: Tensor,
+    intervals: Tensor,
     query_tiles: Tensor,
     key_tiles: Tensor,
     scale: float,
@@ -201,14 +213,14 @@ def backward(
         )  # fmt: skip
         launch = tuning.launch("attention", "backward_key", table, q.dtype, head_dim)
         backward_key_kernel[(_lines(num_keys, launch.block_k, key_tiles) * batch * kv_heads,)](
-            q, k, v, grad_out, lse, delta, dk, dv, query_start, query_end, key_tiles,
-            *strides, *dk.stride()[:3], *dv.stride()[:3], *row_strides(query_start, key_tiles), key_tiles.stride(1),
+            q, k, v, grad_out, lse, delta, dk, dv, intervals, key_tiles,
+            *strides, *dk.stride()[:3], *dv.stride()[:3], *row_strides(intervals, key_tiles), key_tiles.stride(1),
             kv_heads, *sizes, **launch_options(launch, head_dim, q.dtype),
         )  # fmt: skip
         launch = tuning.launch("attention", "backward_query", table, q.dtype, head_dim)
         backward_query_kernel[(_lines(num_queries, launch.block_q, query_tiles) * batch * heads,)](
-            q, k, v, grad_out, lse, delta, dq, query_start, query_end, query_tiles,
-            *strides, *dq.stride()[:3], *row_strides(query_start, query_tiles), query_tiles.stride(1),
+            q, k, v, grad_out, lse, delta, dq, intervals, query_tiles,
+            *strides, *dq.stride()[:3], *row_strides(intervals, query_tiles), query_tiles.stride(1),
             heads, *sizes, **launch_options(launch, head_dim, q.dtype),
         )  # fmt: skip
     return dq, dk, dv

@@ -19,7 +19,7 @@ from transfusion.kernels.attention.kernel.blocks import (
     MASKED_RUNS,
     exponential,
     launch_options,
-    load_interval,
+    load_intervals,
     load_rows,
     row_strides,
     store_rows,
@@ -29,30 +29,32 @@ from transfusion.kernels.attention.plan import plan_forward
 
 @triton.jit
 def _run(
-    acc, l, m, q, queries, p_k, p_v, p_start, p_end, first, last, stride_k, stride_v, num_keys, scale,
+    acc, l, m, q, queries, p_k, p_v, p_intervals, first, last, stride_k, stride_v, num_keys, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over key tiles [first, last): acc = Σ p v, l = Σ p, m = running maximum, in units of `scale`."""
+    # Where a row lies in its tile is the same for every tile: computed once, not by a 64-bit product for each.
+    rows = tl.arange(0, BLOCK_K)
+    k_rows, v_rows = rows.to(tl.int64) * stride_k, rows.to(tl.int64) * stride_v
     for tile in range(first, last):
-        keys = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+        first_key = tile * BLOCK_K
+        keys = first_key + rows
         inside = keys < num_keys
-        k = load_rows(p_k, keys.to(tl.int64) * stride_k, inside, HEAD_DIM, BLOCK_D, MASKED)
+        k = load_rows(p_k + first_key.to(tl.int64) * stride_k, k_rows, inside, HEAD_DIM, BLOCK_D, MASKED)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
-            start, end = load_interval(p_start, p_end, keys, num_keys)
+            start, end = load_intervals(p_intervals, keys, inside)
             visible = (start[None, :] <= queries[:, None]) & (queries[:, None] < end[None, :])
-            scores = tl.where(visible, products * scale, float("-inf"))
-            m_new = tl.maximum(m, tl.max(scores, 1))
-            # -inf - -inf is NaN: a query that has seen no key yet subtracts 0
+            products = tl.where(visible, products, float("-inf"))
+        # scale > 0: the largest score is that of the largest product, and one multiply-add is left for each
+        m_new = tl.maximum(m, tl.max(products, 1) * scale)
+        base = m_new
+        if MASKED:  # -inf - -inf is NaN: a query that has seen no key yet subtracts 0
             base = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = exponential(scores - base[:, None], PRECISION)
-        else:  # scale >= 0: the largest score is that of the largest product, and one multiply-add is left for each
-            m_new = tl.maximum(m, tl.max(products, 1) * scale)
-            base = m_new
-            p = exponential(products * scale - base[:, None], PRECISION)
+        p = exponential(products * scale - base[:, None], PRECISION)
         decay = exponential(m - base, PRECISION)
         l = l * decay + tl.sum(p, 1)
-        v = load_rows(p_v, keys.to(tl.int64) * stride_v, inside, HEAD_DIM, BLOCK_D, MASKED)
+        v = load_rows(p_v + first_key.to(tl.int64) * stride_v, v_rows, inside, HEAD_DIM, BLOCK_D, MASKED)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         m = m_new
     return acc, l, m
@@ -60,7 +62,7 @@ def _run(
 
 @triton.jit
 def _runs(
-    acc, l, m, runs, p_runs, lower, upper, q, queries, p_k, p_v, p_start, p_end, stride_k, stride_v,
+    acc, l, m, runs, p_runs, lower, upper, q, queries, p_k, p_v, p_intervals, stride_k, stride_v,
     num_keys, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -75,7 +77,7 @@ def _runs(
             lower -= length
             upper -= length
         acc, l, m = _run(
-            acc, l, m, q, queries, p_k, p_v, p_start, p_end, first, last, stride_k, stride_v, num_keys, scale,
+            acc, l, m, q, queries, p_k, p_v, p_intervals, first, last, stride_k, stride_v, num_keys, scale,
             HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION, MASKED,
         )  # fmt: skip
     return acc, l, m, lower, upper
@@ -83,7 +85,7 @@ def _runs(
 
 @triton.jit
 def forward_kernel(
-    p_q, p_k, p_v, p_out, p_lse, p_start, p_end, p_tiles,
+    p_q, p_k, p_v, p_out, p_lse, p_intervals, p_tiles,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n, mask_b, tiles_b, tiles_n,
     batch, heads, group, packed, num_queries, num_keys, scale, splits,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -92,7 +94,7 @@ def forward_kernel(
     """out and lse of a block of rows. Grid: blocks (last, so longest, first) × B·H / packed × splits.
 
     Rows are the queries of one head, or with PACKED those of `packed` heads, head by head. With SPLIT, p_out and p_lse
-    have a leading dimension of splits. scale is `softmax_scale`'s.
+    have a leading dimension of splits. scale is `softmax_scale`'s of a positive one.
     """
     blocks = tl.cdiv(packed * num_queries, BLOCK_Q)
     block = blocks - 1 - tl.program_id(0) % blocks
@@ -106,12 +108,9 @@ def forward_kernel(
         queries, head = rows % num_queries, h + rows // num_queries
     q_rows = b * q_b + head * q_h + queries.to(tl.int64) * q_n
     q = load_rows(p_q, q_rows, inside, HEAD_DIM, BLOCK_D, True)
-    q = tl.where(scale < 0, -q, q)  # exact, and leaves a scale that keeps the order of products
-    scale = tl.abs(scale)
     p_k += b * k_b + h // group * k_h
     p_v += b * v_b + h // group * v_h
-    p_start += b * mask_b
-    p_end += b * mask_b
+    p_intervals += b * mask_b
     p_tiles += b * tiles_b + block * tiles_n
     masked_runs, full_runs = tl.load(p_tiles), tl.load(p_tiles + 1)
     share = tl.cdiv(tl.load(p_tiles + 2), splits)
@@ -122,11 +121,11 @@ def forward_kernel(
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     acc, l, m, lower, upper = _runs(
         acc, l, m, masked_runs, p_tiles + MASKED_RUNS, lower, upper, q, queries,
-        p_k, p_v, p_start, p_end, k_n, v_n, num_keys, scale, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION, True, SPLIT,
+        p_k, p_v, p_intervals, k_n, v_n, num_keys, scale, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION, True, SPLIT,
     )  # fmt: skip
     acc, l, m, _, _ = _runs(
         acc, l, m, full_runs, p_tiles + FULL_RUNS, lower, upper, q, queries,
-        p_k, p_v, p_start, p_end, k_n, v_n, num_keys, scale, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION, False, SPLIT,
+        p_k, p_v, p_intervals, k_n, v_n, num_keys, scale, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION, False, SPLIT,
     )  # fmt: skip
 
     some = l > 0
@@ -163,15 +162,15 @@ def combine_kernel(
     tl.store(pointers, out.to(p_out.dtype.element_ty), mask=lanes < HEAD_DIM)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, query_start: Tensor, query_end: Tensor, tiles: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, tiles: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """-> out like q, lse (B, H, N) float32. The last stride of q, k, v is 1."""
     batch, heads, num_queries, head_dim = q.shape
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if not out.numel():
         return out, lse
+    if scale <= 0:  # the kernel takes the largest product for the largest score
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     kv_heads, num_keys = k.shape[1:3]
     launch, packed, blocks, splits = plan_forward(
         q.device, q.dtype, batch, heads, kv_heads, num_queries, num_keys, head_dim
@@ -183,9 +182,9 @@ def forward(
         part_lse = torch.empty(splits * batch, *lse.shape[1:], dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         forward_kernel[(blocks * batch * heads // packed * splits,)](
-            q, k, v, parts, part_lse, query_start, query_end, tiles,
+            q, k, v, parts, part_lse, intervals, tiles,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *parts.stride()[:3],
-            *row_strides(query_start, tiles), 0 if packed > 1 else tiles.stride(1),
+            *row_strides(intervals, tiles), 0 if packed > 1 else tiles.stride(1),
             batch, heads, heads // kv_heads, packed, num_queries, num_keys, softmax_scale(scale, q.dtype), splits,
             PACKED=packed > 1, SPLIT=splits > 1, **launch_options(launch, head_dim, q.dtype),
         )  # fmt: skip
