@@ -3,15 +3,22 @@
     python -m transfusion.kernels.tune                                # 16 bits, head dims 64 and 128, every stage
     python -m transfusion.kernels.tune --stage forward --head-dim 128 --seconds 120
 
-A launch that compiles to nothing (too much shared memory), or whose result misses its bound, is never timed. Every
-figure is a line of `--rows`; the table keeps the choice. A GPU without a table gets one. Nothing is tuned at run time.
+Candidates are compiled and checked by several processes, the ones nearest to the present launch first; then they are
+timed one by one. What does not compile (too much shared memory), or misses its bound, is never timed. Every figure is
+a line of `--rows`; the table keeps the choice. A GPU without a table gets one. Nothing is tuned at run time.
 """
 
 import argparse
 import json
+import math
+import multiprocessing
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,14 +48,18 @@ class Trial(NamedTuple):
 
 
 def candidates(stage: str, head_dim: int, current: Launch) -> list[Launch]:
-    """Tiles, warps and stages worth a try, the current one first."""
+    """Tiles, warps and stages worth a try, the current one first, then by how little they differ from it."""
     sides: tuple[Sequence[int], Sequence[int]] = ((64, 128), (32, 64, 128))
     if stage == "decode":
         sides = ((16,), (32, 64, 128, 256))
     elif stage == "backward_key":
         sides = ((32, 64, 128), (64, 128))
     tried = [Launch(*row) for row in product(*sides, (4, 8), (2, 3, 4)) if row[0] * row[1] * head_dim <= 2**21]
-    return [current, *(launch for launch in tried if launch != current)]
+
+    def distance(launch: Launch) -> float:
+        return sum(abs(math.log2(its / mine)) for its, mine in zip(launch, current, strict=True))
+
+    return [current, *sorted((launch for launch in tried if launch != current), key=distance)]
 
 
 def packed_mask(rows: int, length: int) -> IntervalMask:
@@ -103,25 +114,47 @@ def median_milliseconds(call: Callable[[], Any]) -> float:
     return float(triton.testing.do_bench(call, warmup=25, rep=100, return_mode="median"))
 
 
-def tune(stage: str, dtype: torch.dtype, head_dim: int, until: float) -> Iterator[Trial]:
-    """A trial of each candidate, until the clock says so; the table holds the candidate while it is tried."""
-    table = tuning.table_name(torch.device("cuda"))
+@contextmanager
+def installed(stage: str, dtype: torch.dtype, head_dim: int, launch: Launch) -> Iterator[None]:
+    """The table of this process holds `launch` for so long."""
+    table = tuning.architecture(torch.device("cuda"))
+    tuning.add_table(table)
     current = tuning.launch("attention", stage, table, dtype, head_dim)
-    name = str(dtype).removeprefix("torch.")
+    tuning.set_launch("attention", stage, table, dtype, head_dim, launch)
     try:
-        for launch in candidates(stage, head_dim, current):
-            if time.monotonic() > until:
-                return
-            tuning.set_launch("attention", stage, table, dtype, head_dim, launch)
-            try:
-                if not passes(stage, dtype, head_dim):
-                    yield Trial(stage, name, head_dim, launch, None, "misses its bound")
-                    continue
-                yield Trial(stage, name, head_dim, launch, median_milliseconds(make_call(stage, dtype, head_dim)))
-            except triton.runtime.errors.OutOfResources as error:
-                yield Trial(stage, name, head_dim, launch, None, str(error))
+        yield
     finally:
         tuning.set_launch("attention", stage, table, dtype, head_dim, current)
+
+
+def why_not(stage: str, dtype: torch.dtype, head_dim: int, launch: Launch) -> str:
+    """Why a candidate is not timed, or nothing. Leaves what will be timed compiled, in Triton's cache on the disk."""
+    with installed(stage, dtype, head_dim, launch):
+        try:
+            if not passes(stage, dtype, head_dim):
+                return "misses its bound"
+            make_call(stage, dtype, head_dim)()
+        except (
+            Exception
+        ) as error:  # a compiler's, a launch's: whatever it is, the candidate is out and the next is tried
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+    return ""
+
+
+def tune(stage: str, dtype: torch.dtype, head_dim: int, until: float, pool: Executor | None = None) -> Iterator[Trial]:
+    """A trial of each candidate, until the clock says so."""
+    current = tuning.launch("attention", stage, tuning.table_name(torch.device("cuda")), dtype, head_dim)
+    launches = candidates(stage, head_dim, current)
+    ask, name = partial(why_not, stage, dtype, head_dim), str(dtype).removeprefix("torch.")
+    reasons: Iterable[str] = map(ask, launches) if pool is None else list(pool.map(ask, launches))
+    for launch, reason in zip(launches, reasons, strict=True):
+        if time.monotonic() > until:
+            return
+        milliseconds = None
+        if not reason:
+            with installed(stage, dtype, head_dim, launch):
+                milliseconds = median_milliseconds(make_call(stage, dtype, head_dim))
+        yield Trial(stage, name, head_dim, launch, milliseconds, reason)
 
 
 def fastest(trials: Sequence[Trial]) -> Launch | None:
@@ -138,6 +171,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--head-dim", action="append", type=int, help="may be repeated; default: 64 and 128")
     parser.add_argument("--seconds", type=float, default=480.0, help="stop after so long; what was found is kept")
     parser.add_argument("--rows", type=Path, help="append a JSON line for each trial")
+    jobs = min(os.cpu_count() or 1, 12)
+    parser.add_argument(
+        "--jobs", type=int, default=jobs, help="processes that compile and check (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("tuning needs a GPU, and torch finds none", file=sys.stderr)
@@ -145,11 +182,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype, table = getattr(torch, options.dtype), tuning.architecture(torch.device("cuda"))
     tuning.add_table(table)
     plan = list(product(options.head_dim or (128, 64), options.stage or STAGES))
+    with ExitStack() as stack:
+        spawn = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
+        pool = stack.enter_context(ProcessPoolExecutor(options.jobs, spawn)) if options.jobs > 1 else None
+        _tune_all(plan, dtype, options, pool)
+    return 0
+
+
+def _tune_all(plan: Sequence[tuple[int, str]], dtype: torch.dtype, options: Any, pool: Executor | None) -> None:
+    table = tuning.architecture(torch.device("cuda"))
     end = time.monotonic() + options.seconds
     for index, (head_dim, stage) in enumerate(plan):
         share = (end - time.monotonic()) / (len(plan) - index)  # what is left is divided anew
         trials = []
-        for trial in tune(stage, dtype, head_dim, time.monotonic() + share):
+        for trial in tune(stage, dtype, head_dim, time.monotonic() + share, pool):
             trials.append(trial)
             print(_line(trial), flush=True)
             if options.rows:
@@ -160,7 +206,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if chosen is not None:
             tuning.set_launch("attention", stage, table, dtype, head_dim, chosen)
             print(f"{stage} {options.dtype} {head_dim}: {tuple(chosen)} -> {tuning.save(table)}", flush=True)
-    return 0
 
 
 def _line(trial: Trial) -> str:

@@ -1,6 +1,10 @@
 """The tune command: what fails its check is never timed, the fastest launch wins, and what is written is read."""
 
 import json
+import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,7 +44,7 @@ def test_the_fastest_launch_is_written(machine: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tune, "passes", lambda stage, dtype, dim: in_table(stage).num_stages != 2)
     monkeypatch.setattr(tune, "median_milliseconds", clock)
     rows = tmp_path / "rows.jsonl"
-    assert tune.main(["--stage", "forward", "--head-dim", "64", "--rows", str(rows)]) == 0
+    assert tune.main(["--stage", "forward", "--head-dim", "64", "--jobs", "1", "--rows", str(rows)]) == 0
     assert timed and all(launch.num_stages != 2 for launch in timed), "what fails its check is never timed"
     written = json.loads((machine / f"{GPU}.json").read_text())
     assert written["attention"]["forward"]["2"]["64"] == [64, 32, 4, 3]
@@ -52,7 +56,7 @@ def test_the_fastest_launch_is_written(machine: Path, monkeypatch: pytest.Monkey
 
 def test_a_table_is_left_as_it_was_where_nothing_passes(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "passes", lambda stage, dtype, dim: False)
-    assert tune.main(["--stage", "decode", "--head-dim", "64"]) == 0
+    assert tune.main(["--stage", "decode", "--head-dim", "64", "--jobs", "1"]) == 0
     assert tuning._TABLES[GPU] == tuning._TABLES["default"]
     assert not list(machine.iterdir())
 
@@ -60,8 +64,44 @@ def test_a_table_is_left_as_it_was_where_nothing_passes(machine: Path, monkeypat
 def test_time_runs_out(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "passes", lambda stage, dtype, dim: True)
     monkeypatch.setattr(tune, "median_milliseconds", lambda call: 1.0)
-    assert tune.main(["--seconds", "0"]) == 0
+    assert tune.main(["--seconds", "0", "--jobs", "1"]) == 0
     assert not list(machine.iterdir())
+
+
+def test_a_candidate_that_fails_is_out_and_the_next_is_tried(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool's way: every candidate is judged before one is timed. (A pool of threads sees the stand-ins.)"""
+    tuning.add_table(GPU)
+    before = in_table("forward")
+    judged: list[Launch] = []
+
+    def passes(stage: str, dtype: torch.dtype, head_dim: int) -> bool:
+        judged.append(in_table(stage))
+        if judged[-1].num_warps == 8:
+            raise RuntimeError("PassManager::run failed\nand much more")
+        return True
+
+    def clock(call: object) -> float:
+        assert len(judged) == len(candidates("forward", 64, before))
+        return float(in_table("forward").block_q)
+
+    monkeypatch.setattr(tune, "passes", passes)
+    monkeypatch.setattr(tune, "median_milliseconds", clock)
+    with ThreadPoolExecutor(1) as pool:
+        trials = list(tune.tune("forward", torch.bfloat16, 64, time.monotonic() + 60, pool))
+    assert [trial.launch for trial in trials] == judged == candidates("forward", 64, before)
+    for trial in trials:
+        failed = trial.launch.num_warps == 8
+        assert trial.reason == ("RuntimeError: PassManager::run failed" if failed else "")
+        assert trial.milliseconds == (None if failed else float(trial.launch.block_q))
+    assert in_table("forward") == before
+    pickle.loads(pickle.dumps(partial(tune.why_not, "forward", torch.bfloat16, 64)))  # as processes are sent it
+
+
+def test_the_nearest_candidates_come_first() -> None:
+    current = Launch(128, 64, 8, 3)
+    _, *others = candidates("forward", 128, current)
+    assert {tuple(a != b for a, b in zip(each, current, strict=True)).count(True) for each in others[:4]} == {1}
+    assert others[-1].num_warps == 4 and others[-1].block_q == 64
 
 
 def test_candidates_are_what_triton_takes() -> None:
