@@ -9,6 +9,7 @@ features give other numbers. Both are torchmetrics'.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,10 @@ class _Features(nn.Module):
 def load_features(name: str | Path, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
     """A network from images (I, 3, h, w) in [0, 1] to features (I, F): "inception", or a TorchScript file.
 
-    Raises `ImportError` saying what "inception" needs, `FileNotFoundError` or `ValueError` naming the file.
+    Raises `ImportError` where what the distances or "inception" need is not installed, before anything is drawn;
+    `FileNotFoundError` or `ValueError` naming the file.
     """
+    _distances()
     if str(name) == "inception":
         try:
             from torchmetrics.image.fid import NoTrainInceptionV3
@@ -61,18 +64,14 @@ def image_distances(
     more images than features to mean much, so `features` and both sizes are told beside it. Raises `ValueError` for
     fewer than two images.
     """
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-        from torchmetrics.image.kid import KernelInceptionDistance
-    except ImportError as error:
-        raise ImportError("distances between sets of images need torchmetrics: pip install torchmetrics") from error
+    frechet_distance, kernel_distance = _distances()
     smaller = min(len(real), len(generated))
     if smaller < 2:
         raise ValueError(f"a distance needs two images or more on each side, got {len(real)} and {len(generated)}")
     width = features(_unit(real[:1])).shape[-1]
     network = _Features(features, width)
-    frechet = FrechetInceptionDistance(feature=network).to(real.device)
-    kid = KernelInceptionDistance(feature=network, subset_size=min(subset_size, smaller)).to(real.device)
+    frechet = frechet_distance(feature=network).to(real.device)
+    kid = kernel_distance(feature=network, subset_size=min(subset_size, smaller)).to(real.device)
     for images, is_real in ((real, True), (generated, False)):
         for part in images.split(_BATCH):
             frechet.update(_unit(part), real=is_real)
@@ -88,6 +87,15 @@ def image_distances(
         "real_images": len(real),
         "generated_images": len(generated),
     }
+
+
+def _distances() -> tuple[Any, Any]:
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.kid import KernelInceptionDistance
+    except ImportError as error:
+        raise ImportError("distances between sets of images need torchmetrics: pip install torchmetrics") from error
+    return FrechetInceptionDistance, KernelInceptionDistance
 
 
 def _unit(images: Tensor) -> Tensor:

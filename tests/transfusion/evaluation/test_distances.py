@@ -1,5 +1,6 @@
 """Distances between sets of images: the formulas on features that are known, and what is said where something lacks."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,3 +85,9 @@ def test_what_lacks_is_named(tmp_path: Path) -> None:
         load_features(tmp_path / "text.pt")
     with pytest.raises(ValueError, match="got 40 and 1"):
         image_distances(images(0), images(1)[:1], moments)
+
+
+def test_a_missing_package_is_told_before_anything_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.kid", None)
+    with pytest.raises(ImportError, match="pip install torchmetrics"):
+        load_features(tmp_path / "moments.pt")
