@@ -1,6 +1,7 @@
 """transfusion_attention: every implementation against the float64 gold, on the layouts that broke others."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +123,24 @@ def test_strides() -> None:
         assert torch.equal(leaf.grad[:, :, i].transpose(1, 2), plain.grad)
     transposed = q.mT.contiguous().mT  # last stride is not 1
     assert torch.equal(transfusion_attention(transposed, k, v, mask.to(DEVICE), impl="triton"), out)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="test_attention_device has it on a GPU")
+def test_rows_may_lie_far_apart(tmp_path: Path) -> None:
+    """Within one tile of rows already, offsets pass 2^31 numbers. The storage is a file with holes: few pages exist."""
+    mask, gap = IntervalMask.causal(20), 2**28
+    close = [torch.randn(1, 1, 20, 16).half().to(DEVICE) for _ in range(4)]
+
+    def apart(name: int, tensor: Tensor) -> Tensor:
+        storage = torch.from_file(str(tmp_path / str(name)), shared=True, size=19 * gap + 16, dtype=torch.float16)
+        return storage.as_strided((1, 1, 20, 16), (0, 0, gap, 1)).copy_(tensor)
+
+    results = []
+    for *qkv, grad_out in (close, [apart(*each) for each in enumerate(close)]):
+        leaves = [t.requires_grad_() for t in qkv]
+        out = transfusion_attention(*leaves, mask, impl="triton")  # type: ignore[call-overload]
+        results.append([out, *torch.autograd.grad(out, leaves, grad_out)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_large_logits_stay_finite() -> None:
