@@ -137,7 +137,7 @@ class CreateBlockMask(Baseline):
     def prepare(self, mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Any:
         from torch.nn.attention.flex_attention import create_block_mask
 
-        start, end, rows = mask.query_start, mask.query_end, mask.batch_size
+        start, end, rows = mask.query_start.contiguous(), mask.query_end.contiguous(), mask.batch_size
 
         def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             row = b if rows > 1 else b * 0

@@ -46,7 +46,7 @@ class FlashAttention4(Baseline):
         forward = (block.kv_num_blocks, block.kv_indices, block.full_kv_num_blocks, block.full_kv_indices)
         backward = (block.q_num_blocks, block.q_indices, block.full_q_num_blocks, block.full_q_indices)
         lists = [BlockSparseTensorsTorch(*lists, block_size=(128, 128)) for lists in (forward, backward)]
-        return lists, [mask.query_start, mask.query_end]
+        return lists, [mask.query_start.contiguous(), mask.query_end.contiguous()]
 
     def __call__(self, prepared: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from flash_attn.cute.interface import flash_attn_func

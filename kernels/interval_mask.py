@@ -24,16 +24,15 @@ class IntervalMask:
     """The mask as `query_start`, `query_end`: (B or 1, M) int32, one interval of queries per key.
 
     A leading 1 broadcasts over the batch. `intervals` (B or 1, M, 2) holds both, as kernels read them: cut to
-    [0, num_queries), an empty one as (num_queries, 0). Immutable; what is derived from it (tiles, the dense form) is
-    built once, on its device and without a host sync, and kept with it.
+    [0, num_queries), an empty one as (num_queries, num_queries). Immutable; what is derived from it (tiles, the dense
+    form) is built once, on its device and without a host sync, and kept with it.
     """
 
     def __init__(self, query_start: Tensor, query_end: Tensor, num_queries: int) -> None:
         _check_vectors(query_start, query_end, num_queries)
         start, end = query_start.clamp(min=0), query_end.clamp(max=num_queries)
         empty = end <= start
-        start, end = start.masked_fill(empty, num_queries), end.masked_fill(empty, 0)
-        self.intervals = torch.stack([start, end], -1).to(torch.int32)
+        self.intervals = torch.stack([start, end], -1).masked_fill(empty[..., None], num_queries).to(torch.int32)
         self.num_queries = num_queries
         self._derived: dict[object, Any] = {}
 
@@ -184,7 +183,7 @@ class IntervalMask:
 
     def area(self) -> Tensor:
         """Σ_j |interval j|: visible (query, key) pairs of each row, (B or 1,) int64. FLOPs are counted from it."""
-        return (self.query_end.long() - self.query_start.long()).clamp(min=0).sum(1)
+        return (self.query_end.long() - self.query_start.long()).sum(1)
 
     def to_dense(self) -> Tensor:
         """(B or 1, N, M) bool: the definition spelled out, the oracle of every test."""
@@ -216,7 +215,7 @@ class IntervalMask:
         from torch.nn.attention.flex_attention import BlockMask
 
         kinds = tile_kinds(self.intervals, self.num_queries, block_size, block_size)
-        start, end, rows = self.query_start, self.query_end, self.batch_size
+        start, end, rows = self.query_start.contiguous(), self.query_end.contiguous(), self.batch_size
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             row = b if rows > 1 else b * 0

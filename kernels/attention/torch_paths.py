@@ -111,7 +111,7 @@ def _stretches(start: list[int], end: list[int]) -> list[tuple[int, int]]:
         earliest[j] = min(earliest[j + 1], start[j] if start[j] < end[j] else count)
     stretches, first, reach = [], 0, 0
     for j in range(count):
-        reach = max(reach, end[j])
+        reach = max(reach, end[j] if start[j] < end[j] else 0)
         if reach <= j + 1 <= earliest[j + 1]:
             stretches.append((first, j + 1))
             first = j + 1

@@ -19,6 +19,7 @@ def key_extremes_kernel(p_intervals, p_extremes, num_queries, num_keys, tiles, B
     p_intervals += 2 * (b * num_keys + keys)
     start = tl.load(p_intervals, mask=keys < num_keys, other=num_queries)
     end = tl.load(p_intervals + 1, mask=keys < num_keys, other=0)
+    end = tl.where(start < num_queries, end, 0)  # an empty interval ends before every query
     p_extremes += b * 4 * tiles + tile
     tl.store(p_extremes, tl.min(start, 0))
     tl.store(p_extremes + tiles, tl.max(start, 0))
@@ -91,6 +92,7 @@ def key_tiles_kernel(p_intervals, p_tiles, num_queries, num_keys, tiles, BLOCK_Q
     p_intervals += 2 * (b * num_keys + keys)
     start = tl.load(p_intervals, mask=keys < num_keys, other=num_queries)
     end = tl.load(p_intervals + 1, mask=keys < num_keys, other=0)
+    end = tl.where(start < num_queries, end, 0)  # an empty interval ends before every query
     end_min = tl.min(end, 0)
     first, last = tl.min(start, 0) // BLOCK_Q, tl.cdiv(tl.max(end, 0), BLOCK_Q)
     full_first = tl.minimum(tl.cdiv(tl.max(start, 0), BLOCK_Q), last)

@@ -41,6 +41,7 @@ def key_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -
 def tile_kinds(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
     """(B, query tiles, key tiles) of EMPTY, MASKED, FULL. A key past the end is seen by no query."""
     query_start, query_end = intervals.unbind(-1)
+    query_end = query_end.masked_fill(query_start == num_queries, 0)  # an empty interval ends before every query
     padding = -query_start.shape[1] % block_k
     start = torch.nn.functional.pad(query_start, (0, padding), value=num_queries).unflatten(1, (-1, block_k))
     end = torch.nn.functional.pad(query_end, (0, padding), value=0).unflatten(1, (-1, block_k))

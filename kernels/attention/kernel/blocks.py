@@ -62,6 +62,15 @@ def load_intervals(p_intervals, keys, inside):
 
 
 @triton.jit
+def is_visible(queries, start, end):
+    """start <= query < end, of intervals with start <= end: at or past the one but not the other.
+
+    Not by `&`: LLVM makes two selections of one by a conjunction, a quarter of a masked tile's instructions.
+    """
+    return (start <= queries) ^ (end <= queries)
+
+
+@triton.jit
 def exponential(x, PRECISION: tl.constexpr):
     """exp(x) of natural x in float32; else x is in units of log2, which spares a product for each score.
 

@@ -13,6 +13,7 @@ from transfusion.kernels import tuning
 from transfusion.kernels.attention.kernel.blocks import (
     FULL_RUNS,
     MASKED_RUNS,
+    is_visible,
     launch_options,
     load_intervals,
     load_numbers,
@@ -63,7 +64,7 @@ def _query_runs(
             p = probabilities(products, lse[:, None], scale, PRECISION)
             if MASKED:
                 start, end = load_intervals(p_intervals, keys, inside)
-                visible = (start[None, :] <= queries[:, None]) & (queries[:, None] < end[None, :])
+                visible = is_visible(queries[:, None], start[None, :], end[None, :])
                 p = tl.where(visible, p, 0.0)
             dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
             ds = p * (dp - delta[:, None])
@@ -126,7 +127,7 @@ def _key_runs(
             lse = load_numbers(p_lse, queries, inside, MASKED)
             p = probabilities(products, lse[None, :], scale, PRECISION)
             if MASKED:
-                visible = (start[:, None] <= queries[None, :]) & (queries[None, :] < end[:, None])
+                visible = is_visible(queries[None, :], start[:, None], end[:, None])
                 p = tl.where(visible, p, 0.0)
             grad_out = load_rows(p_grad_out, rows * stride_go, inside, HEAD_DIM, BLOCK_D, MASKED)
             dv = tl.dot(p.to(grad_out.dtype), grad_out, dv, input_precision=PRECISION)

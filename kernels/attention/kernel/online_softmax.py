@@ -18,6 +18,7 @@ from transfusion.kernels.attention.kernel.blocks import (
     LOG2_E,
     MASKED_RUNS,
     exponential,
+    is_visible,
     launch_options,
     load_intervals,
     load_rows,
@@ -44,7 +45,7 @@ def _run(
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             start, end = load_intervals(p_intervals, keys, inside)
-            visible = (start[None, :] <= queries[:, None]) & (queries[:, None] < end[None, :])
+            visible = is_visible(queries[:, None], start[None, :], end[None, :])
             products = tl.where(visible, products, float("-inf"))
         # scale > 0: the largest score is that of the largest product, and one multiply-add is left for each
         m_new = tl.maximum(m, tl.max(products, 1) * scale)
