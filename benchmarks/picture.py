@@ -1,7 +1,7 @@
-"""`python -m benchmarks.picture`: how a real packed row falls into empty, masked and full tiles, as a PNG.
+"""`python -m benchmarks.picture`: how real packed rows fall into empty, masked and full tiles, as a PNG.
 
-The row is the loader's own: captioned emoji of 256 tokens each, one document after the other. It is kept beside the
-attention README.
+The rows are the loader's own: texts, and captioned emoji of 256 tokens each, one document after the other. The picture
+is kept beside the attention README.
 """
 
 import argparse
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.tiles import TABLE, loader_mask
 from transfusion.kernels import IntervalMask, tuning
-from transfusion.kernels.mask_tiles.reference import FULL, MASKED, tile_kinds
+from transfusion.kernels.mask_tiles.reference import FULL, MASKED, tile_kinds, walked
 
 TARGET = Path(__file__).parent.parent / "kernels" / "attention" / "tiles.png"
 _COLORS = {"empty": "#eef1f5", "masked": "#f2a65a", "full": "#4178be"}
@@ -32,35 +33,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def draw(file: Path, length: int = 4096, detail: int = 1024) -> None:
-    """The whole row in tiles on the left; on the right its first `detail` tokens, visible pairs included."""
+    """Of one batch the row of the longest texts, and the beginning of the row of most images, in tiles."""
     from matplotlib.figure import Figure
 
-    mask = loader_mask(0.0, length)
-    row = IntervalMask(mask.query_start[:1], mask.query_end[:1], length)
+    mask = loader_mask(0.5, length)
+    text, images = _row(mask, mask.area()), _row(mask, (mask.query_start.diff() == 0).sum(1))
     launch = tuning.launch("attention", "forward", TABLE, torch.bfloat16, 128)
     figure = Figure(figsize=(11, 5.9), facecolor="white", layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axes, shown in ((left, length), (right, detail)):
+    for axes, row, shown in ((left, text, length), (right, images, detail)):
         _tiles(axes, row, launch.block_q, launch.block_k, shown)
     right.imshow(
-        row.to_dense()[0, :detail, :detail].numpy(),
+        images.to_dense()[0, :detail, :detail].numpy(),
         cmap=_ink_map(),
         extent=(0, detail, detail, 0),
         interpolation="nearest",
         alpha=0.45,
     )
-    _documents(right, row, detail)
-    counts = _counts(row, launch.block_q, launch.block_k)
-    left.set_title(f"one row of {length} tokens: {counts}", fontsize=10, color=_INK)
-    right.set_title(f"its first {detail} tokens; dark: visible pairs", fontsize=10, color=_INK)
+    _documents(right, images, detail)
+    counts = _counts(text, launch.block_q, launch.block_k)
+    left.set_title(f"a row of texts, {length} tokens: {counts}", fontsize=10, color=_INK)
+    right.set_title(f"{detail} tokens of a row of captioned images; dark: visible pairs", fontsize=10, color=_INK)
     _legend(figure, f"tiles of {launch.block_q} queries × {launch.block_k} keys")
     figure.savefig(file, dpi=110, metadata={"Software": None})
+
+
+def _row(mask: IntervalMask, most: Tensor) -> IntervalMask:
+    """The row that has the most of something."""
+    row = int(most.argmax())
+    return IntervalMask(mask.query_start[row, None], mask.query_end[row, None], mask.num_queries)
 
 
 def _tiles(axes: Any, row: IntervalMask, block_q: int, block_k: int, shown: int) -> None:
     from matplotlib.colors import ListedColormap
 
-    kinds = tile_kinds(row.intervals, row.num_queries, block_q, block_k)[0]
+    kinds = walked(tile_kinds(row.intervals, row.num_queries, block_q, block_k))[0]
     part = kinds[: -(-shown // block_q), : -(-shown // block_k)]
     extent = (0, part.shape[1] * block_k, part.shape[0] * block_q, 0)
     colors = ListedColormap([_COLORS[name] for name in ("empty", "masked", "full")])
@@ -87,7 +94,7 @@ def _documents(axes: Any, row: IntervalMask, shown: int) -> None:
 
 
 def _counts(row: IntervalMask, block_q: int, block_k: int) -> str:
-    kinds = tile_kinds(row.intervals, row.num_queries, block_q, block_k)
+    kinds = walked(tile_kinds(row.intervals, row.num_queries, block_q, block_k))
     masked, full = int((kinds == MASKED).sum()), int((kinds == FULL).sum())
     return f"{kinds.numel() - masked - full} tiles empty, {masked} masked, {full} full"
 

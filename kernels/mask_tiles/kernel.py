@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from transfusion.kernels.mask_tiles.reference import HEADER, RUNS, WIDTH
+from transfusion.kernels.mask_tiles.reference import FEW, HEADER, RUNS, WIDTH
 
-_RUNS, _HEADER = tl.constexpr(RUNS), tl.constexpr(HEADER)
+_RUNS, _HEADER, _FEW = tl.constexpr(RUNS), tl.constexpr(HEADER), tl.constexpr(FEW)
 CHUNK = 128  # tiles that a program classifies at once
 
 
@@ -50,13 +50,19 @@ def query_tiles_kernel(
     p_tiles += program * (_HEADER + 4 * _RUNS)
     first_query = (program % query_tiles).to(tl.int32) * BLOCK_Q
     past_query = tl.minimum(first_query + BLOCK_Q, num_queries)
+    masked_tiles, full_tiles = 0, 0
+    for chunk in range(0, tiles, CHUNK):
+        kind = _kinds(p_extremes, chunk + tl.arange(0, CHUNK), first_query, past_query, tiles)
+        masked_tiles += tl.sum((kind == 1).to(tl.int32), 0)
+        full_tiles += tl.sum((kind == 2).to(tl.int32), 0)
+    most = tl.where((full_tiles <= _FEW) & (masked_tiles > 0), 1, 2)  # a few full tiles are masked ones
     masked_begun, full_begun, masked_runs, full_runs, count, end = 0, 0, 0, 0, 0, 0
     tail = tiles  # where the run begins that finds no place
     for chunk in range(0, tiles, CHUNK):
         index = chunk + tl.arange(0, CHUNK)
-        kind = _kinds(p_extremes, index, first_query, past_query, tiles)
-        begins = kind != _kinds(p_extremes, index - 1, first_query, past_query, tiles)
-        ends = kind != _kinds(p_extremes, index + 1, first_query, past_query, tiles)
+        kind = tl.minimum(_kinds(p_extremes, index, first_query, past_query, tiles), most)
+        begins = kind != tl.minimum(_kinds(p_extremes, index - 1, first_query, past_query, tiles), most)
+        ends = kind != tl.minimum(_kinds(p_extremes, index + 1, first_query, past_query, tiles), most)
         masked = masked_begun + tl.cumsum(((kind == 1) & begins).to(tl.int32), 0)
         full = full_begun + tl.cumsum(((kind == 2) & begins).to(tl.int32), 0)
         # The last place of the masked runs is for the rest.
@@ -98,7 +104,8 @@ def key_tiles_kernel(p_intervals, p_tiles, num_queries, num_keys, tiles, BLOCK_Q
     full_first = tl.minimum(tl.cdiv(tl.max(start, 0), BLOCK_Q), last)
     full_last = end_min // BLOCK_Q
     last = tl.maximum(first, last)
-    has_full = full_first < full_last
+    alone = (first == full_first) & (full_last == last)
+    has_full = (full_first < full_last) & (alone | (full_last - full_first > _FEW))
     full_first = tl.where(has_full, full_first, last)
     full_last = tl.where(has_full, full_last, last)
     before, after = (first < full_first).to(tl.int32), (full_last < last).to(tl.int32)

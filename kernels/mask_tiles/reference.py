@@ -6,7 +6,8 @@ With the smallest and largest query_start and query_end of a key tile, and a que
     full     max query_start <= a  and min query_end >= b      every pair is visible
     masked   anything else                                     pairs are compared with the two vectors
 
-Masked is right for every tile; full and empty only spare work. A row of the result describes one tile's line:
+Masked is right for every tile; full and empty only spare work. In a line that has masked tiles, up to FEW full ones are
+masked too: a loop of their own would cost more than it spares. A row of the result describes one tile's line:
 
     [masked runs, full runs, tiles in all,  RUNS × (first, past the last) masked,  RUNS × the same full]
 
@@ -19,15 +20,20 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from transfusion.kernels.registry import TRITON_INTERPRET
+
 RUNS = 16
 HEADER = 3
 WIDTH = HEADER + 4 * RUNS
+# Of the order of what it costs to start a loop over what it costs to mask a tile; 0 in the interpreter, so that the
+# short rows of tests have full tiles.
+FEW = 0 if TRITON_INTERPRET else 4
 EMPTY, MASKED, FULL = 0, 1, 2
 
 
 def query_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
     """(B, ceil(N / block_q), WIDTH) int32: the key tiles of each query tile."""
-    return _runs(tile_kinds(intervals, num_queries, block_q, block_k))
+    return _runs(walked(tile_kinds(intervals, num_queries, block_q, block_k)))
 
 
 def key_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
@@ -35,7 +41,7 @@ def key_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -
     kinds = tile_kinds(intervals, num_queries, block_q, block_k)
     if num_queries % block_q:
         kinds[:, -1].clamp_(max=MASKED)
-    return _runs(kinds.mT)
+    return _runs(walked(kinds.mT))
 
 
 def tile_kinds(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
@@ -50,6 +56,13 @@ def tile_kinds(intervals: Tensor, num_queries: int, block_q: int, block_k: int) 
     nonempty = (start.amin(-1)[:, None] < past) & (end.amax(-1)[:, None] > first)
     full = (start.amax(-1)[:, None] <= first) & (end.amin(-1)[:, None] >= past)
     return torch.where(nonempty & full, FULL, torch.where(nonempty, MASKED, EMPTY))
+
+
+def walked(kinds: Tensor) -> Tensor:
+    """The kinds by which lines (B, lines, tiles) are walked: a few full tiles among masked ones are masked."""
+    full = kinds == FULL
+    few = (full.sum(-1, keepdim=True) <= FEW) & (kinds == MASKED).any(-1, keepdim=True)
+    return kinds.masked_fill(few & full, MASKED)
 
 
 def _runs(kinds: Tensor) -> Tensor:
