@@ -88,6 +88,12 @@ def positions_of(model: Transfusion, window: Window | Pair, latents: Tensor) -> 
     return one_image_on_grid(window.positions, image_tokens(latents.shape, patch), latents.shape[-1] // patch)
 
 
+def logits_of(model: Transfusion, hidden: Tensor) -> Tensor:
+    """(B, dim) -> (B, vocab_size) float32, of float64 weights float64: log-probabilities come from them."""
+    logits: Tensor = model.head(hidden)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 class Rows:
     """B documents, each as far as it has got, with the keys and values of all their tokens."""
 
@@ -103,10 +109,10 @@ class Rows:
         cache = KVCache.of(model, len(documents), capacity)
         hidden, lengths = full_hidden(model, documents, impl, cache)
         last = hidden[torch.arange(len(hidden)), torch.tensor(lengths) - 1]
-        return Rows(model, cache, impl), model.head(last).float()
+        return Rows(model, cache, impl), logits_of(model, last)
 
     def next(self, token_ids: Tensor) -> Tensor:
-        """Appends one token (B,) to every row -> the logits (B, vocab_size) float32 of the one after it."""
+        """Appends one token (B,) to every row -> the logits (B, vocab_size) of the one after it."""
         self.cache.check_room(1)  # which a replayed graph could not
         logits = self._step(token_ids.to(self.device))
         self.cache.advance([1] * len(self))
@@ -115,8 +121,7 @@ class Rows:
     def _logits_after(self, token_ids: Tensor) -> Tensor:
         window = Window(self.cache, IntervalMask.causal(1, token_ids.device))
         hidden = self._transformer(self.model.embedding(token_ids)[:, None], window, window.positions)
-        logits: Tensor = self.model.head(hidden[:, 0]).float()
-        return logits
+        return logits_of(self.model, hidden[:, 0])
 
     def commit(self, latents: Tensor) -> Tensor:
         """Appends a clean image (B, C, h, w), after BOI, and EOI to every row -> the logits of what follows."""
@@ -127,8 +132,7 @@ class Rows:
         window = self.cache.window(IntervalMask.from_spans(tokens + 1, [(0, tokens)], device=device))
         hidden = self._transformer(torch.cat([image, end], dim=1), window, positions_of(self.model, window, latents))
         self.cache.advance([tokens + 1] * len(self))
-        logits: Tensor = self.model.head(hidden[:, -1]).float()
-        return logits
+        return logits_of(self.model, hidden[:, -1])
 
     def _transformer(self, x: Tensor, window: Window, positions: Tensor) -> Tensor:
         hidden: Tensor = self.model.transformer(x, positions, window.new, self.impl, window)

@@ -49,7 +49,7 @@ class Choice(NamedTuple):
 
 
 def choose(logits: Tensor, sampling: TextSampling, generators: Sequence[torch.Generator]) -> Choice:
-    """The next token of each row of logits (B, vocab_size) float32; row i draws from generators[i] alone.
+    """The next token of each row of logits (B, vocab_size); row i draws from generators[i] alone.
 
     Greedy, only the choice is copied to the host. Raises `FloatingPointError` where a logit is not finite.
     """
