@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -134,15 +134,15 @@ def why_not(stage: str, dtype: torch.dtype, head_dim: int, launch: Launch) -> st
             if not passes(stage, dtype, head_dim):
                 return "misses its bound"
             make_call(stage, dtype, head_dim)()
-        except (
-            Exception
-        ) as error:  # a compiler's, a launch's: whatever it is, the candidate is out and the next is tried
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+        except Exception as error:  # a compiler's, a launch's: the candidate is out, and the next is tried
+            return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
     return ""
 
 
 def tune(stage: str, dtype: torch.dtype, head_dim: int, until: float, pool: Executor | None = None) -> Iterator[Trial]:
-    """A trial of each candidate, until the clock says so."""
+    """A trial of each candidate, until the clock says so; with a pool, all are checked before the first is timed."""
+    if time.monotonic() > until:
+        return
     current = tuning.launch("attention", stage, tuning.table_name(torch.device("cuda")), dtype, head_dim)
     launches = candidates(stage, head_dim, current)
     ask, name = partial(why_not, stage, dtype, head_dim), str(dtype).removeprefix("torch.")
@@ -182,9 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype, table = getattr(torch, options.dtype), tuning.architecture(torch.device("cuda"))
     tuning.add_table(table)
     plan = list(product(options.head_dim or (128, 64), options.stage or STAGES))
-    with ExitStack() as stack:
-        spawn = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
-        pool = stack.enter_context(ProcessPoolExecutor(options.jobs, spawn)) if options.jobs > 1 else None
+    spawn = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
+    with ProcessPoolExecutor(options.jobs, spawn) if options.jobs > 1 else nullcontext() as pool:
         _tune_all(plan, dtype, options, pool)
     return 0
 

@@ -91,6 +91,24 @@ def test_the_kept_table_has_a_line_for_each_shipped_launch() -> None:
     assert kept == {(target, case.name) for target in TARGETS for case in ahead_of_time.all_cases(target)}
 
 
+def test_the_kept_table_keeps_every_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that ships, not a part. And no budget is larger than what is spilled."""
+    made_with, *_ = GOLDEN.read_text().removeprefix("triton ").split(":")
+    monkeypatch.setattr(ahead_of_time.triton, "__version__", made_with)
+    cases = {(target, case.name): case for target in TARGETS for case in ahead_of_time.all_cases(target)}
+    spilled: dict[tuple[str, str, str, int], int] = {}
+    for line in GOLDEN.read_text().splitlines()[3:]:
+        target, registers, spills, inner, loops, shared, threads, matrix, *name = line.split()
+        case = cases[target, " ".join(name)]
+        counts = () if loops == "-" else tuple(map(int, loops.split("+")))
+        numbers = (int(registers), int(spills), int(inner), counts, int(shared), int(threads))
+        resources = Resources(*numbers, tuple(matrix.split("+")), False)
+        assert broken_limits(case, target, resources) == [], line
+        key = target, case.function, case.dtype, case.constants.get("BLOCK_D", 0)
+        spilled[key] = max(spilled.get(key, 0), resources.spill_bytes)
+    assert {key: spilled[key] for key in ahead_of_time.SPILL_BUDGET} == ahead_of_time.SPILL_BUDGET
+
+
 @pytest.mark.xdist_group("ahead_of_time")
 def test_the_kept_table_is_what_this_compiler_makes(compiled: list[dict[str, Any]]) -> None:
     made_with, *_ = GOLDEN.read_text().split(":")
@@ -135,11 +153,14 @@ def test_each_limit_can_break(
     assert capsys.readouterr().out.endswith("0 passed, 1 failed\n")
 
 
-def test_another_compiler_may_spill_a_little_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    spilling = GOOD._replace(spill_bytes=65)
+def test_spill_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead_of_time.triton, "__version__", "3.7.9")
-    assert broken_limits(FORWARD, "sm_90", spilling) == ["spills 65 bytes a thread, 64 allowed"]
-    assert broken_limits(FORWARD, "sm_90", spilling._replace(spill_bytes=64)) == []
+    monkeypatch.setattr(ahead_of_time, "SPILL_BUDGET", {})
+    spilling = GOOD._replace(spill_bytes=41)
+    assert broken_limits(FORWARD, "sm_90", spilling) == ["spills 41 bytes a thread, 0 allowed"]
+    monkeypatch.setitem(ahead_of_time.SPILL_BUDGET, ("sm_90", "forward", "bf16", 128), 40)
+    assert broken_limits(FORWARD, "sm_90", spilling) == ["spills 41 bytes a thread, 40 allowed"]
+    assert broken_limits(FORWARD, "sm_90", spilling._replace(spill_bytes=40)) == []
     monkeypatch.setattr(ahead_of_time.triton, "__version__", "3.6.0")
     assert broken_limits(FORWARD, "sm_90", spilling) == []
 

@@ -90,6 +90,7 @@ def image_distances(
 
 
 def _distances() -> tuple[Any, Any]:
+    """torchmetrics' Fréchet and kernel distance, or an `ImportError` that says what to install."""
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.kid import KernelInceptionDistance
