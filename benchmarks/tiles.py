@@ -12,12 +12,10 @@ import random
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from benchmarks import rows
 from benchmarks.cases import long_images_row, packed_row
 from transfusion.kernels import IntervalMask, tuning
-from transfusion.kernels.mask_tiles.reference import HEADER, RUNS
 
 SUITE = "tiles"
 TABLE = "sm_90"
@@ -115,16 +113,9 @@ def cost(mask: IntervalMask, stage: str, head_dim: int, table: str = TABLE) -> C
         lines = mask.key_tiles(launch.block_k, launch.block_q)
     else:
         lines = mask.query_tiles(launch.block_q, launch.block_k)
-    masked, full = (_length(lines[..., kind], lines[..., HEADER + 2 * RUNS * kind :]) for kind in (0, 1))
+    tiles, masked = (int(lines[..., number].sum()) for number in (2, 3))
     touched = sum(_touched(row, launch.block_q, launch.block_k) for row in _single_rows(mask))
-    return Cost(launch.block_q, launch.block_k, masked, full, touched, int(mask.area().sum()))
-
-
-def _length(count: Tensor, places: Tensor) -> int:
-    """Tiles in the first `count` runs of each line; `places` beyond them hold anything."""
-    runs = places[..., : 2 * RUNS].unflatten(-1, (RUNS, 2))
-    real = torch.arange(RUNS) < count[..., None]
-    return int(((runs[..., 1] - runs[..., 0]) * real).sum())
+    return Cost(launch.block_q, launch.block_k, masked, tiles - masked, touched, int(mask.area().sum()))
 
 
 def _single_rows(mask: IntervalMask) -> list[IntervalMask]:

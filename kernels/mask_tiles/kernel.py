@@ -56,7 +56,7 @@ def query_tiles_kernel(
         masked_tiles += tl.sum((kind == 1).to(tl.int32), 0)
         full_tiles += tl.sum((kind == 2).to(tl.int32), 0)
     most = tl.where((full_tiles <= _FEW) & (masked_tiles > 0), 1, 2)  # a few full tiles are masked ones
-    masked_begun, full_begun, masked_runs, full_runs, count, end = 0, 0, 0, 0, 0, 0
+    masked_begun, full_begun, masked_runs, full_runs, masked_count, count, end = 0, 0, 0, 0, 0, 0, 0
     tail = tiles  # where the run begins that finds no place
     for chunk in range(0, tiles, CHUNK):
         index = chunk + tl.arange(0, CHUNK)
@@ -73,6 +73,7 @@ def query_tiles_kernel(
         tl.store(p_tiles + slot, index, mask=fits & begins)
         tl.store(p_tiles + slot + 1, index + 1, mask=fits & ends)
         count += tl.sum(fits.to(tl.int32), 0)
+        masked_count += tl.sum((fits & (kind == 1)).to(tl.int32), 0)
         end = tl.maximum(end, tl.max(tl.where(kind != 0, index + 1, 0), 0))
         masked_begun, full_begun = tl.max(masked, 0), tl.max(full, 0)
         masked_runs += tl.sum((fits & begins & (kind == 1)).to(tl.int32), 0)
@@ -82,9 +83,11 @@ def query_tiles_kernel(
         tl.store(p_tiles + _HEADER + 2 * masked_runs + 1, end)
         masked_runs += 1
         count += end - tail
+        masked_count += end - tail
     tl.store(p_tiles, masked_runs)
     tl.store(p_tiles + 1, full_runs)
     tl.store(p_tiles + 2, count)
+    tl.store(p_tiles + 3, masked_count)
 
 
 @triton.jit
@@ -113,6 +116,7 @@ def key_tiles_kernel(p_intervals, p_tiles, num_queries, num_keys, tiles, BLOCK_Q
     tl.store(p_tiles, before + after)
     tl.store(p_tiles + 1, has_full.to(tl.int32))
     tl.store(p_tiles + 2, last - first)
+    tl.store(p_tiles + 3, last - first - (full_last - full_first))
     tl.store(p_tiles + _HEADER, first, mask=before > 0)
     tl.store(p_tiles + _HEADER + 1, full_first, mask=before > 0)
     tl.store(p_tiles + _HEADER + 2 * before, full_last, mask=after > 0)

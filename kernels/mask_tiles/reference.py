@@ -9,7 +9,7 @@ With the smallest and largest query_start and query_end of a key tile, and a que
 Masked is right for every tile; full and empty only spare work. In a line that has masked tiles, up to FEW full ones are
 masked too: a loop of their own would cost more than it spares. A row of the result describes one tile's line:
 
-    [masked runs, full runs, tiles in all,  RUNS × (first, past the last) masked,  RUNS × the same full]
+    [masked runs, full runs, tiles in all, masked tiles,  RUNS × (first, past the last) masked,  RUNS × the same full]
 
 From the first run that would find no place on, everything up to the last tile that is not empty is one masked run: a
 row has a fixed width, so all rows together are O(N + M) numbers.
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from transfusion.kernels.registry import TRITON_INTERPRET
 
-RUNS = 16
-HEADER = 3
+RUNS = 15  # which makes a row 256 bytes
+HEADER = 4
 WIDTH = HEADER + 4 * RUNS
 # Of the order of what it costs to start a loop over what it costs to mask a tile; 0 in the interpreter, so that the
 # short rows of tests have full tiles.
@@ -83,6 +83,7 @@ def _row(kinds: list[int]) -> list[int]:
             runs[MASKED].append((first, end))
             break
         runs[kind].append((first, position))
-    header = [len(runs[MASKED]), len(runs[FULL]), sum(last - first for each in runs.values() for first, last in each)]
+    masked, full = (sum(last - first for first, last in runs[kind]) for kind in (MASKED, FULL))
+    header = [len(runs[MASKED]), len(runs[FULL]), masked + full, masked]
     places = [[*sum(runs[kind], ()), *[0] * 2 * (RUNS - len(runs[kind]))] for kind in (MASKED, FULL)]
     return [*header, *places[0], *places[1]]

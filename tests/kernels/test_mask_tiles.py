@@ -47,7 +47,7 @@ def decoded(line: list[int], tiles: int) -> list[int]:
             assert first < last <= tiles
             assert kinds[first:last] == [EMPTY] * (last - first)
             kinds[first:last] = [kind] * (last - first)
-    assert line[2] == sum(kind != EMPTY for kind in kinds)
+    assert line[2:4] == [sum(kind != EMPTY for kind in kinds), kinds.count(MASKED)]
     return kinds
 
 
@@ -89,7 +89,7 @@ def test_what_finds_no_place_is_one_masked_run() -> None:
     stripe = torch.arange(1000)[None] // 16 % 2
     mask = IntervalMask(torch.zeros_like(stripe), torch.where(stripe == 0, 16, 0), 16)
     (line,) = mask.query_tiles(16, 16)[0].tolist()
-    assert line[:3] == [1, RUNS, RUNS + 63 - 2 * RUNS]
+    assert line[:4] == [1, RUNS, RUNS + 63 - 2 * RUNS, 63 - 2 * RUNS]
     assert line[HEADER : HEADER + 2] == [2 * RUNS, 63]
 
 
