@@ -148,5 +148,5 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
         if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
                 f"{op} has no forward-mode derivative: torch.func.jvp and dual tensors cannot pass through it; "
-                "use reverse mode (backward, torch.func.vjp)"
+                "use reverse mode (backward, torch.autograd.grad)"
             )

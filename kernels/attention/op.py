@@ -3,6 +3,7 @@
 `op -> {reference | kernel | torch_paths}`, which never import each other; triton loads at the first call that runs it.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, overload
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transfusion.kernels import tuning
 from transfusion.kernels.attention import torch_paths
 from transfusion.kernels.attention.plan import plan_forward
+from transfusion.kernels.dispatch import define
 from transfusion.kernels.interval_mask import IntervalMask
 from transfusion.kernels.registry import (
     Implementation,
@@ -120,7 +122,7 @@ def transfusion_attention(
     if name == "triton":
         q, k, v = (_readable(t) for t in (q, k, v))
     tiles = make_tiles(q, k, v, mask) if name == "triton" else (None, None, None)
-    out, lse = torch.ops.transfusion.attention(q, k, v, mask.intervals, *tiles, scale, name)
+    out, lse = _attention(q, k, v, mask.intervals, *tiles, scale, name)
     return (out, lse) if return_lse else out
 
 
@@ -185,38 +187,59 @@ _BACKWARD = (
 )
 
 
-@torch.library.custom_op("transfusion::attention", mutates_args=(), schema=_FORWARD)
-def _attention(*call: Any) -> tuple[Tensor, Tensor]:
+def _run(*call: Any) -> tuple[Tensor, Tensor]:
     *tensors, forward_tiles, _, _, scale, impl = call
     tiles = () if forward_tiles is None else (forward_tiles,)
-    with torch.autocast(tensors[0].device.type, enabled=False):  # which would round inside the reference's formula
+    with _without_autocast(tensors[0]):
         result: tuple[Tensor, Tensor] = backend(OP, impl).forward(*tensors, *tiles, scale)
     return result
 
 
-@_attention.register_fake
-def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), _new_lse(q)
+def _run_backward(grad_out: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, query_tiles, key_tiles, scale, impl = call
+    assert impl == "reference" or query_tiles is not None, "the forward ran without a gradient in sight"
+    tiles = () if query_tiles is None else (query_tiles, key_tiles)
+    grad_out = _readable(grad_out)  # expanded, say
+    with _without_autocast(grad_out):
+        grads: tuple[Tensor, Tensor, Tensor] = backend(OP, impl).backward(grad_out, *tensors, *tiles, scale)
+    return grads
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """Autocast would round inside the reference's formula."""
+    if torch.is_autocast_enabled(tensor.device.type):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return nullcontext()
 
 
 def _new_lse(q: Tensor) -> Tensor:
     return torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
 
 
-@torch.library.custom_op("transfusion::attention_backward", mutates_args=(), schema=_BACKWARD)
-def _attention_backward(grad_out: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, query_tiles, key_tiles, scale, impl = call
-    assert impl == "reference" or query_tiles is not None, "the forward ran without a gradient in sight"
-    tiles = () if query_tiles is None else (query_tiles, key_tiles)
-    grad_out = _readable(grad_out)  # expanded, say
-    with torch.autocast(grad_out.device.type, enabled=False):
-        grads: tuple[Tensor, Tensor, Tensor] = backend(OP, impl).backward(grad_out, *tensors, *tiles, scale)
-    return grads
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, intervals, _, query_tiles, key_tiles, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(q, k, v, *output, intervals, query_tiles, key_tiles)
 
 
-@_attention_backward.register_fake
-def _(grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attention_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale, ctx.impl)
+    return (*grads, *[None] * 6)
+
+
+_attention_backward = define(
+    "attention_backward",
+    _BACKWARD,
+    _run_backward,
+    lambda grad_out, grad_lse, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+)
+_attention = define(
+    "attention",
+    _FORWARD,
+    _run,
+    lambda q, *rest: (torch.empty_like(q), _new_lse(q)),
+    setup_context=_setup_context,
+    backward=_differentiate,
+)
 
 
 def _refuse_vmap(*call: Any) -> Any:
@@ -226,18 +249,5 @@ def _refuse_vmap(*call: Any) -> Any:
     )
 
 
-_attention.register_vmap(_refuse_vmap)
-_attention_backward.register_vmap(_refuse_vmap)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, intervals, _, query_tiles, key_tiles, ctx.scale, ctx.impl = inputs
-    ctx.save_for_backward(q, k, v, *output, intervals, query_tiles, key_tiles)
-
-
-def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.transfusion.attention_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale, ctx.impl)
-    return (*grads, *[None] * 6)
-
-
-_attention.register_autograd(_differentiate, setup_context=_setup_context)
+for _op in (_attention, _attention_backward):
+    torch.library.register_vmap(_op, _refuse_vmap)

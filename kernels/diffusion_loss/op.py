@@ -88,7 +88,6 @@ _ARGUMENTS = (
     "Tensor prediction, Tensor latents, Tensor data_weight, Tensor noise_weight, Tensor? noise, Tensor? seed, "
     "Tensor? weight"
 )
-_diffusion_loss = define(OP, "forward", _ARGUMENTS, _empty_loss)
 _diffusion_loss_backward = define(
     OP,
     "backward",
@@ -107,4 +106,4 @@ def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     return grad_prediction, *[None] * 12
 
 
-_diffusion_loss.register_autograd(_backward, setup_context=_setup_context)
+_diffusion_loss = define(OP, "forward", _ARGUMENTS, _empty_loss, setup_context=_setup_context, backward=_backward)

@@ -6,9 +6,9 @@ interpreter walks tiles, the reference.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from transfusion.kernels.dispatch import define
 from transfusion.kernels.mask_tiles import reference
 from transfusion.kernels.mask_tiles.reference import WIDTH
 
@@ -21,25 +21,33 @@ def _module(intervals: Tensor) -> Any:
     return kernel
 
 
-@torch.library.custom_op("transfusion::query_tiles", mutates_args=())
-def query_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
+def _query_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
     """(B, ceil(N / block_q), WIDTH) int32: for each query tile the runs of masked and of full key tiles."""
     result: Tensor = _module(intervals).query_tiles(intervals, num_queries, block_q, block_k)
     return result
 
 
-@torch.library.custom_op("transfusion::key_tiles", mutates_args=())
-def key_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
+def _key_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
     """(B, ceil(M / block_k), WIDTH) int32: for each key tile the runs of masked and of full query tiles."""
     result: Tensor = _module(intervals).key_tiles(intervals, num_queries, block_q, block_k)
     return result
 
 
-@query_tiles.register_fake
-def _(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
-    return intervals.new_empty((intervals.shape[0], -(-num_queries // block_q), WIDTH))
+_SCHEMA = "(Tensor intervals, SymInt num_queries, SymInt block_q, SymInt block_k) -> Tensor"
 
-
-@key_tiles.register_fake
-def _(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
-    return intervals.new_empty((intervals.shape[0], -(-intervals.shape[1] // block_k), WIDTH))
+query_tiles = define(
+    "query_tiles",
+    _SCHEMA,
+    _query_tiles,
+    lambda intervals, num_queries, block_q, block_k: intervals.new_empty(
+        (intervals.shape[0], -(-num_queries // block_q), WIDTH)
+    ),
+)
+key_tiles = define(
+    "key_tiles",
+    _SCHEMA,
+    _key_tiles,
+    lambda intervals, num_queries, block_q, block_k: intervals.new_empty(
+        (intervals.shape[0], -(-intervals.shape[1] // block_k), WIDTH)
+    ),
+)

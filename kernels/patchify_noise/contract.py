@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transfusion.kernels import dispatch
 from transfusion.kernels.philox import check_seed
 from transfusion.kernels.ragged_latents import Layout, RaggedLatents
 from transfusion.kernels.registry import Implementation, Op, backend, register, triton_reasons
@@ -35,14 +36,15 @@ def register_op(name: str) -> Op:
 _LAYOUT = "Tensor? planes, Tensor? tiles, SymInt channels, SymInt alignment, SymInt patch_size, str impl"
 
 
-def define(op: Op, stage: str, arguments: str, fake: Callable[..., Tensor]) -> Any:
-    """The custom op that runs `stage`, "forward" or "backward", of the module that its last argument, `impl`, names.
+def define(op: Op, stage: str, arguments: str, fake: Callable[..., Tensor], **autograd: Callable[..., Any]) -> Any:
+    """The dispatcher's op that runs `stage`, "forward" or "backward", of the module that its argument `impl` names.
 
     Args:
         op: whose stage it is.
         stage: a function (*arguments, patch_size, layout) of each implementation.
         arguments: in torch's schema language; the op takes a plain layout, patch_size and impl after them.
         fake: like the op, an empty result.
+        autograd: setup_context and backward, of what can be differentiated.
     """
 
     def run(*call: Any) -> Tensor:
@@ -51,10 +53,8 @@ def define(op: Op, stage: str, arguments: str, fake: Callable[..., Tensor]) -> A
         result: Tensor = getattr(backend(op, impl), stage)(*own, patch_size, layout)
         return result
 
-    name = f"transfusion::{op.name}" if stage == "forward" else f"transfusion::{op.name}_{stage}"
-    defined = torch.library.custom_op(name, run, mutates_args=(), schema=f"({arguments}, {_LAYOUT}) -> Tensor")
-    defined.register_fake(fake)
-    return defined
+    name = op.name if stage == "forward" else f"{op.name}_{stage}"
+    return dispatch.define(name, f"({arguments}, {_LAYOUT}) -> Tensor", run, fake, **autograd)
 
 
 def unwrap(latents: Latents) -> tuple[Tensor, PlainLayout]:

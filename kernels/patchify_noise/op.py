@@ -79,12 +79,6 @@ def _empty_tokens(latents: Tensor, *rest: Any) -> Tensor:
     return latents.new_empty(token_shape(latents, planes, channels, patch_size), dtype=dtype)
 
 
-_patchify_noise = define(
-    OP,
-    "forward",
-    "Tensor latents, Tensor alpha, Tensor sigma, Tensor? noise, Tensor? seed, ScalarType dtype",
-    _empty_tokens,
-)
 _patchify_noise_backward = define(
     OP,
     "backward",
@@ -109,4 +103,11 @@ def _backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
     return grad_latents, *[None] * 11
 
 
-_patchify_noise.register_autograd(_backward, setup_context=_setup_context)
+_patchify_noise = define(
+    OP,
+    "forward",
+    "Tensor latents, Tensor alpha, Tensor sigma, Tensor? noise, Tensor? seed, ScalarType dtype",
+    _empty_tokens,
+    setup_context=_setup_context,
+    backward=_backward,
+)

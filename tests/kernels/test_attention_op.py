@@ -11,6 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from transfusion.kernels import IntervalMask, transfusion_attention
 from transfusion.kernels.attention import check as rule
+from transfusion.kernels.attention import op
 from transfusion.kernels.attention.check import Case
 from transfusion.kernels.testing import LAYOUTS, random_layout
 
@@ -27,7 +28,7 @@ def make_case(mask: IntervalMask, **shape: Any) -> Case:
 def test_opcheck(impl: str) -> None:
     case = make_case(LAYOUTS["adjacent_images"].mask())
     calls: list[tuple] = []  # type: ignore[type-arg]
-    original = torch.ops.transfusion.attention
+    original = op._attention
 
     class Recorder:
         def __call__(self, *args: object) -> object:
@@ -35,11 +36,11 @@ def test_opcheck(impl: str) -> None:
             return original(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.ops.transfusion, "attention", Recorder())
+        patch.setattr(op, "_attention", Recorder())
         leaves = [t.clone().requires_grad_() for t in case[:3]]
         transfusion_attention(*leaves, case.mask, impl=impl)  # a call without gradients makes no tiles for backward
     arguments = [t.requires_grad_() if i < 3 else t for i, t in enumerate(calls[0])]
-    torch.library.opcheck(original.default, tuple(arguments))
+    torch.library.opcheck(original, tuple(arguments))
     out, lse = (t.detach() for t in original(*arguments))
     saved = [case.grad_out, case.grad_lse, *case[:3], out, lse, arguments[3], *arguments[5:]]
     torch.library.opcheck(
