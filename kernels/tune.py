@@ -13,13 +13,14 @@ import json
 import math
 import multiprocessing
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from transfusion.kernels import tuning
 from transfusion.kernels.attention import check
 from transfusion.kernels.attention.op import transfusion_attention
 from transfusion.kernels.interval_mask import IntervalMask
-from transfusion.kernels.tuning import Launch
+from transfusion.kernels.tuning import SPECIALISED, Launch
 
 STAGES = ("forward", "backward_query", "backward_key", "decode")
 RESULTS = {"forward": ("out", "lse"), "decode": ("out", "lse"), "backward_query": ("dq",), "backward_key": ("dk", "dv")}
@@ -47,8 +48,8 @@ class Trial(NamedTuple):
     reason: str = ""
 
 
-def candidates(stage: str, head_dim: int, current: Launch) -> list[Launch]:
-    """Tiles, warps and stages worth a try, the current one first, then by how little they differ from it."""
+def candidates(stage: str, head_dim: int, current: Launch, specialised: Sequence[Launch] = ()) -> list[Launch]:
+    """Tiles, warps and stages worth a try: the current ones, `specialised`, then by how little they differ."""
     sides: tuple[Sequence[int], Sequence[int]] = ((64, 128), (32, 64, 128))
     if stage == "decode":
         sides = ((16,), (32, 64, 128, 256))
@@ -59,7 +60,15 @@ def candidates(stage: str, head_dim: int, current: Launch) -> list[Launch]:
     def distance(launch: Launch) -> float:
         return sum(abs(math.log2(its / mine)) for its, mine in zip(launch, current, strict=True))
 
-    return [current, *sorted((launch for launch in tried if launch != current), key=distance)]
+    first = [current, *(launch for launch in specialised if launch != current)]
+    return [*first, *sorted((launch for launch in tried if launch != current), key=distance)]
+
+
+def specialised_launches(stage: str, dtype: torch.dtype, head_dim: int) -> Sequence[Launch]:
+    """The warp-specialised forwards that this GPU can run."""
+    hopper = tuning.architecture(torch.device("cuda")) == "sm_90"
+    fits = hopper and stage == "forward" and dtype.itemsize == 2
+    return SPECIALISED.get(tuning.padded_head_dim(head_dim), ()) if fits else ()
 
 
 def packed_mask(rows: int, length: int) -> IntervalMask:
@@ -99,19 +108,45 @@ def _cache_sizes(heads: int) -> tuple[tuple[int, int], ...]:
 
 
 def passes(stage: str, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the stage's results keep their bounds on a packed row, or over a cache."""
-    mask = packed_mask(1, 1000)
+    """Whether the stage's results keep their bounds on a packed row, or over a cache.
+
+    The forward is judged twice: with keys split over programs, and with so many heads that they are not.
+    """
+    mask, heads = packed_mask(1, 1000), [(4, 2)]
     if stage == "decode":
         mask = IntervalMask.continuation(IntervalMask.causal(1, "cuda"), torch.tensor([0, 700], device="cuda"), 1000)
+    if stage == "forward":
+        many = -(-tuning.processors(torch.device("cuda")) // 7)  # no block is longer than 128 rows
+        heads.append((2 * many, many))
     generator = torch.Generator().manual_seed(torch.seed() % 2**32)
-    case = check.make_case(mask, dtype, generator, head_dim, (4, 2), mask.batch_size)
-    verdicts = check.verdicts(case, check.run(case, "triton"))
-    return all(verdicts[name].passed for name in RESULTS[stage])
+    cases = [check.make_case(mask, dtype, generator, head_dim, each, mask.batch_size) for each in heads]
+    verdicts = [check.verdicts(case, check.run(case, "triton")) for case in cases]
+    return all(each[name].passed for each in verdicts for name in RESULTS[stage])
 
 
 def median_milliseconds(call: Callable[[], Any]) -> float:
-    """Median of repeats between which L2 is flushed."""
-    return float(triton.testing.do_bench(call, warmup=25, rep=100, return_mode="median"))
+    """Median time on the device: calls queue up behind a sleep of it, so that the host's time is not in theirs.
+
+    What is timed reads more than the L2 cache holds.
+    """
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    host = time.perf_counter() - began
+    torch.cuda.synchronize()
+    samples: list[float] = []
+    for _ in range(8):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(9)]
+        torch.cuda._sleep(int(min(12 * host, 0.1) * 2e9))  # cycles of 2 GHz
+        events[0].record()
+        for event in events[1:]:
+            call()
+            event.record()
+        torch.cuda.synchronize()
+        samples += [first.elapsed_time(last) for first, last in pairwise(events)]
+    return statistics.median(samples)
 
 
 @contextmanager
@@ -144,7 +179,7 @@ def tune(stage: str, dtype: torch.dtype, head_dim: int, until: float, pool: Exec
     if time.monotonic() > until:
         return
     current = tuning.launch("attention", stage, tuning.table_name(torch.device("cuda")), dtype, head_dim)
-    launches = candidates(stage, head_dim, current)
+    launches = candidates(stage, head_dim, current, specialised_launches(stage, dtype, head_dim))
     ask, name = partial(why_not, stage, dtype, head_dim), str(dtype).removeprefix("torch.")
     reasons: Iterable[str] = map(ask, launches) if pool is None else list(pool.map(ask, launches))
     for launch, reason in zip(launches, reasons, strict=True):

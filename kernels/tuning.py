@@ -17,12 +17,32 @@ from transfusion.kernels.registry import TRITON_INTERPRET
 
 
 class Launch(NamedTuple):
-    """Tile of queries by tile of keys, warps of a program, stages of its software pipeline."""
+    """Tile of queries by tile of keys, warps of a program, stages of its software pipeline.
+
+    A forward of 12 warps is the warp-specialised one: 4 copy, 4 and 4 compute; its stages are places for tiles.
+    """
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
+
+    @property
+    def specialised(self) -> bool:
+        """Whether it is the warp-specialised forward's."""
+        return self.num_warps == 12
+
+    @property
+    def plain(self) -> "Launch":
+        """The same tile for 8 warps of one kind: what takes the calls that the warp-specialised forward does not."""
+        return self._replace(num_warps=8, num_stages=3)
+
+
+# Warp-specialised forwards by head dimension, for Hopper in 16 bits: `tune` tries them, a table ships what was faster.
+SPECIALISED = {
+    64: (Launch(128, 128, 12, 2), Launch(128, 128, 12, 3)),
+    128: (Launch(128, 128, 12, 2), Launch(128, 64, 12, 3)),
+}
 
 
 _FOLDER = Path(__file__).parent / "tables"

@@ -13,5 +13,6 @@ os.environ.setdefault("TRANSFUSION_CACHE", tempfile.gettempdir() + "/transfusion
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "kernels"))  # `import warp_machine`
 sys.path.insert(0, str(Path(__file__).parent / "transfusion"))  # `import tiny`
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))  # `import launch, scenarios`

@@ -1,11 +1,13 @@
 """Every launch that a table ships, as Triton specialises it: what ahead-of-time compilation compiles."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
 
 from transfusion.kernels import tuning
+from transfusion.kernels.attention.kernel import warp_specialised
 from transfusion.kernels.attention.kernel.blocks import constexprs
 from transfusion.kernels.attention.kernel.gradients import (
     backward_key_kernel,
@@ -32,9 +34,21 @@ def compile_cases(table: str) -> Iterator[CompileCase]:
     """(kernel, signature, constexprs, attrs, num_warps, num_stages) of each launch in the table of that name.
 
     16-bit launches are compiled for bfloat16; heads grouped and not, which Triton makes a constant; the forward alone
-    and split, the decoding one split and with its heads packed.
+    and split, the decoding one split and with its heads packed. For Hopper the warp-specialised forwards too, all that
+    `tune` may choose.
     """
-    for stage, size, padded, launch in tuning.launches(table, "attention"):
+    if table == "sm_90":
+        for padded, candidates in tuning.SPECIALISED.items():
+            for launch, head_dim in product(candidates, HEAD_DIMS[padded]):
+                yield _specialise(
+                    warp_specialised.specialised_forward_kernel,
+                    warp_specialised.constexprs(launch, head_dim),
+                    torch.bfloat16,
+                    4,
+                    1,
+                )
+    for stage, size, padded, shipped in tuning.launches(table, "attention"):
+        launch = shipped.plain if shipped.specialised else shipped
         dtype = torch.bfloat16 if size == 2 else torch.float32
         for head_dim in HEAD_DIMS[padded] if size == 2 else (padded,):
             constants = constexprs(launch, head_dim, dtype)
@@ -65,8 +79,18 @@ def _specialise(
             return "constexpr"
         if name == "p_out" and constants.get("SPLIT"):
             return "*fp32"
+        if name.endswith("_desc"):
+            return _descriptor(name, element[1:], constants)
         return _TYPES.get(name, element if name.startswith("p_") else "i32")
 
     signature = {name: kind(name) for name in jit.arg_names}
     aligned = [i for i, name in enumerate(signature) if name.startswith("p_") or name.endswith(("_b", "_h", "_n"))]
     return jit, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}, num_warps, num_stages
+
+
+def _descriptor(name: str, element: str, constants: dict[str, Any]) -> str:
+    """The type of a descriptor as Triton writes it."""
+    if name == "i_desc":
+        return f"tensordesc<i32{[1, 2 * constants['BLOCK_K']]},{warp_specialised.FLAT!r}>"
+    rows = constants["BLOCK_Q" if name == "q_desc" else "BLOCK_K"]
+    return f"tensordesc<{element}{[1, 1, rows, constants['BLOCK_D']]},{warp_specialised.SWIZZLED_BLOCK!r}>"

@@ -28,7 +28,7 @@ def plan_forward(
     A call of few rows for each key head reads keys and computes little: small tiles, and as many programs as keep the
     memory busy. Its workspace is bounded by the device: programs × rows of a tile × dim × 4 bytes.
     """
-    table, group = tuning.table_name(device), heads // kv_heads
+    table, group = tuning.table_name(device), max(heads // kv_heads, 1)
     few = tuning.launch("attention", "decode", table, dtype, dim)
     many = tuning.launch("attention", "forward", table, dtype, dim)
     launch, per_processor = (few, 2) if group * queries <= few.block_q else (many, 1)
@@ -36,4 +36,7 @@ def plan_forward(
     blocks = -(-packed * queries // launch.block_q)
     programs = blocks * batch * heads // packed
     idle = tuning.processors(device) * per_processor // max(programs, 1)
-    return Plan(launch, packed, blocks, max(1, min(idle, -(-keys // launch.block_k) // 2)))
+    splits = max(1, min(idle, -(-keys // launch.block_k) // 2))
+    if launch.specialised and (packed > 1 or splits > 1 or dim % 8 or not keys):  # rows of 16 bytes, and some
+        launch = launch.plain
+    return Plan(launch, packed, blocks, splits)

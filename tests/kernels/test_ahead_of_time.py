@@ -12,7 +12,7 @@ import pytest
 from transfusion.kernels import ahead_of_time
 from transfusion.kernels.ahead_of_time import GOLDEN, TARGETS, Case, Resources, broken_limits
 from transfusion.kernels.registry import TRITON_INTERPRET
-from transfusion.kernels.tuning import launches
+from transfusion.kernels.tuning import SPECIALISED, launches
 
 FORWARD = Case(
     SimpleNamespace(fn=SimpleNamespace(__name__="forward_kernel")),
@@ -24,11 +24,15 @@ GOOD = Resources(128, 0, 0, (900, 500), 100_000, 256, ("wgmma",), False)
 
 
 def shipped_launches(target: str) -> set[tuple[Any, ...]]:
-    """(kernel, dtype, padded head dim, block_q, block_k, warps, stages); decoding is a launch of the forward kernel."""
+    """(kernel, dtype, padded head dim, block_q, block_k, warps, stages); decoding is a launch of the forward kernel.
+
+    A warp-specialised forward's plain stand-in ships with it.
+    """
     rows = launches(TARGETS[target].table, "attention")
     return {
         (stage.replace("decode", "forward"), {2: "bf16", 4: "fp32"}[size], dim, *launch)
-        for stage, size, dim, launch in rows
+        for stage, size, dim, shipped in rows
+        for launch in [shipped.plain if shipped.specialised else shipped]
     }
 
 
@@ -53,7 +57,8 @@ def test_every_kernel_and_target_is_compiled(compiled: list[dict[str, Any]]) -> 
     functions = {target: {row["case"].split()[0] for row in compiled if row["target"] == target} for target in TARGETS}
     fused = {"patchify_noise", "patchify_noise_backward", "diffusion_loss", "denoise_step"}
     fused |= {"key_extremes", "query_tiles", "key_tiles"}
-    assert functions["sm_90"] == {"forward", "combine", "delta", "backward_query", "backward_key", *fused}
+    attention = {"forward", "specialised_forward", "combine", "delta", "backward_query", "backward_key"}
+    assert functions["sm_90"] == attention | fused
     assert functions["sm_80"] == functions["sm_100"] == functions["gfx942"] == {"forward", *fused}
 
 
@@ -82,6 +87,18 @@ def test_cases_hold_every_shipped_launch_once(target: str) -> None:
         if "PRECISION" in case.constants
     }
     assert compiled == shipped_launches(target)
+
+
+def test_every_warp_specialised_launch_is_compiled() -> None:
+    """Those that tuning may choose; no table ships another, nor one for a GPU or a dtype that has none."""
+    for table in ("default", "sm_90", "gfx942"):
+        for stage, size, dim, launch in launches(table, "attention"):
+            assert not launch.specialised or launch in SPECIALISED[dim]
+            assert not launch.specialised or (table, stage, size) == ("sm_90", "forward", 2)
+    keys = ("BLOCK_D", "BLOCK_Q", "BLOCK_K", "STAGES")
+    cases = [case for case in ahead_of_time.all_cases("sm_90") if case.function == "specialised_forward"]
+    compiled = {tuple(case.constants[key] for key in keys) for case in cases}
+    assert compiled == {(dim, *launch[:2], launch.num_stages) for dim in SPECIALISED for launch in SPECIALISED[dim]}
 
 
 def test_the_kept_table_has_a_line_for_each_shipped_launch() -> None:
@@ -200,7 +217,7 @@ def test_spills_are_counted_in_innermost_loops() -> None:
 def test_only_16_bit_products_need_the_matrix_units() -> None:
     bare = GOOD._replace(matrix_instructions=())
     assert broken_limits(FORWARD._replace(signature={"p_q": "*fp32"}), "sm_90", bare) == []
-    assert broken_limits(FORWARD._replace(constants={"BLOCK_D": 128, "BLOCK_Q": 128}), "sm_90", bare) == []
+    assert broken_limits(FORWARD._replace(constants={"BLOCK_D": 128}), "sm_90", bare) == []
 
 
 @pytest.mark.skipif(not TRITON_INTERPRET, reason="only the interpreter has nothing to compile")

@@ -12,7 +12,7 @@ import torch
 
 from transfusion.kernels import tune, tuning
 from transfusion.kernels.tune import STAGES, Trial, candidates, fastest
-from transfusion.kernels.tuning import Launch
+from transfusion.kernels.tuning import SPECIALISED, Launch
 
 GPU = "sm_120"  # has no table of its own
 
@@ -30,8 +30,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def in_table(stage: str, head_dim: int = 64) -> Launch:
-    return tuning.launch("attention", stage, GPU, torch.bfloat16, head_dim)
+def in_table(stage: str, head_dim: int = 64, table: str = GPU) -> Launch:
+    return tuning.launch("attention", stage, table, torch.bfloat16, head_dim)
 
 
 def test_the_fastest_launch_is_written(machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -52,6 +52,27 @@ def test_the_fastest_launch_is_written(machine: Path, monkeypatch: pytest.Monkey
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
     assert {line["reason"] for line in lines} == {"", "misses its bound"}
     assert all((line["milliseconds"] is None) == bool(line["reason"]) for line in lines)
+
+
+def test_hopper_tries_the_warp_specialised_forward(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tuning, "table_name", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "passes", lambda stage, dtype, dim: True)
+    for stage, dtype, tried in (
+        ("forward", "bfloat16", True),
+        ("forward", "float32", False),
+        ("decode", "float16", False),
+    ):
+        own = tune.specialised_launches(stage, getattr(torch, dtype), 80)
+        assert own == (SPECIALISED[128] if tried else ())
+    monkeypatch.setattr(
+        tune, "median_milliseconds", lambda call: float(not in_table("forward", 128, "sm_90").specialised)
+    )
+    assert tune.main(["--stage", "forward", "--head-dim", "128", "--jobs", "1"]) == 0
+    written = json.loads((machine / "sm_90.json").read_text())
+    assert written["attention"]["forward"]["2"]["128"] == list(SPECIALISED[128][0])
+    monkeypatch.setattr(tuning, "architecture", lambda device: "sm_100")
+    assert tune.specialised_launches("forward", torch.bfloat16, 128) == ()
 
 
 def test_a_table_is_left_as_it_was_where_nothing_passes(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@
 A program takes BLOCK_Q rows of queries and walks their masked runs of key tiles, then their full ones. The loop over a
 run is free of branches, so it is software-pipelined. Two things make few queries over many keys fast, both without
 another kernel: the query heads that read one key head lie side by side in one program (PACKED), and several programs
-share the key tiles of one block of rows (SPLIT), whose results `combine_kernel` then adds in order.
+share the key tiles of one block of rows (SPLIT), whose results `combine_kernel` then adds in order. Where the table
+says so, many queries are `warp_specialised.py`'s.
 """
 
 import torch
@@ -177,6 +178,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, tiles: Tensor, s
         q.device, q.dtype, batch, heads, kv_heads, num_queries, num_keys, head_dim
     )
     assert tiles.shape[1] == (1 if packed > 1 else blocks), f"{tiles.shape[1]} lines of tiles for {blocks} blocks"
+    scale = softmax_scale(scale, q.dtype)
+    if launch.specialised:
+        from transfusion.kernels.attention.kernel import warp_specialised  # Gluon: loaded where a table asks for it
+
+        with torch.cuda.device_of(q):
+            warp_specialised.forward(q, k, v, intervals, tiles, scale, launch, out, lse)
+        return out, lse
     parts, part_lse = out, lse
     if splits > 1:
         parts = torch.empty(splits * batch, *q.shape[1:], dtype=torch.float32, device=q.device)
@@ -186,7 +194,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, tiles: Tensor, s
             q, k, v, parts, part_lse, intervals, tiles,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *parts.stride()[:3],
             *row_strides(intervals, tiles), 0 if packed > 1 else tiles.stride(1),
-            batch, heads, heads // kv_heads, packed, num_queries, num_keys, softmax_scale(scale, q.dtype), splits,
+            batch, heads, heads // kv_heads, packed, num_queries, num_keys, scale, splits,
             PACKED=packed > 1, SPLIT=splits > 1, **launch_options(launch, head_dim, q.dtype),
         )  # fmt: skip
         if splits > 1:

@@ -1,0 +1,329 @@
+"""The forward of `online_softmax.py` for Hopper, in Gluon: warps that copy beside warps that multiply.
+
+One warp, the producer, has the tensor memory accelerator bring tiles of keys with their intervals, and of values, into
+rings of STAGES places in shared memory. Two groups of four warps, the consumers, take 64 rows each of a block of
+queries, and keep the tensor cores at work while they exponentiate:
+
+    scores_t  =  q k_tᵀ                     issued, and behind it
+    acc      +=  p_{t-1} v_{t-1}            issued: this runs while
+    p_t       =  exp2(scale·scores_t - m)   is computed; then acc is awaited, and decays by what m has grown
+
+A program stays on its multiprocessor and takes block after block: the producer fetches the next one while the
+consumers write the last. A place of a ring has two barriers: `full`, its bytes have arrived, and `free`, both
+consumers are done with them. The n-th use of a place is awaited by the parity of n.
+
+Numbers are those of `online_softmax.py` in 16 bits, operation by operation; that file has the derivation.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from transfusion.kernels import tuning
+from transfusion.kernels.attention.kernel.blocks import FULL_RUNS, LN_2, MASKED_RUNS, row_strides
+
+ROWS = gl.constexpr(64)  # of a consumer
+# Of what the accelerator copies: a block of (B, H, N, D), and one of intervals.
+SWIZZLED_BLOCK = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32)
+SECTION_BYTES = 2**24  # of keys and values that programs read at a time: they stay in the L2 cache
+
+
+@gluon.jit
+def _place(item, blocks, heads, section):
+    """item -> head of the batch, block. Sections of heads in turn; in each the last blocks, so the longest, first."""
+    begin = item // (blocks * section) * section
+    width = gl.minimum(section, heads - begin)
+    within = item - begin * blocks
+    return begin + within % width, blocks - 1 - within // width
+
+
+@gluon.jit
+def _produce(descriptors, rings, q_bars, k_bars, v_bars, work, group, own_mask):
+    """Copies q of each block, then k, intervals and v of each of its tiles: of masked runs, then of full ones."""
+    q_desc, k_desc, v_desc, i_desc = descriptors
+    q_tile, k_ring, v_ring, i_ring = rings
+    p_tiles, tiles_b, tiles_n, heads, blocks, all_heads, section = work
+    BLOCK_Q: gl.constexpr = q_tile.shape[0]
+    STAGES: gl.constexpr = k_ring.shape[0]
+    BLOCK_K: gl.constexpr = k_ring.shape[1]
+    BLOCK_D: gl.constexpr = k_ring.shape[2]
+    Q_BYTES: gl.constexpr = 2 * BLOCK_Q * BLOCK_D
+    V_BYTES: gl.constexpr = 2 * BLOCK_K * BLOCK_D
+    K_BYTES: gl.constexpr = V_BYTES + 8 * BLOCK_K
+    n = 0  # tiles so far
+    taken = 0  # blocks so far that have tiles
+    for item in range(gl.program_id(0), blocks * all_heads, gl.num_programs(0)):
+        head, block = _place(item, blocks, all_heads, section)
+        b, h = head // heads, head % heads
+        line = p_tiles + b * tiles_b + block * tiles_n
+        if gl.load(line + 2) > 0:
+            mbarrier.wait(q_bars.index(1), taken & 1 ^ 1)
+            mbarrier.expect(q_bars.index(0), Q_BYTES)
+            q_to = q_tile.reshape([1, 1, BLOCK_Q, BLOCK_D])
+            tma.async_copy_global_to_shared(q_desc, [b, h, block * BLOCK_Q, 0], q_bars.index(0), q_to)
+            taken += 1
+            for kind in gl.static_range(2):
+                p_runs = line + (FULL_RUNS if kind else MASKED_RUNS)
+                for run in range(gl.load(line + kind)):
+                    for tile in range(gl.load(p_runs + 2 * run), gl.load(p_runs + 2 * run + 1)):
+                        at, free = n % STAGES, n // STAGES & 1 ^ 1
+                        key = tile * BLOCK_K
+                        mbarrier.wait(k_bars.index(STAGES + at), free)
+                        full = k_bars.index(at)
+                        mbarrier.expect(full, K_BYTES)
+                        k_to = k_ring.index(at).reshape([1, 1, BLOCK_K, BLOCK_D])
+                        tma.async_copy_global_to_shared(k_desc, [b, h // group, key, 0], full, k_to)
+                        tma.async_copy_global_to_shared(i_desc, [b * own_mask, 2 * key], full, i_ring.index(at))
+                        mbarrier.wait(v_bars.index(STAGES + at), free)
+                        full = v_bars.index(at)
+                        mbarrier.expect(full, V_BYTES)
+                        v_to = v_ring.index(at).reshape([1, 1, BLOCK_K, BLOCK_D])
+                        tma.async_copy_global_to_shared(v_desc, [b, h // group, key, 0], full, v_to)
+                        n += 1
+
+
+@gluon.constexpr_function
+def _pairs(BLOCK_K):
+    """start and end of the columns that a thread has of its scores: two neighbours of every eight, 16 bytes each."""
+    octets = [[1 << bit, 0] for bit in range(3, BLOCK_K.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [1, 0], *octets],
+        lane_bases=[[2, 0], [4, 0], [0, 0], [0, 0], [0, 0]],
+        warp_bases=[[0, 0], [0, 0]],
+        block_bases=[],
+        shape=[BLOCK_K, 2],
+    )
+
+
+@gluon.jit
+def _scores(n, q_rows, k_ring, k_bars, S: gl.constexpr):
+    """q kᵀ of the n-th tile, issued."""
+    STAGES: gl.constexpr = k_ring.shape[0]
+    BLOCK_K: gl.constexpr = k_ring.shape[1]
+    mbarrier.wait(k_bars.index(n % STAGES), n // STAGES & 1)
+    keys = k_ring.index(n % STAGES).permute((1, 0))
+    zeros = gl.zeros([ROWS, BLOCK_K], gl.float32, S)
+    return warpgroup_mma(q_rows, keys, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _weighted(acc, p, n, v_ring, v_bars):
+    """acc + p v of the n-th tile, issued."""
+    STAGES: gl.constexpr = v_ring.shape[0]
+    mbarrier.wait(v_bars.index(n % STAGES), n // STAGES & 1)
+    return warpgroup_mma(p, v_ring.index(n % STAGES), acc, is_async=True)
+
+
+@gluon.jit
+def _exponentiated(scores, l, m, n, i_ring, k_bars, queries, scale, S: gl.constexpr, MASKED: gl.constexpr):
+    """p of the n-th tile, l, m with it, and what p and l of earlier tiles decay by. Frees the tile's keys."""
+    STAGES: gl.constexpr = i_ring.shape[0]
+    BLOCK_K: gl.constexpr = i_ring.shape[2] // 2
+    if MASKED:
+        start, end = gl.split(i_ring.index(n % STAGES).reshape([BLOCK_K, 2]).load(_pairs(BLOCK_K)))
+        start = gl.convert_layout(start, gl.SliceLayout(0, S), assert_trivial=True)
+        end = gl.convert_layout(end, gl.SliceLayout(0, S), assert_trivial=True)
+        rows = gl.expand_dims(queries, 1)
+        visible = (gl.expand_dims(start, 0) <= rows) ^ (gl.expand_dims(end, 0) <= rows)
+        scores = gl.where(visible, scores, float("-inf"))
+    mbarrier.arrive(k_bars.index(STAGES + n % STAGES))
+    m_new = gl.maximum(m, gl.max(scores, 1) * scale)
+    base = m_new
+    if MASKED:  # -inf - -inf is NaN: a query that has seen no key yet subtracts 0
+        base = gl.where(m_new == float("-inf"), 0.0, m_new)
+    p = gl.exp2(scores * scale - gl.expand_dims(base, 1))
+    decay = gl.exp2(m - base)
+    return p, l * decay + gl.sum(p, 1), m_new, decay
+
+
+@gluon.jit
+def _step(
+    acc,
+    l,
+    m,
+    p,
+    n,
+    q_rows,
+    rings,
+    k_bars,
+    v_bars,
+    queries,
+    scale,
+    S: gl.constexpr,
+    P: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """The n-th tile's scores and probabilities, beside the products of the one before with its values."""
+    _, k_ring, v_ring, i_ring = rings
+    STAGES: gl.constexpr = v_ring.shape[0]
+    scores = _scores(n, q_rows, k_ring, k_bars, S)
+    acc = _weighted(acc, p, n - 1, v_ring, v_bars)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    p_new, l, m, decay = _exponentiated(scores, l, m, n, i_ring, k_bars, queries, scale, S, MASKED)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(v_bars.index(STAGES + (n - 1) % STAGES))
+    O: gl.constexpr = P.parent
+    acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, O)), 1)
+    return acc, l, m, gl.convert_layout(p_new.to(p.dtype), P), n + 1
+
+
+@gluon.jit
+def _header(p_tiles, tiles_b, tiles_n, item, heads, blocks, all_heads, section):
+    """Masked tiles and tiles in all of an item; of the last one where there is no such item."""
+    head, block = _place(gl.minimum(item, blocks * all_heads - 1), blocks, all_heads, section)
+    line = p_tiles + head // heads * tiles_b + block * tiles_n
+    return gl.load(line + 3), gl.load(line + 2)
+
+
+@gluon.jit
+def _consume(
+    rings, q_bars, k_bars, v_bars, work, results, num_queries, scale, HALF: gl.constexpr, HEAD_DIM: gl.constexpr
+):
+    """out and lse of one half of each block's rows."""
+    q_tile, k_ring, v_ring, i_ring = rings
+    p_tiles, tiles_b, tiles_n, heads, blocks, all_heads, section = work
+    p_out, p_lse, out_b, out_h, out_n = results
+    STAGES: gl.constexpr = k_ring.shape[0]
+    BLOCK_K: gl.constexpr = k_ring.shape[1]
+    BLOCK_D: gl.constexpr = k_ring.shape[2]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    COALESCED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    dtype: gl.constexpr = k_ring.dtype
+    q_rows = q_tile.slice(HALF * ROWS, ROWS, 0)
+    n = 0
+    taken = 0
+    first_item, programs = gl.program_id(0), gl.num_programs(0)
+    next_masked, next_all = _header(p_tiles, tiles_b, tiles_n, first_item, heads, blocks, all_heads, section)
+    for item in range(first_item, blocks * all_heads, programs):
+        masked_tiles, tiles = next_masked, next_all  # read ahead, while the block before was computed
+        next_masked, next_all = _header(p_tiles, tiles_b, tiles_n, item + programs, heads, blocks, all_heads, section)
+        head, block = _place(item, blocks, all_heads, section)
+        first_row = block * q_tile.shape[0] + HALF * ROWS
+        queries = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, S))
+        acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
+        l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
+        m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+        if tiles > 0:
+            mbarrier.wait(q_bars.index(0), taken & 1)
+            taken += 1
+            scores = warpgroup_mma_wait(0, deps=[_scores(n, q_rows, k_ring, k_bars, S)])
+            # masked whatever it is: right for every tile
+            p, l, m, _ = _exponentiated(scores, l, m, n, i_ring, k_bars, queries, scale, S, True)
+            p = gl.convert_layout(p.to(dtype), P)
+            n += 1
+            for _ in range(1, masked_tiles):
+                acc, l, m, p, n = _step(acc, l, m, p, n, q_rows, rings, k_bars, v_bars, queries, scale, S, P, True)
+            for _ in range(gl.maximum(masked_tiles, 1), tiles):
+                acc, l, m, p, n = _step(acc, l, m, p, n, q_rows, rings, k_bars, v_bars, queries, scale, S, P, False)
+            mbarrier.arrive(q_bars.index(1))
+            acc = warpgroup_mma_wait(0, deps=[_weighted(acc, p, n - 1, v_ring, v_bars)])
+            mbarrier.arrive(v_bars.index(STAGES + (n - 1) % STAGES))
+        some = l > 0
+        total = gl.where(some, l, 1.0)
+        lse = gl.where(some, m * LN_2 + gl.log(total), float("-inf"))
+        gl.store(p_lse + gl.cast(head, gl.int64) * num_queries + queries, lse, mask=queries < num_queries)
+        out = acc / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, O)), 1)
+        out = gl.convert_layout(out.to(dtype), COALESCED)
+        rows = gl.expand_dims(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, COALESCED)), 1)
+        lanes = gl.expand_dims(gl.arange(0, BLOCK_D, gl.SliceLayout(0, COALESCED)), 0)
+        base = p_out + gl.cast(head // heads, gl.int64) * out_b + gl.cast(head % heads, gl.int64) * out_h
+        offsets = gl.cast(rows, gl.int64) * out_n + lanes
+        gl.store(base + offsets, out, mask=(rows < num_queries) & (lanes < HEAD_DIM))
+
+
+@gluon.jit
+def specialised_forward_kernel(
+    q_desc, k_desc, v_desc, i_desc, p_out, p_lse, p_tiles, out_b, out_h, out_n, own_mask, tiles_b, tiles_n,
+    batch, heads, group, num_queries, scale, section,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """out and lse of every block of rows. Grid: as many programs as stay on the device, or one a block of a head.
+
+    The descriptors are `describe`'s: blocks (1, 1, BLOCK_Q or BLOCK_K, BLOCK_D) of q, k and v, and (1, 2·BLOCK_K) of
+    the intervals; own_mask is 1 where each row of the batch has its own, else 0.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    PAIRS: gl.constexpr = gl.NVMMASharedLayout(0, 32, 2)
+    q_tile = gl.allocate_shared_memory(dtype, [BLOCK_Q, BLOCK_D], SWIZZLED)
+    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_D], SWIZZLED)
+    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_D], SWIZZLED)
+    i_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, 2 * BLOCK_K], PAIRS)
+    # Of each tile or place: first the barriers that say full, then those that say free.
+    q_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_bars = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
+    v_bars = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_bars.index(0), count=1)
+    mbarrier.init(q_bars.index(1), count=2)
+    for at in gl.static_range(STAGES):
+        mbarrier.init(k_bars.index(at), count=1)
+        mbarrier.init(v_bars.index(at), count=1)
+        mbarrier.init(k_bars.index(STAGES + at), count=2)
+        mbarrier.init(v_bars.index(STAGES + at), count=2)
+    rings = (q_tile, k_ring, v_ring, i_ring)
+    work = (p_tiles, tiles_b, tiles_n, heads, gl.cdiv(num_queries, BLOCK_Q), batch * heads, section)
+    results = (p_out, p_lse, out_b, out_h, out_n)
+    descriptors = (q_desc, k_desc, v_desc, i_desc)
+    gl.warp_specialize(
+        [
+            (_consume, (rings, q_bars, k_bars, v_bars, work, results, num_queries, scale, 0, HEAD_DIM)),
+            (_consume, (rings, q_bars, k_bars, v_bars, work, results, num_queries, scale, 1, HEAD_DIM)),
+            (_produce, (descriptors, rings, q_bars, k_bars, v_bars, work, group, own_mask)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, tiles: Tensor, scale: float, launch: tuning.Launch,
+    out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """Fills out and lse (B, H, N), contiguous. q, k, v of 16 bits, D a multiple of 8; scale > 0, for exponents of 2."""
+    batch, heads, num_queries, head_dim = q.shape
+    kv_heads, num_keys = k.shape[1:3]
+    if num_keys % 2:  # rows of intervals that begin at multiples of 16 bytes
+        intervals = torch.nn.functional.pad(intervals, (0, 0, 0, 1), value=num_queries)
+    pairs = intervals.contiguous().flatten(1)
+    heads_of_a_section = SECTION_BYTES * (heads // kv_heads) // (4 * num_keys * head_dim)
+    programs = min(tiles.shape[1] * batch * heads, tuning.processors(q.device))
+    specialised_forward_kernel[(programs,)](
+        *(describe(tensor, rows) for tensor, rows in ((q, launch.block_q), (k, launch.block_k), (v, launch.block_k))),
+        TensorDescriptor(pairs, list(pairs.shape), list(pairs.stride()), [1, 2 * launch.block_k], FLAT),
+        out, lse, tiles, *out.stride()[:3], int(pairs.shape[0] > 1), row_strides(intervals, tiles)[1], tiles.stride(1),
+        batch, heads, heads // kv_heads, num_queries, scale, max(1, heads_of_a_section),
+        **constexprs(launch, head_dim), num_warps=4,
+    )  # fmt: skip
+
+
+def constexprs(launch: tuning.Launch, head_dim: int) -> dict[str, int]:
+    """What the kernel is specialised on."""
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": tuning.padded_head_dim(head_dim),
+        "BLOCK_Q": launch.block_q,
+        "BLOCK_K": launch.block_k,
+        "STAGES": launch.num_stages,
+    }
+
+
+def describe(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """A (B, H, N, D) tensor in blocks of `rows` and all lanes; copied where its address or strides are not fit for it.
+
+    An address and strides must be multiples of 16 bytes; those of expanded dimensions are not above 0.
+    """
+
+    def strides(tensor: Tensor) -> list[int]:  # that of a dimension of size 1 says nothing
+        pairs = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+        return [*(stride if size > 1 else 8 for size, stride in pairs), 1]
+
+    if tensor.data_ptr() % 16 or any(stride % 8 or stride <= 0 for stride in strides(tensor)[:3]):
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    block = [1, 1, rows, tuning.padded_head_dim(tensor.shape[3])]
+    return TensorDescriptor(tensor, list(tensor.shape), strides(tensor), block, SWIZZLED_BLOCK)
