@@ -91,7 +91,7 @@ def test_edits_and_inpainting(folder, tmp_path):
         (["--prompt", "red", "--scheduler", "plms"], "scheduler 'plms' is unknown"),
         (["--prompt", "red", "--steps", "7"], "steps=7 does not divide"),
         (["--image", "nowhere.png"], "nowhere.png"),
-        (["--image", __file__], "is not a readable image"),
+        (["--image", __file__], ": unreadable image"),
         (["--text", "red", "--top-p", "2"], "top_p=2.0 must be within"),
         (["--prompt", "red", "--guidance-interval", "0.9", "0.1"], "guidance interval=(0.9, 0.1)"),
     ],

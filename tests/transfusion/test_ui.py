@@ -130,7 +130,7 @@ def test_every_scheduler_on_offer_samples(pipeline):
     [
         ("  ", [], {}, "the message is empty: write a prompt, or add an image"),
         ("red " * 300, [], {}, "longer than max_length=200"),
-        ("", ["notes.png"], {}, "⚠ notes.png is not a readable image"),
+        ("", ["notes.png"], {}, "⚠ notes.png: unreadable image"),
         ("", ["missing.png"], {}, "missing.png"),
         ("", ["a.png", "b.png"], {}, "2 images; add one at a time"),
         ("", ["a.png"], {"mode": "image"}, "write how it is to change"),
@@ -296,7 +296,7 @@ def test_the_page_in_a_browser(url, browser, picture, tmp_path):
     expect(replies.last).to_contain_text("seed 2 ·")
 
     for text, file, said in (
-        ("", str(broken), "broken.png is not a readable image"),
+        ("", str(broken), "broken.png: unreadable image"),
         ("red " * 300, None, "max_length"),
     ):
         send(text, file)

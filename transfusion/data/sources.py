@@ -207,21 +207,26 @@ def open_rgb(file: Path, name: str) -> "Image.Image":
 
 def decode_rgb(content: bytes, name: str) -> "Image.Image":
     """The image upright and on white where it is transparent; any way in which a decoder fails is a `SampleError`."""
-    image_module, image_ops = require("PIL.Image"), require("PIL.ImageOps")
-    with _decoding(name), image_module.open(io.BytesIO(content)) as image:
-        upright = image_ops.exif_transpose(image)
-        if "A" not in upright.getbands() and "transparency" not in upright.info:
-            return upright.convert("RGB")
-        rgba = upright.convert("RGBA")
-        white = image_module.new("RGBA", rgba.size, "white")
-        return image_module.alpha_composite(white, rgba).convert("RGB")
+    with decoding(name), require("PIL.Image").open(io.BytesIO(content)) as image:
+        return upright_rgb(image)
+
+
+def upright_rgb(image: "Image.Image") -> "Image.Image":
+    """RGB, turned as its EXIF data say, on white where it is transparent: how training and sampling see an image."""
+    image_module = require("PIL.Image")
+    upright: Image.Image = require("PIL.ImageOps").exif_transpose(image)
+    if "A" not in upright.getbands() and "transparency" not in upright.info:
+        return upright.convert("RGB")
+    rgba = upright.convert("RGBA")
+    white = image_module.new("RGBA", rgba.size, "white")
+    return image_module.alpha_composite(white, rgba).convert("RGB")
 
 
 def upright_size(content: "FileSlice | Image.Image", name: str) -> tuple[int, int]:
     """(width, height) as the picture is shown, from a file's header or an image in memory."""
     if not isinstance(content, FileSlice):
         return content.size
-    with _decoding(name), open(content.path, "rb") as file:
+    with decoding(name), open(content.path, "rb") as file:
         file.seek(content.offset)
         header = file if content.size is None else io.BytesIO(file.read(content.size))
         with require("PIL.Image").open(header) as image:
@@ -232,7 +237,8 @@ def upright_size(content: "FileSlice | Image.Image", name: str) -> tuple[int, in
 
 
 @contextmanager
-def _decoding(name: str) -> Iterator[None]:
+def decoding(name: str) -> Iterator[None]:
+    """Any way in which a decoder fails on the image `name` is a `SampleError`."""
     image_module = require("PIL.Image")
     try:
         yield

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from transfusion.data.optional import require
+from transfusion.data.sources import decoding, upright_rgb
 from transfusion.data.transforms import to_image, to_tensor
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ OUTPUT_TYPES = ("pil", "pt", "latent")
 
 
 def to_pixels(picture: Any, size: tuple[int, int]) -> Tensor:
-    """A PIL image or a file, cropped and resized as in training, or a tensor (3, H, W) in [0, 1] that has `size`
-    already -> (3, H, W) float32 in [-1, 1].
+    """A PIL image or a file, upright, on white, cropped and resized as in training, or a tensor (3, H, W) in [0, 1]
+    that has `size` already -> (3, H, W) float32 in [-1, 1].
 
     Raises `ValueError` for a tensor of another size or a file that is no image, `TypeError` for anything else.
     """
@@ -32,7 +33,7 @@ def to_pixels(picture: Any, size: tuple[int, int]) -> Tensor:
                 f"an image tensor must lie in [0, 1], got {float(picture.min())} .. {float(picture.max())}"
             )
         return picture.float() * 2 - 1
-    return to_tensor(_opened(picture).convert("RGB"), size[0] if size[0] == size[1] else size)
+    return to_tensor(upright_rgb(_opened(picture)), size[0] if size[0] == size[1] else size)
 
 
 def to_unknown(mask: Any, size: tuple[int, int], latent_size: tuple[int, int]) -> Tensor:
@@ -45,7 +46,8 @@ def to_unknown(mask: Any, size: tuple[int, int], latent_size: tuple[int, int]) -
             raise ValueError(f"a mask tensor must be ({size[0]}, {size[1]}) for this model, got {tuple(mask.shape)}")
         white = mask.float()[None]
     else:
-        pixels = to_tensor(_opened(mask).convert("L").convert("RGB"), size[0] if size[0] == size[1] else size)
+        upright = require("PIL.ImageOps").exif_transpose(_opened(mask))
+        pixels = to_tensor(upright.convert("L").convert("RGB"), size[0] if size[0] == size[1] else size)
         white = (pixels[:1] + 1) / 2
     return functional.adaptive_max_pool2d(white, latent_size) >= 0.5
 
@@ -57,13 +59,11 @@ def _opened(picture: Any) -> "Image.Image":
         return image
     if not isinstance(picture, str | Path):
         raise TypeError(f"an image must be a PIL image, a path or a tensor (3, H, W), got {type(picture).__name__}")
-    try:
+    if not Path(picture).is_file():
+        raise FileNotFoundError(f"{picture} does not exist, or is no file")
+    with decoding(str(picture)):
         opened: Image.Image = pil.open(picture)
         opened.load()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ValueError(f"{picture} is not a readable image: {error}") from error
     return opened
 
 

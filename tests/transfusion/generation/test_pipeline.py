@@ -12,7 +12,7 @@ from PIL import Image as Pil
 from transfusion.data import DiffusersAutoencoder, PixelAutoencoder, Tokenizer
 from transfusion.generation import TransfusionPipeline
 from transfusion.generation.inputs import StopStrings, rows_of
-from transfusion.generation.media import to_pixels, to_unknown
+from transfusion.generation.media import to_unknown
 from transfusion.model import pretrained
 
 PROMPTS = ["red green", "green"]
@@ -260,7 +260,7 @@ def test_what_is_no_pipeline_is_refused(pipeline, tmp_path):
         ({"image": torch.full((3, 4, 6), torch.nan)}, r"must lie in \[0, 1\]"),
         ({"image": 7}, "must be a PIL image, a path or a tensor"),
         ({"image": PICTURE, "mask_image": torch.ones(4, 5)}, r"mask tensor must be \(4, 6\) .* got \(4, 5\)"),
-        ({"image": __file__}, "is not a readable image"),
+        ({"image": __file__}, ": unreadable image"),
         ({"image": "nowhere.png"}, "nowhere.png"),
         ({"scheduler": "plms"}, "scheduler 'plms' is unknown"),
         ({"scheduler": 7}, "7 is no scheduler"),
@@ -285,9 +285,3 @@ def test_lists_and_single_values_go_together():
     rows = rows_of(["a", "b"], PICTURE, None, "image")
     assert [(row.prompt, row.image, row.output) for row in rows] == [("a", PICTURE, "image"), ("b", PICTURE, "image")]
     assert rows_of(None, [PICTURE], None, None)[0].output == "text"
-
-
-def test_pictures_are_cropped_and_resized_and_tensors_are_not():
-    assert to_pixels(PICTURE, (4, 4)).shape == (3, 4, 4)
-    tensor = torch.rand(3, 4, 6)
-    assert torch.equal(to_pixels(tensor, (4, 6)), tensor * 2 - 1)
