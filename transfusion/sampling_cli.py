@@ -25,8 +25,9 @@ class SampleOptions:
         model: a saved pipeline in place of a run: its folder, or the name of one that comes with the package. Without
             a run or a model, emoji-32, which does.
         prompt: captions to draw, or what to change in --edit.
-        edit: an image to change as each prompt says.
-        mask: with --edit: a picture, white where the image is to be painted anew; the rest of it stays.
+        edit: an image to change as each prompt says; its largest centred part of the model's shape is taken.
+        mask: with --edit: a picture of the same size, white where the image is to be painted anew; the rest of it
+            stays. It is cropped as the image is.
         image: files to caption.
         text: texts to continue.
         story: texts to continue with text and images.

@@ -36,20 +36,36 @@ def to_pixels(picture: Any, size: tuple[int, int]) -> Tensor:
     return to_tensor(upright_rgb(_opened(picture)), size[0] if size[0] == size[1] else size)
 
 
-def to_unknown(mask: Any, size: tuple[int, int], latent_size: tuple[int, int]) -> Tensor:
-    """A mask, white or 1 where to paint: a PIL image, a file, or a tensor (H, W) in [0, 1] -> (1, h, w) bool.
+def to_unknown(mask: Any, picture: Any, size: tuple[int, int], latent_size: tuple[int, int]) -> Tensor:
+    """A mask, white or 1 where to paint -> (1, h, w) bool. A latent is painted where any of its pixels is to be.
 
-    A latent is painted where any of its pixels is to be.
+    mask: a PIL image or a file of the size of `picture`, whatever that is, and cropped with it; or a tensor (H, W) in
+    [0, 1] of the model's `size`, in which what is left of the picture is meant. Raises `ValueError` for another size.
     """
     if isinstance(mask, Tensor):
         if tuple(mask.shape) != size:
             raise ValueError(f"a mask tensor must be ({size[0]}, {size[1]}) for this model, got {tuple(mask.shape)}")
         white = mask.float()[None]
     else:
-        upright = require("PIL.ImageOps").exif_transpose(_opened(mask))
+        upright = _upright(mask)
+        shown = size[::-1] if isinstance(picture, Tensor) else _upright(picture).size
+        if upright.size != shown:
+            raise ValueError(
+                f"the mask is {_by(upright.size)} pixels and its image {_by(shown)}, both upright; what it marks would "
+                "not be what is painted: give a mask of the image's size"
+            )
         pixels = to_tensor(upright.convert("L").convert("RGB"), size[0] if size[0] == size[1] else size)
         white = (pixels[:1] + 1) / 2
     return functional.adaptive_max_pool2d(white, latent_size) >= 0.5
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"
+
+
+def _upright(picture: Any) -> "Image.Image":
+    turned: Image.Image = require("PIL.ImageOps").exif_transpose(_opened(picture))
+    return turned
 
 
 def _opened(picture: Any) -> "Image.Image":

@@ -59,8 +59,10 @@ class TransfusionPipeline:
 
     Args of a call:
         prompt: texts, or None for rows without one.
-        image: for each row a PIL image, a path, a tensor (3, H, W) in [0, 1], or None. It comes before the prompt.
-        mask_image: inpainting: white where each row's image is to be painted anew; the rest of it stays.
+        image: for each row a PIL image, a path, a tensor (3, H, W) in [0, 1], or None. It comes before the prompt. All
+            but a tensor is cropped to its largest centred part of the model's shape, and resized.
+        mask_image: inpainting: white where each row's image is to be painted anew; the rest of it stays. Of the size of
+            the image, with which it is cropped; or a tensor (H, W) over what is left of it then.
         output: "image", "text" or "both", of all rows or of each; by default an image for a row with a prompt, and
             text, a caption, for one without.
         num_inference_steps: of denoising; None is the scheduler's usual number.
@@ -183,11 +185,12 @@ class TransfusionPipeline:
         known = None
         if row.image is not None:
             height, width = (side * self.autoencoder.downscale for side in self.latent_shape[1:])
-            latent = self.autoencoder.encode(to_pixels(row.image, (height, width))[None])[0]
+            size, latent_size = (height, width), self.latent_shape[1:]
+            latent = self.autoencoder.encode(to_pixels(row.image, size)[None])[0]
             if row.mask_image is None:
                 before, text = (Text(text[0]), Image(latent)), []
             else:
-                known = Known(latent, to_unknown(row.mask_image, (height, width), self.latent_shape[1:]))
+                known = Known(latent, to_unknown(row.mask_image, row.image, size, latent_size))
         if row.prompt is not None:
             text.append(self.tokenizer.encode(row.prompt))
         segments = (*before, Text(torch.cat(text))) if text else before

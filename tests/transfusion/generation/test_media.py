@@ -45,8 +45,22 @@ def test_what_is_transparent_is_white():
 def test_a_mask_is_upright_too(tmp_path):
     mask = Image.new("L", (6, 4))
     mask.putpixel((0, 0), 255)
-    turned = to_unknown(save_turned(mask, tmp_path / "mask.png"), (6, 4), (6, 4))
-    assert turned.nonzero().tolist() == [[0, 0, 3]]
+    path = save_turned(mask, tmp_path / "mask.png")
+    for picture in (path, Image.new("RGB", (4, 6)), torch.zeros(3, 6, 4)):
+        assert to_unknown(path, picture, (6, 4), (6, 4)).nonzero().tolist() == [[0, 0, 3]]
+
+
+def test_a_mask_of_another_size_than_its_picture_is_refused():
+    """Each would be cropped by itself: a mask's left half would lie elsewhere in the picture."""
+    wide, square = Image.new("RGB", (12, 6)), Image.new("L", (6, 6))
+    with pytest.raises(ValueError, match=r"mask is 6×6 pixels and its image 12×6.*give a mask of the image's size"):
+        to_unknown(square, wide, (6, 6), (6, 6))
+    with pytest.raises(ValueError, match="mask is 6×6 pixels and its image 4×6"):
+        to_unknown(square, torch.zeros(3, 6, 4), (6, 4), (6, 4))
+    square.paste(255, (0, 0, 1, 6))
+    marked = to_unknown(square.crop((-3, 0, 9, 6)), wide, (6, 6), (6, 6))  # its left edge is that of what is kept
+    assert marked[0, :, 0].all() and not marked[0, :, 1:].any()
+    assert to_unknown(torch.ones(6, 6), wide, (6, 6), (6, 6)).all()  # a tensor is of what is kept
 
 
 def test_pictures_are_cropped_and_resized_and_tensors_are_not():

@@ -47,7 +47,7 @@ def test_every_kind_of_row_in_one_call(pipeline):
     rows = {
         "prompt": ["red", None, "green", "red", None, "red"],
         "image": [None, PICTURE, None, PICTURE, None, PICTURE],
-        "mask_image": [None, None, None, None, None, Pil.new("L", (8, 8), 255)],
+        "mask_image": [None, None, None, None, None, Pil.new("L", PICTURE.size, 255)],
         "output": ["image", "text", "text", "image", "image", None],
     }
     done = pipeline(**rows, max_new_tokens=5, **FEW)
@@ -223,7 +223,7 @@ def test_a_vae_is_saved_with_the_pipeline(tmp_path):
     assert again.max_length is None
     mask = Pil.new("L", (2 * WIDTH, 2 * HEIGHT), 0)
     mask.putpixel((0, 0), 255)
-    unknown = to_unknown(mask, (2 * HEIGHT, 2 * WIDTH), (HEIGHT, WIDTH))
+    unknown = to_unknown(mask, mask, (2 * HEIGHT, 2 * WIDTH), (HEIGHT, WIDTH))
     assert unknown.shape == (1, HEIGHT, WIDTH) and unknown[0, 0, 0] and unknown.sum() == 1
 
 
@@ -260,6 +260,7 @@ def test_what_is_no_pipeline_is_refused(pipeline, tmp_path):
         ({"image": torch.full((3, 4, 6), torch.nan)}, r"must lie in \[0, 1\]"),
         ({"image": 7}, "must be a PIL image, a path or a tensor"),
         ({"image": PICTURE, "mask_image": torch.ones(4, 5)}, r"mask tensor must be \(4, 6\) .* got \(4, 5\)"),
+        ({"image": PICTURE, "mask_image": Pil.new("L", (13, 17))}, "mask is 13×17 pixels and its image 17×13"),
         ({"image": __file__}, ": unreadable image"),
         ({"image": "nowhere.png"}, "nowhere.png"),
         ({"scheduler": "plms"}, "scheduler 'plms' is unknown"),
