@@ -1,7 +1,9 @@
 """transfusion train | sample | demo-ui | eval | ...: each command's options are the fields of one dataclass."""
 
+import argparse
 import json
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,10 +47,24 @@ class EvalOptions:
 
 
 def pick_device(name: str) -> str:
-    """For "auto" the name "cuda" where there is one, else "cpu"; any other name as it is."""
+    """For "auto" the name "cuda" where there is one, else "cpu"; any other name as it is.
+
+    Raises `ValueError` where torch has no such device here.
+    """
     import torch
 
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        module = torch.get_device_module(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name!r} is unknown; give auto, cpu, cuda or cuda:N") from error
+    count = module.device_count() if module.is_available() else 0
+    if (device.index or 0) >= count:
+        found = f"torch finds {count} {device.type} device(s) here" if count else f"torch finds no {device.type} here"
+        raise ValueError(f"--device {name!r}: {found}; give auto or another one (`transfusion doctor` lists them)")
+    return name
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -156,6 +172,8 @@ def verify(arguments: Sequence[str]) -> int:
 
 def doctor(arguments: Sequence[str]) -> int:
     """`transfusion doctor`."""
+    about = "Versions, devices, and for every op the path that it takes here and why not each other one."
+    argparse.ArgumentParser(prog="transfusion doctor", description=about).parse_args(arguments)
     from transfusion.doctor import report
 
     print(report())
@@ -185,6 +203,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _COMMANDS[given[0]](given[1:])
-    except (ValueError, FileNotFoundError, FloatingPointError, OSError, ImportError) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_refusal(error):
+            raise
         print(f"transfusion {given[0]}: {error}", file=sys.stderr)
         return 2
+
+
+def _is_refusal(error: RuntimeError) -> bool:
+    """Whether the kernels' registry raised it: what runs, by `impl` or TRANSFUSION_STRICT, cannot run here."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"] == "transfusion.kernels.registry"

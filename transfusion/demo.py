@@ -18,6 +18,7 @@ from torch import Tensor
 
 from transfusion import config as configs
 from transfusion import presets, recipes
+from transfusion.cli import pick_device
 from transfusion.data import DataConfig, LoaderConfig, image_source, text_source, to_tensor
 from transfusion.data.sources import ImageSource
 from transfusion.evaluation import sheets
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", choices=recipes.names(), help="what to train instead, on a CPU or a GPU")
     parser.add_argument("--steps", type=int, help="fewer steps than usual, for a quick look")
     options = parser.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device("auto")
     chosen = configs.load(RunConfig, recipes.find(options.recipe)) if options.recipe else config(device)
     if options.steps:
         chosen = replace(chosen, train=replace(chosen.train, steps=options.steps))

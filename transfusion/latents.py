@@ -34,11 +34,11 @@ def train_vae(arguments: Sequence[str]) -> int:
         config: Annotated[AutoencoderConfig, tyro.conf.arg(name="")] = field(default_factory=AutoencoderConfig)
 
     options = tyro.cli(Options, args=list(arguments), prog="transfusion train-vae")
+    device = pick_device(options.device)
     loader = LoaderConfig(rows=1, image_size=options.config.image_size)
     images = image_source(DataConfig(images=options.images, texts="", loader=loader), "train", limit=1_000_000)
     if images is None:
         raise ValueError("no images: give --images")
-    device = pick_device(options.device)
     perceptual = feature_distance(options.perceptual, device) if options.perceptual else None
     trainer = AutoencoderTrainer(options.config, images, options.out, device, perceptual)
     finished = trainer.run()

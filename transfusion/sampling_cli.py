@@ -108,12 +108,11 @@ def open_pipeline(options: SampleOptions) -> "TransfusionPipeline":
     """
     import torch
 
+    from transfusion.cli import pick_device
     from transfusion.generation import TransfusionPipeline
     from transfusion.run import Run
 
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(options.device)
     if options.model is not None:
         return TransfusionPipeline.from_pretrained(options.model, device, torch.float32 if device == "cpu" else None)
     assert options.run is not None

@@ -12,6 +12,7 @@ from transfusion import cli
 from transfusion.data import image_source, to_tensor
 from transfusion.evaluation import image_distances
 from transfusion.evaluation.metrics import image_figures
+from transfusion.kernels import registry
 from transfusion.run import Run
 
 SMALL = tiny.run_options(data__loader__image_size=16, train__log_every=2)
@@ -130,6 +131,63 @@ def test_mistakes_end_with_one_line(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("devices", "name", "message"),
+    [
+        (0, "foo", "--device 'foo' is unknown; give auto, cpu, cuda or cuda:N"),
+        (0, "meta", "--device 'meta' is unknown"),
+        (0, "cuda", "--device 'cuda': torch finds no cuda here; give auto or another one"),
+        (2, "cuda:2", r"--device 'cuda:2': torch finds 2 cuda device\(s\) here"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(
+    devices: int, name: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    with pytest.raises(ValueError, match=message):
+        cli.pick_device(name)
+    assert cli.pick_device("auto") == ("cuda" if devices else "cpu") and cli.pick_device("cpu") == "cpu"
+    assert not devices or cli.pick_device("cuda:1") == "cuda:1"
+
+
+def test_every_command_names_a_device_that_is_not_there(
+    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    data = ["--data.images", str(folder), "--data.autoencoder", out, "--data.latent-cache", out]
+    capsys.readouterr()
+    for command in (
+        ["train", "--out", out, *SMALL],
+        ["eval", "--run", str(run)],
+        ["sample", "--run", str(run), "--prompt", "red", "--out", out],
+        ["sample", "--prompt", "red", "--out", out],
+        ["train-vae", "--images", str(folder), "--out", out],
+        ["encode", *data],
+    ):
+        assert cli.main([*command, "--device", "foo"]) == 2
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line == f"transfusion {command[0]}: --device 'foo' is unknown; give auto, cpu, cuda or cuda:N"
+    assert not Path(out, "config.toml").exists()
+
+
+def test_kernels_that_cannot_run_here_are_a_message_and_bugs_are_not(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(registry, "TRITON_INTERPRET", False)
+    options = ["--device", "cpu", "--train.impl", "triton", "--data.images", str(folder), "--data.texts", str(folder)]
+    assert cli.main(["train", "--out", str(tmp_path / "run"), *options, *SMALL]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("transfusion train: "))
+    assert "impl='triton' cannot run here: " in line and "tensors are on 'cpu'" in line
+
+    def broken(arguments: object) -> int:
+        raise RuntimeError("impl='triton' cannot run here")
+
+    monkeypatch.setitem(cli._COMMANDS, "train", broken)
+    with pytest.raises(RuntimeError):
+        cli.main(["train"])
+
+
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     for command in ("train", "sample", "eval", "verify", "doctor"):
@@ -142,6 +200,12 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     assert "transfusion_attention" in capsys.readouterr().out
+    for arguments, status in ((["--help"], 0), (["--bogus"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["doctor", *arguments])
+        said = capsys.readouterr()
+        assert ended.value.code == status and "usage: transfusion doctor" in said.out + said.err
+        assert "transfusion_attention" not in said.out
 
 
 def test_the_gap_is_what_captions_are_worth(run: Path) -> None:
