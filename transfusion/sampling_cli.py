@@ -1,6 +1,7 @@
 """transfusion sample: images, captions, edits, continuations and stories from a run or a saved pipeline, as files."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ class SampleOptions:
         image: files to caption.
         text: texts to continue.
         story: texts to continue with text and images.
-        out: where PNGs, sheet.html and settings.json go.
+        out: folder for PNGs, sheet.html and settings.json, made where there is none.
         steps: denoising steps of an image; None is the scheduler's usual number.
         guidance: classifier-free guidance scale; 1 is none.
         guidance_interval: times, 0 the clean image and 1 pure noise, between which guidance is on.
@@ -85,10 +86,19 @@ def main(arguments: Sequence[str]) -> int:
     if options.mask is not None and options.edit is None:
         raise ValueError("--mask needs --edit: the image that it is a part of")
     options = with_model(options)
-    result = write_samples(options, open_pipeline(options))
-    print(json.dumps(result, indent=2, ensure_ascii=False))
+    _check_folder(options.out)
+    rows = write_samples(options, open_pipeline(options))
+    print(json.dumps(rows, indent=2, ensure_ascii=False))
     print(f"see {options.out}/sheet.html")
     return 0
+
+
+def _check_folder(out: Path) -> None:
+    """Raises `ValueError` where no folder `out` can be made or written to, while nothing is lost yet."""
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        reason = "cannot be written to" if there.is_dir() else "is no folder"
+        raise ValueError(f"--out {out}: {there} {reason}; give another one")
 
 
 def with_model(options: SampleOptions) -> SampleOptions:
@@ -140,10 +150,11 @@ def _jobs(options: SampleOptions) -> list[_Job]:
     ]
 
 
-def write_samples(options: SampleOptions, pipeline: "TransfusionPipeline") -> dict[str, Any]:
+def write_samples(options: SampleOptions, pipeline: "TransfusionPipeline") -> list[dict[str, Any]]:
     """Samples everything in one batch; writes NNN-prompt.png for each image, sheet.html and settings.json.
 
-    -> what settings.json says beside the options: images, captions, continuations, stories.
+    -> the rows, as settings.json has them beside the options: of each its kind, what it was given and its seed, and
+    the files of its images, its text, or as document, of a story, texts and files in turn.
     """
     from transfusion.generation.inputs import PipelineOutput
 
@@ -171,38 +182,37 @@ def write_samples(options: SampleOptions, pipeline: "TransfusionPipeline") -> di
     names = _names(jobs, done)
     for name, image in zip(names, done.images, strict=True):
         image.save(options.out / name)
-    record = _record(jobs, done, names)
-    given = {name: str(value) for name, value in vars(options).items()}
-    settings = {"options": given, "seeds": [options.seed + index for index in range(len(jobs))], **record}
+    rows = [
+        _row(job, options.seed + index, [names[part] if isinstance(part, int) else part for part in document])
+        for index, (job, document) in enumerate(zip(jobs, done.documents, strict=True))
+    ]
+    settings = {"options": {name: str(value) for name, value in vars(options).items()}, "rows": rows}
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (options.out / "settings.json").write_text(text, encoding="utf-8")
     _write_sheet(options, jobs, done, settings)
-    return record
+    return rows
 
 
 def _names(jobs: Sequence[_Job], done: "PipelineOutput") -> list[str]:
-    """NNN-prompt.png of each image, NNN its number."""
+    """NNN-prompt.png of each image, NNN its number: of the prompt the letters and digits of any script."""
     owners = [
         job for job, document in zip(jobs, done.documents, strict=True) for part in document if isinstance(part, int)
     ]
-    words = [re.sub("[^a-z0-9]+", "-", (job.prompt or "").lower())[:40] for job in owners]
-    return [f"{number:03d}-{word}.png" for number, word in enumerate(words)]
+    words = [re.sub(r"[\W_]+", "-", job.prompt or "").lower()[:40].strip("-") for job in owners]
+    return ["-".join(filter(None, [f"{number:03d}", word])) + ".png" for number, word in enumerate(words)]
 
 
-def _record(jobs: Sequence[_Job], done: "PipelineOutput", names: Sequence[str]) -> dict[str, Any]:
-    record: dict[str, Any] = {}
-    for job, document, text in zip(jobs, done.documents, done.text, strict=True):
-        files = [names[part] for part in document if isinstance(part, int)]
-        if job.kind == "caption":
-            record.setdefault("captions", {})[str(job.image)] = text.strip()
-        elif job.kind == "continuation":
-            record.setdefault("continuations", {})[job.prompt] = text
-        elif job.kind == "story":
-            parts = [names[part] if isinstance(part, int) else part for part in document]
-            record.setdefault("stories", {})[job.prompt] = parts
-        else:
-            record.setdefault("images", {}).update({file: job.prompt for file in files})
-    return record
+def _row(job: _Job, seed: int, document: list[str]) -> dict[str, Any]:
+    """What settings.json says of a row; in `document` a file stands for each image."""
+    given = {"prompt": job.prompt, "image": None if job.image is None else str(job.image)}
+    row: dict[str, Any] = {"kind": job.kind, **{name: value for name, value in given.items() if value is not None}}
+    row["seed"] = seed
+    if job.output == "both":
+        return row | {"document": document}
+    if job.output == "image":
+        return row | {"files": document}
+    text = "".join(document)
+    return row | {"text": text.strip() if job.kind == "caption" else text}
 
 
 def _write_sheet(

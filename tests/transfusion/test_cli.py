@@ -44,9 +44,9 @@ def test_train_evaluate_sample(run: Path, folder: Path, tmp_path: Path, capsys: 
     capsys.readouterr()
     assert cli.main(["sample", *options, *inputs]) == 0
     settings = json.loads((out / "settings.json").read_text())
-    assert settings["images"] == {"000-red-square.png": "red square", "001-a-b-c.png": "a/b: c"}
-    assert list(settings["captions"]) == [str(folder / "red.png")]
-    assert list(settings["continuations"]) == ["this is"]
+    assert [row.get("files") for row in settings["rows"]] == [["000-red-square.png"], ["001-a-b-c.png"], None, None]
+    given = [row.get("prompt") or row["image"] for row in settings["rows"]]
+    assert given == ["red square", "a/b: c", str(folder / "red.png"), "this is"]
     assert Image.open(out / "000-red-square.png").size == (16, 16)
 
 

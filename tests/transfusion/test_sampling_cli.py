@@ -47,13 +47,15 @@ def test_every_kind_of_row(folder, tmp_path, capsys):
     rows = ["--prompt", "a <b>red</b> fox", "a/b: c", "--image", picture, "--text", "once", "--story", "a story"]
     status, settings = sample(folder, tmp_path, *rows, "--max-tokens", "6", "--max-images", "1", "--seed", "5")
     assert status == 0
-    first, second = list(settings["images"])[:2]
-    assert (first, second) == ("000-a-b-red-b-fox.png", "001-a-b-c.png")
-    assert list(settings["captions"]) == [picture] and list(settings["continuations"]) == ["once"]
-    assert list(settings["stories"]) == ["a story"] and settings["seeds"] == [5, 6, 7, 8, 9]
+    first, second, caption, continuation, story = settings["rows"]
+    drawn = {"kind": "image", "prompt": "a <b>red</b> fox", "seed": 5, "files": ["000-a-b-red-b-fox.png"]}
+    assert first == drawn and second["files"] == ["001-a-b-c.png"]
+    assert caption == {"kind": "caption", "image": picture, "seed": 7, "text": caption["text"].strip()}
+    assert continuation == {"kind": "continuation", "prompt": "once", "seed": 8, "text": continuation["text"]}
+    assert story.keys() == {"kind", "prompt", "seed", "document"} and (story["kind"], story["seed"]) == ("story", 9)
     assert settings["options"]["guidance"] == "3.0"
     assert all(Image.open(path).size == (6, 4) for path in tmp_path.glob("*.png"))
-    assert json.loads(capsys.readouterr().out.rpartition("see ")[0])["images"] == settings["images"]
+    assert json.loads(capsys.readouterr().out.rpartition("see ")[0]) == settings["rows"]
     page = Elements()
     page.feed((tmp_path / "sheet.html").read_text())
     assert page.tags.count("article") == 5 and page.tags.count("b") == 0 and "a <b>red</b> fox" in page.text
@@ -71,12 +73,32 @@ def test_the_same_seed_gives_the_same_files(folder, tmp_path):
 def test_edits_and_inpainting(folder, tmp_path):
     edit = ["--edit", str(folder / "fruit.png"), "--prompt", "make it blue", "make it red"]
     status, settings = sample(folder, tmp_path / "edit", *edit)
-    assert status == 0 and list(settings["images"].values()) == ["make it blue", "make it red"]
+    given = [(row["kind"], row["prompt"], row["image"]) for row in settings["rows"]]
+    assert status == 0 and given == [("edit", prompt, edit[1]) for prompt in ("make it blue", "make it red")]
     status, _ = sample(folder, tmp_path / "paint", *edit, "--mask", str(folder / "mask.png"))
     assert status == 0 and "inpainting" in (tmp_path / "paint" / "sheet.html").read_text()
     Image.new("L", (12, 8), 0).save(folder / "none.png")
     sample(folder, tmp_path / "kept", *edit[:3], "nothing", "--mask", str(folder / "none.png"))
     assert set(Image.open(tmp_path / "kept" / "000-nothing.png").getdata()) == {(255, 165, 0)}  # orange
+
+
+def test_equal_prompts_and_those_in_other_scripts_are_all_kept(folder, tmp_path):
+    prompts = ["red", "red", "Красный лис", "赤い_キツネ!", "🦊"]
+    _, settings = sample(folder, tmp_path, "--prompt", *prompts, "--text", "once", "once", "--max-tokens", "3")
+    assert [row["prompt"] for row in settings["rows"]] == [*prompts, "once", "once"]
+    files = [name for row in settings["rows"] for name in row.get("files", ())]
+    assert files == ["000-red.png", "001-red.png", "002-красный-лис.png", "003-赤い-キツネ.png", "004.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == files
+
+
+def test_a_folder_that_cannot_be_written_to_fails_before_any_work(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(TransfusionPipeline, "from_pretrained", None)
+    (tmp_path / "file").write_text("kept")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert cli.main(["sample", "--model", str(folder / "pipe"), "--prompt", "red", "--out", str(out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"transfusion sample: --out {out}: {tmp_path / 'file'} is no folder; give another one"
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 @pytest.mark.parametrize(
