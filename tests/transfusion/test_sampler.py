@@ -94,7 +94,8 @@ def test_sample_is_the_loop_of_diffusers(prediction, name, seed):
     assert torch.equal(result, by_hand(predict, noise, schedule, scheduler, seed)), seed
 
 
-COSINE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+V = {"prediction_type": "v_prediction"}
+COSINE = {"beta_schedule": "squaredcos_cap_v2", **V}
 OWN = [
     diffusers.EulerDiscreteScheduler(timestep_spacing="trailing", **COSINE),
     diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="trailing", **COSINE),
@@ -151,6 +152,14 @@ def test_fractional_timesteps_reach_the_network_rounded(seed):
     scheduler.set_timesteps(9)
     assert (scheduler.timesteps % 1 > 0.5).any() and (scheduler.timesteps % 1 < 0.5).any()
     assert torch.equal(torch.stack(seen)[:, 0], scheduler.timesteps.round().long())
+
+
+def test_a_last_timestep_below_zero_reaches_the_network_as_zero(seed):
+    """diffusers rounds the trailing ones of 223 steps and some more so that one is -1, with the sigma of 0."""
+    schedule, seen = NoiseSchedule("v_prediction"), []
+    scheduler = make_scheduler(schedule, "dpmsolver")
+    run(lambda x, t: seen.append(int(t[0])) or x, torch.randn(SHAPE), schedule, scheduler, seed, steps=223)
+    assert timesteps(scheduler, schedule, 223)[-1] == -1 and seen[-1] == min(seen) == 0
 
 
 @pytest.mark.parametrize(("prediction", "name"), CASES)
@@ -355,10 +364,20 @@ def test_make_scheduler_refuses(prediction, name, clip, message):
         ("v_prediction", make_scheduler(NoiseSchedule("epsilon")), "prediction_type='epsilon'.*'v_prediction'"),
         ("epsilon", diffusers.DDIMScheduler(), "beta_schedule='linear'.*'squaredcos_cap_v2'"),
         ("epsilon", make_scheduler(NoiseSchedule("epsilon", 500)), "num_train_timesteps=500.*1000"),
-        ("epsilon", make_scheduler(NoiseSchedule("flow_prediction")), "prediction_type='flow_prediction'"),
+        ("epsilon", make_scheduler(NoiseSchedule("flow_prediction")), "has no prediction_type"),
         ("flow_prediction", make_scheduler(NoiseSchedule("epsilon")), "prediction_type='epsilon'"),
         ("flow_prediction", make_scheduler(NoiseSchedule("trigflow")), "prediction_type='trigflow'"),
         ("trigflow", make_scheduler(NoiseSchedule("trigflow", sigma_data=0.9)), r"sigma_data=0\.9.*0\.5"),
+        ("v_prediction", diffusers.EDMEulerScheduler(prediction_type="v_prediction"), "has no beta_schedule"),
+        ("v_prediction", diffusers.DDIMScheduler(trained_betas=[0.01] * 1000, **V), "alphas_cumprod that are not"),
+        ("v_prediction", diffusers.CogVideoXDDIMScheduler(**COSINE), "alphas_cumprod that are not"),
+        ("v_prediction", diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, **COSINE), "use_flow_sigmas=True"),
+        ("flow_prediction", diffusers.IPNDMScheduler(), "has no prediction_type"),
+        ("flow_prediction", diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction"), "flow_sigmas=False"),
+        ("v_prediction", diffusers.DDIMInverseScheduler(**COSINE), "timesteps 0, 200, 400, 600, ...; .* goes down"),
+        ("v_prediction", diffusers.DPMSolverMultistepInverseScheduler(**COSINE), "sampling goes down from there"),
+        ("flow_prediction", diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "goes down from there"),
+        ("v_prediction", diffusers.DDIMScheduler(steps_offset=300, **COSINE), r"timesteps 1100, 900, .* 0\.\.999"),
     ],
 )
 def test_a_scheduler_of_another_path_is_refused(prediction, scheduler, message, seed):
@@ -366,11 +385,36 @@ def test_a_scheduler_of_another_path_is_refused(prediction, scheduler, message, 
         run(lambda x, t: x, torch.randn(SHAPE), NoiseSchedule(prediction), scheduler, seed)
 
 
+def test_what_differs_by_less_than_it_matters_is_taken(seed):
+    """Betas of its own that are the cosine's, no signal at T - 1, the flow by a scheduler of more paths than one."""
+    cosine, flow = NoiseSchedule("v_prediction"), NoiseSchedule("flow_prediction")
+    betas = make_scheduler(cosine).betas.tolist()
+    for scheduler in (
+        diffusers.DDIMScheduler(trained_betas=betas, **V),
+        diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", **COSINE),
+        diffusers.KDPM2AncestralDiscreteScheduler(timestep_spacing="trailing", **COSINE),
+    ):
+        check_scheduler(scheduler, cosine)
+        assert len(timesteps(scheduler, cosine, 10)) >= 10
+    of_many = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    torch.manual_seed(seed)
+    clean = torch.randn(SHAPE)
+    drawn = run(perfect(flow, clean), torch.randn(SHAPE), flow, of_many, seed, steps=10)
+    torch.testing.assert_close(drawn, clean, atol=0.01, rtol=0.01)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "flow_prediction", "trigflow"])
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_steps_out_of_range_are_refused(prediction, steps):
     schedule = NoiseSchedule(prediction)
     with pytest.raises(ValueError, match=f"steps={steps} must be within 1..1000"):
+        timesteps(make_scheduler(schedule), schedule, steps)
+
+
+@pytest.mark.parametrize("steps", [2.5, "4", None])
+def test_steps_that_are_no_whole_number_are_refused(steps):
+    schedule = NoiseSchedule()
+    with pytest.raises(TypeError, match=f"steps={steps!r} must be a whole number, got {type(steps).__name__}"):
         timesteps(make_scheduler(schedule), schedule, steps)
 
 

@@ -3,19 +3,21 @@
     timesteps(scheduler) = t_1 > t_2 > ... ;   x <- scheduler.step(prediction(x, t), t, x)
 
 `make_scheduler` makes the scheduler that belongs to a `NoiseSchedule`; `sample` runs it, or any other one with
-diffusers' interface. The network is a function here: nothing in this file knows of transformers or text.
+diffusers' interface that steps along the same path. The network is a function here: nothing in this file knows of
+transformers or text.
 """
 
 import copy
 import inspect
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from transfusion.data.optional import require
-from transfusion.diffusion.schedule import NoiseSchedule, Path
+from transfusion.diffusion.schedule import NoiseSchedule, Path, cosine_path
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 OnStepEnd = Callable[[int, Tensor, Tensor], Tensor]
@@ -109,37 +111,60 @@ def make_scheduler(schedule: NoiseSchedule, name: str = "fast", clip_sample: boo
 
 
 def check_scheduler(scheduler: Any, schedule: NoiseSchedule) -> None:
-    """Raises `ValueError` where the scheduler's config says that it steps along another path than `schedule`'s, and
-    `TypeError` where it is none."""
+    """Raises `ValueError` where the scheduler's config or alphas say that it steps along another path than that of
+    `schedule`, and `TypeError` where it is none. One without a config is judged by its timesteps alone."""
     if isinstance(scheduler, type) or not (hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")):
         raise TypeError(
             f"{scheduler!r} is no scheduler: it must have diffusers' set_timesteps and step; "
             "take make_scheduler(model.config.schedule), or a scheduler object of diffusers"
         )
     config = getattr(scheduler, "config", {})
-    wanted: dict[str, Any] = {"prediction_type": schedule.prediction}
-    if schedule.path == "trigflow":
-        wanted["sigma_data"] = schedule.sigma_data
-    else:
-        wanted["num_train_timesteps"] = schedule.num_train_timesteps
-    if schedule.path == "cosine" and config.get("trained_betas") is None:
-        wanted["beta_schedule"] = "squaredcos_cap_v2"
-    # FlowMatch* schedulers predict one thing and name no prediction type; all others of diffusers name theirs.
-    unnamed = {"prediction_type": "flow_prediction"} if config else {}
-    for key, value in wanted.items():
-        found = config.get(key, unnamed.get(key, value))
-        if found != value:
+    for key, value in _wanted(config, schedule).items():
+        if config.get(key) != value:
+            found = f"has {key}={config[key]!r}" if key in config else f"has no {key}"
             raise ValueError(
-                f"{type(scheduler).__name__} has {key}={found!r}, but the model was trained with {key}={value!r}; "
+                f"{type(scheduler).__name__} {found}, but the model was trained with {key}={value!r}; "
                 "take make_scheduler(model.config.schedule)"
             )
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if schedule.path == "cosine" and isinstance(alphas, Tensor):
+        total = schedule.num_train_timesteps
+        signal, _ = cosine_path(torch.arange(total), total, torch.float64)
+        # rescale_betas_zero_snr moves the cosine's by 5e-5
+        if alphas.shape != signal.shape or (alphas.double().cpu() - signal**2).abs().max() > 1e-3:
+            raise ValueError(
+                f"{type(scheduler).__name__} has alphas_cumprod that are not those of squaredcos_cap_v2, with which "
+                "the model was trained; leave trained_betas out, or take make_scheduler(model.config.schedule)"
+            )
+
+
+def _wanted(config: Any, schedule: NoiseSchedule) -> dict[str, Any]:
+    """What a scheduler's config must say for it to step along the path of `schedule`."""
+    if not config:
+        return {}
+    if schedule.path == "trigflow":
+        return {"prediction_type": schedule.prediction, "sigma_data": schedule.sigma_data}
+    wanted: dict[str, Any] = {"num_train_timesteps": schedule.num_train_timesteps}
+    # FlowMatch* schedulers predict one thing, name no prediction type and shift their times; all others of diffusers
+    # name what they predict, and step along the flow if use_flow_sigmas says so.
+    if schedule.path == "cosine" or "shift" not in config:
+        wanted["prediction_type"] = schedule.prediction
+        if schedule.path == "flow" or "use_flow_sigmas" in config:
+            wanted["use_flow_sigmas"] = schedule.path == "flow"
+    if schedule.path == "cosine" and config.get("trained_betas") is None:
+        wanted["beta_schedule"] = "squaredcos_cap_v2"
+    return wanted
 
 
 def timesteps(scheduler: Any, schedule: NoiseSchedule, steps: int) -> Tensor:
     """Sets the scheduler to `steps` steps -> the timesteps (at least `steps` of them) at which it asks the network.
 
-    Raises `ValueError` where steps is not in 1 .. T, or does not divide T for a scheduler that goes by T // steps.
+    Raises `ValueError` where steps is not in 1 .. T, or does not divide T for a scheduler that goes by T // steps, and
+    where the timesteps do not go down within those that the network was trained at; `TypeError` for no whole number.
     """
+    if not isinstance(steps, SupportsIndex):
+        raise TypeError(f"steps={steps!r} must be a whole number, got {type(steps).__name__}")
+    steps = operator.index(steps)
     config = getattr(scheduler, "config", {})
     total = config.get("num_train_timesteps", schedule.num_train_timesteps)
     if not 1 <= steps <= total:
@@ -152,17 +177,33 @@ def timesteps(scheduler: Any, schedule: NoiseSchedule, steps: int) -> Tensor:
             f"steps={steps} does not divide the {total} training timesteps, and {type(scheduler).__name__} would skip "
             f"some of its path; take steps={below} or steps={above}, or another scheduler"
         )
-    if schedule.path == "trigflow":  # the list ends with t = 0, where there is nothing left to ask
+    takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    if schedule.path == "trigflow":
         only_two = {} if steps == 2 else {"intermediate_timesteps": None}
         scheduler.set_timesteps(steps, **only_two)
-        return scheduler.timesteps[:-1]
-    takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
-    if schedule.path == "flow" and takes_sigmas and "prediction_type" not in config:
+    elif schedule.path == "flow" and takes_sigmas and "prediction_type" not in config:
         # FlowMatch*, left alone, spends the last of its steps between sigma = 1 / T and 0, where nothing happens.
         scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
     else:
         scheduler.set_timesteps(steps)
-    return scheduler.timesteps
+    # TrigFlow's list ends with t = 0, where there is nothing left to ask
+    moments: Tensor = scheduler.timesteps[:-1] if schedule.path == "trigflow" else scheduler.timesteps
+    _check_timesteps(scheduler, schedule, moments.cpu())
+    return moments
+
+
+def _check_timesteps(scheduler: Any, schedule: NoiseSchedule, moments: Tensor) -> None:
+    """Raises `ValueError` unless the timesteps, as the network gets them, descend within the training's; a scheduler of
+    two stages asks twice at one of them."""
+    # diffusers' trailing timesteps may end at -1, which has the noise of 0; its trigflow starts at 1.57080, above π/2
+    least, most = (-1, schedule.num_train_timesteps - 1) if schedule.path == "cosine" else (0, schedule.timestep_range)
+    within = ((moments >= least) & (moments <= most + 1e-5)).all()
+    if not within or (_model_timestep(moments, schedule).diff() > 0).any():
+        shown = ", ".join(f"{moment:g}" for moment in moments[:4].tolist()) + (", ..." if len(moments) > 4 else "")
+        raise ValueError(
+            f"{type(scheduler).__name__} takes the timesteps {shown}; the model was trained at 0..{most:g}, and "
+            "sampling goes down from there: take another scheduler, or another timestep_spacing or steps_offset of it"
+        )
 
 
 @torch.no_grad()
@@ -210,7 +251,7 @@ def sample(
     for step, moment in enumerate(_bar(moments, progress)):
         if known is not None:
             latents = torch.where(known.unknown, latents, _noised(known.latents, noise, moment, scheduler, schedule))
-        prediction = predict(scale_input(latents, moment), _model_timestep(moment, latents, schedule)).float()
+        prediction = predict(scale_input(latents, moment), _expanded(moment, latents, schedule)).float()
         if not prediction.isfinite().all():
             raise FloatingPointError(
                 f"the prediction of denoising step {step + 1} of {len(moments)} (timestep {moment.item():g}) is not "
@@ -229,9 +270,7 @@ def _noised(latents: Tensor, noise: Tensor, moment: Tensor, scheduler: Any, sche
     elif hasattr(scheduler, "scale_noise"):
         noised = scheduler.scale_noise(latents.float(), times, noise)
     else:
-        alpha, sigma, *_ = (
-            c.view(-1, 1, 1, 1) for c in schedule.coefficients(_model_timestep(moment, noise, schedule))
-        )
+        alpha, sigma, *_ = (c.view(-1, 1, 1, 1) for c in schedule.coefficients(_expanded(moment, noise, schedule)))
         noised = alpha * latents.float() + sigma * noise
     return noised
 
@@ -249,12 +288,16 @@ def _step_options(scheduler: Any, generators: Sequence[torch.Generator]) -> dict
     return options
 
 
-def _model_timestep(moment: Tensor, latents: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """The scheduler's timestep as (I,) of the network's kind: on the cosine path it has only seen whole ones."""
-    whole = schedule.path == "cosine"
-    value = moment.round() if whole and moment.is_floating_point() else moment
-    dtype = torch.int64 if whole else torch.float32
-    return value.to(latents.device, dtype).expand(latents.shape[0])
+def _model_timestep(moment: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """The scheduler's timestep as the network knows it: on the cosine path it has only seen whole ones from 0 on."""
+    if schedule.path != "cosine":
+        return moment.to(torch.float32)
+    return (moment.round() if moment.is_floating_point() else moment).to(torch.int64).clamp(min=0)
+
+
+def _expanded(moment: Tensor, latents: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """The network's timestep for each image, (I,) on the device of the latents."""
+    return _model_timestep(moment, schedule).to(latents.device).expand(latents.shape[0])
 
 
 def _bar(moments: Tensor, progress: bool) -> Any:

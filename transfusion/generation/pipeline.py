@@ -67,7 +67,7 @@ class TransfusionPipeline:
             text, a caption, for one without.
         num_inference_steps: of denoising; None is the scheduler's usual number.
         guidance_scale, guidance_interval, guidance_rescale: as in `Guidance`.
-        scheduler: "fast", "paper", a name that `make_scheduler` knows, or a diffusers scheduler.
+        scheduler: "fast", "paper", a name that `make_scheduler` knows, or a diffusers scheduler of the model's path.
         seed: of row 0, the rows after it counting on; or one for each row.
         generator: seeds are drawn from it instead; or from one for each row.
         max_new_tokens, max_images: at most so many in a row, where text, or both, are wanted.
