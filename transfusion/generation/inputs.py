@@ -1,5 +1,6 @@
 """What a call of the pipeline is given, row by row, and what it gives back."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,19 +76,33 @@ def _row(index: int, prompt: str | None, image: Any, mask_image: Any, output: st
     return Row(prompt, image, mask_image, chosen)
 
 
-def seeds_of(seed: int | Sequence[int], generator: Any, rows: int) -> list[int]:
+def seeds_of(seed: Any, generator: Any, rows: int) -> list[int]:
     """One seed for each row: drawn from the generators where there are any, else `seed` and those after it.
 
-    Raises `ValueError` for another number of seeds or generators than rows, or a seed out of range.
+    Raises `ValueError` for another number of seeds or generators than rows, or a seed that is none of 64 bits, and
+    `TypeError` for what is no whole number.
     """
     if generator is not None:
         own = [generator] * rows if isinstance(generator, torch.Generator) else list(generator)
         _check_count("generators", len(own), rows)
         return [int(torch.randint(_LARGEST_SEED, (), generator=each, device=each.device)) for each in own]
-    if not isinstance(seed, int):
+    if hasattr(seed, "__len__") and not isinstance(seed, str) and getattr(seed, "ndim", 1) != 0:
         _check_count("seeds", len(seed), rows)
-        return list(seed)
-    return [seed + index for index in range(rows)]
+        return [_seed(each) for each in seed]
+    first = _seed(seed)
+    return [_seed(first + index) for index in range(rows)]
+
+
+def _seed(given: Any) -> int:
+    try:
+        seed = operator.index(given)
+    except TypeError as error:
+        raise TypeError(
+            f"seed={given!r} must be a whole number, or a list with one for each row, got {type(given).__name__}"
+        ) from error
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed} must be of 64 bits: within {-(2**63)}..{2**63 - 1}")
+    return seed
 
 
 def _check_count(name: str, count: int, rows: int) -> None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class TransfusionPipeline:
         num_inference_steps: of denoising; None is the scheduler's usual number.
         guidance_scale, guidance_interval, guidance_rescale: as in `Guidance`.
         scheduler: "fast", "paper", a name that `make_scheduler` knows, or a diffusers scheduler of the model's path.
-        seed: of row 0, the rows after it counting on; or one for each row.
+        seed: of row 0, the rows after it counting on; or one for each row. Whole numbers of 64 bits.
         generator: seeds are drawn from it instead; or from one for each row.
         max_new_tokens, max_images: at most so many in a row, where text, or both, are wanted.
         temperature, top_k, top_p, min_p: as in `TextSampling`; temperature 0 is greedy.
@@ -138,7 +138,7 @@ class TransfusionPipeline:
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
         scheduler: str | Any = "fast",
-        seed: int | Sequence[int] = 0,
+        seed: SupportsIndex | Sequence[SupportsIndex] = 0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         max_new_tokens: int = 64,
         max_images: int = 4,

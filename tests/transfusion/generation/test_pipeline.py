@@ -3,6 +3,7 @@
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import rigged
 import torch
@@ -41,6 +42,13 @@ def test_text_to_image(pipeline):
     assert images(pipeline(PROMPTS[1], seed=8, **FEW)) == images(done)[1:]
     assert images(pipeline(PROMPTS[::-1], seed=[8, 7], **FEW)) == images(done)[::-1]
     assert images(pipeline(PROMPTS, seed=8, **FEW)) != images(done)
+
+
+def test_whole_numbers_of_any_kind_are_seeds_and_steps(pipeline):
+    drawn = images(pipeline(PROMPTS, seed=3, num_inference_steps=2))
+    for seed in (np.int64(3), torch.tensor(3), [3, 4], (np.uint8(3), 4), np.array([3, 4]), torch.tensor([3, 4])):
+        assert images(pipeline(PROMPTS, seed=seed, num_inference_steps=np.int64(2))) == drawn, seed
+    assert images(pipeline(PROMPTS, seed=-(2**63), num_inference_steps=2)) != drawn
 
 
 def test_every_kind_of_row_in_one_call(pipeline):
@@ -267,10 +275,16 @@ def test_what_is_no_pipeline_is_refused(pipeline, tmp_path):
         ({"scheduler": 7}, "7 is no scheduler"),
         ({"scheduler": DDIMScheduler()}, "beta_schedule='linear'|prediction_type='epsilon'"),
         ({"num_inference_steps": 0}, "steps=0 must be within"),
+        ({"num_inference_steps": 2.5}, r"steps=2\.5 must be a whole number, got float"),
         ({"num_inference_steps": 30}, "steps=30 does not divide"),
         ({"guidance_scale": -1.0}, "guidance scale=-1.0"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"seed": [1, 2]}, "2 seeds for 1 rows"),
+        ({"seed": "3"}, "seed='3' must be a whole number, or a list with one for each row, got str"),
+        ({"seed": 0.5}, r"seed=0\.5 must be a whole number"),
+        ({"seed": [None]}, "seed=None must be a whole number"),
+        ({"seed": 2**70}, f"seed={2**70} must be of 64 bits"),
+        ({"seed": 2**63 - 1, "prompt": ["red", "red"]}, f"seed={2**63} must be of 64 bits"),
         ({"generator": [torch.Generator()] * 3}, "3 generators for 1 rows"),
         ({"stop": ""}, "a stop string is empty"),
         ({"output": "text", "max_new_tokens": 0}, "asks for nothing"),
