@@ -240,12 +240,13 @@ def _predictor(plan: _Plan, state: Rows) -> Predict:
     single, _ = Rows.start(plan.model, [document], plan.image_tokens + 2, plan.impl)
     single.next(torch.tensor([special.boi]))
     denoiser = Denoiser(state, plan.latent_shape, single.take([0] * len(state)))
-    span = plan.model.config.schedule.timestep_range
+    schedule = plan.model.config.schedule
+    # decided here, on the host: to read a timestep back from the device would wait for all work before it
+    moments = timesteps(copy.deepcopy(plan.scheduler), schedule, plan.steps)
+    guided = iter([guidance.active(time) for time in (moments / schedule.timestep_range).clamp(0, 1).tolist()])
 
-    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        if guidance.interval != (0.0, 1.0) and not guidance.active(timestep[0].item() / span):
-            return denoiser(latents, timestep)
-        return guidance(*denoiser.both(latents, timestep))
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:  # `sample` asks once at each of the timesteps
+        return guidance(*denoiser.both(latents, timestep)) if next(guided) else denoiser(latents, timestep)
 
     return predict
 

@@ -24,7 +24,7 @@ from rigged import (
 
 from transfusion.diffusion.sampler import Known, make_scheduler
 from transfusion.diffusion.schedule import NoiseSchedule
-from transfusion.generation import Guidance, denoise, generate
+from transfusion.generation import Guidance, denoise, generate, interleaved
 from transfusion.generation.rows import Rows
 from transfusion.kernels.testing import judge
 from transfusion.sequence import Image, Text
@@ -160,6 +160,34 @@ def test_outside_its_interval_guidance_costs_nothing(seed, monkeypatch):
         for each in (Guidance(), Guidance(3.0, interval=(0.0, 0.1)), Guidance(3.0))
     )
     assert torch.equal(free, never) and not torch.equal(free, always)
+
+
+def test_an_interval_ends_at_pure_noise_though_trigflow_starts_a_little_above(seed, monkeypatch):
+    model = random_model(seed, "trigflow")
+    calls = recorded(model, monkeypatch)
+    options = {"scheduler": scheduler_of(model), "steps": 2, "seeds": [seed]}
+    denoise(model, contexts()[:1], SHAPE, guidance=Guidance(3.0, interval=(0.9, 1.0)), **options)
+    assert [rows for rows, tokens in calls if tokens == 6] == [2, 1]
+
+
+def test_whether_a_step_is_guided_is_known_without_asking_the_device(seed, monkeypatch):
+    """A timestep on the device is never read: reading waits for all work before it."""
+    model, made = random_model(seed), interleaved._predictor
+
+    def guarded(plan, state):
+        predict = made(plan, state)
+
+        def unread(latents, timestep):
+            with monkeypatch.context() as patch:
+                for name in ("item", "tolist", "__float__", "__bool__"):
+                    patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a tensor was read"))
+                return predict(latents, timestep)
+
+        return unread
+
+    monkeypatch.setattr(interleaved, "_predictor", guarded)
+    options = {"scheduler": scheduler_of(model), "steps": 4, "seeds": [seed]}
+    denoise(model, contexts()[:1], SHAPE, guidance=Guidance(3.0, interval=(0.3, 0.7)), **options)
 
 
 def test_guidance_zero_is_the_unconditional_model(seed):
