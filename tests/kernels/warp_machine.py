@@ -345,5 +345,6 @@ def _bound(kernel: Any, program: Program) -> Callable[..., None]:
         MBarrierLayout=lambda: None, init=program.init, wait=program.wait, arrive=program.arrive, expect=program.expect
     )
     names["tma"] = types.SimpleNamespace(async_copy_global_to_shared=program.copy)
+    names["fence_async_shared"] = lambda: None
     names["warpgroup_mma"], names["warpgroup_mma_wait"] = program.multiply, program.wait_products
     return types.FunctionType(kernel.fn.__code__, names)

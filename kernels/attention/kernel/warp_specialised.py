@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from transfusion.kernels import tuning
@@ -266,6 +272,7 @@ def specialised_forward_kernel(
         mbarrier.init(v_bars.index(at), count=1)
         mbarrier.init(k_bars.index(STAGES + at), count=2)
         mbarrier.init(v_bars.index(STAGES + at), count=2)
+    fence_async_shared()  # the copies signal what these instructions wrote
     rings = (q_tile, k_ring, v_ring, i_ring)
     work = (p_tiles, tiles_b, tiles_n, heads, gl.cdiv(num_queries, BLOCK_Q), batch * heads, section)
     results = (p_out, p_lse, out_b, out_h, out_n)
