@@ -6,9 +6,11 @@ An unknown or mistyped key raises `ValueError` with its full name, so a misspelt
 """
 
 import dataclasses
+import math
 import sys
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -123,6 +125,8 @@ class ModelConfig:
     special: SpecialTokens = field(default_factory=SpecialTokens)
 
     def __post_init__(self) -> None:
+        check_types(self)
+        check_finite(self, positive=("rope_theta", "image_loss_weight"), not_negative=("norm_eps",))
         for name in ("vocab_size", "dim", "layers", "heads", "latent_channels", "patch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -168,6 +172,24 @@ class ModelConfig:
         return 1 if self.codec == "unet" else self.patch_size
 
 
+def check_types(config: Any) -> None:
+    """Raises `ValueError` naming the first field of a dataclass whose value is not of its type."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not any(_is_of(option, value) for option in _options(hint)):
+            raise ValueError(f"{name} must be {_described(hint)}, got {value!r}")
+
+
+def check_finite(config: Any, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
+    """Raises `ValueError` naming the first of these fields that is not finite, or of the wrong sign."""
+    for name in positive:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {getattr(config, name)}")
+    for name in not_negative:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {getattr(config, name)}")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested dict of a dataclass; None, which TOML cannot say, is left out."""
     result: dict[str, Any] = {}
@@ -195,23 +217,37 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
         raise ValueError(f"{where.rstrip('.') or cls.__name__}: {error}") from error
 
 
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _described(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    return str(getattr(hint, "__name__", hint))
+
+
+def _is_of(option: Any, value: Any) -> bool:
+    if typing.get_origin(option) is Literal:
+        return value in typing.get_args(option)
+    kinds = (int, float) if option is float else option
+    return isinstance(value, kinds) and (option is bool or not isinstance(value, bool))
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
+    for option in _options(hint):
         if dataclasses.is_dataclass(option):
             if not isinstance(value, dict):
                 raise ValueError(f"{where} must be a table, got {value!r}")
             return from_dict(option, value, where + ".")  # type: ignore[arg-type]
         if option is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
-        origin = typing.get_origin(option)
-        if origin is tuple and isinstance(value, list):
-            return tuple(value)
-        if origin is typing.Literal and value in typing.get_args(option):
+        if typing.get_origin(option) is tuple:
+            if isinstance(value, list):
+                return tuple(value)
+        elif _is_of(option, value):
             return value
-        if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
-            return value
-    raise ValueError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+    raise ValueError(f"{where} must be {_described(hint)}, got {value!r}")
 
 
 def save(config: Any, path: Path) -> None:

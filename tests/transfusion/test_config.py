@@ -1,5 +1,6 @@
 """Config: TOML there and back, and every mistake named."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +44,27 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
         configs.load(ModelConfig, path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("codec", "vqgan", "codec must be one of 'linear', 'unet', got 'vqgan'"),
+        ("image_positions", "hilbert", "image_positions must be one of 'sequence', 'grid', got 'hilbert'"),
+        ("dim", "x", "dim must be int, got 'x'"),
+        ("layers", True, "layers must be int, got True"),
+        ("kv_heads", 2.0, "kv_heads must be int | None, got 2.0"),
+        ("schedule", "epsilon", "schedule must be NoiseSchedule, got 'epsilon'"),
+        ("image_loss_weight", -5.0, "image_loss_weight must be positive and finite, got -5.0"),
+        ("image_loss_weight", float("nan"), "image_loss_weight must be positive and finite, got nan"),
+        ("rope_theta", float("inf"), "rope_theta must be positive and finite, got inf"),
+        ("rope_theta", 0, "rope_theta must be positive and finite, got 0"),
+        ("norm_eps", -1e-5, "norm_eps must be finite and not negative, got -1e-05"),
+    ],
+)
+def test_a_preset_takes_no_value_that_its_field_does_not(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        presets.get("tiny", **{field: value})
+
+
 def test_whole_numbers_pass_for_floats() -> None:
     assert configs.from_dict(ModelConfig, {"rope_theta": 5}).rope_theta == 5.0
 
@@ -72,8 +94,8 @@ def test_every_preset_goes_through_toml(tmp_path: Path, name: str) -> None:
         ("[rope_scaling]\nfactor = 0.0", "rope_scaling: factor 0.0"),
         ("[rope_scaling]\nlow_frequency = 5.0", "0 < low_frequency < high_frequency, got 5.0 and 4.0"),
         ("[unet]\nwidths = 3", "unknown key 'unet.widths'"),
-        ('codec = "vqgan"', "codec must be"),
-        ('image_positions = "hilbert"', "image_positions must be"),
+        ('codec = "vqgan"', "codec must be one of 'linear', 'unet', got 'vqgan'"),
+        ('image_positions = "hilbert"', "image_positions must be one of 'sequence', 'grid', got 'hilbert'"),
         ('image_positions = "grid"\nheads = 128', "needs a head size that is a multiple of 4, got 6"),
         ("ffn_width = 0", "ffn_width must be at least 1, got 0"),
     ],
