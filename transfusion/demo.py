@@ -106,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = pick_device("auto")
     chosen = configs.load(RunConfig, recipes.find(options.recipe)) if options.recipe else config(device)
     if options.steps:
-        chosen = replace(chosen, train=replace(chosen.train, steps=options.steps))
+        warmup = min(chosen.train.warmup_steps, options.steps // 10)
+        chosen = replace(chosen, train=replace(chosen.train, steps=options.steps, warmup_steps=warmup))
     run, start = Run.start(chosen, options.out), time.monotonic()
     prompts, _ = pictures(image_source(chosen.data, "train"), 16, chosen.data.loader.image_size)  # type: ignore[arg-type]
     print(f"training on {device}; stop it any time, the same command goes on. TensorBoard: {options.out}/tensorboard")

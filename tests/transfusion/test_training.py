@@ -154,6 +154,21 @@ def test_too_many_such_steps_end_the_run_and_keep_the_checkpoint(tmp_path: Path)
     assert trainer(tmp_path).checkpoints.load_last(each._tensors())["step"] == 5  # type: ignore[index]
 
 
+def test_a_run_that_skipped_every_step_does_not_pass_for_one_that_finished(tmp_path: Path) -> None:
+    """Fewer steps than `max_bad_steps`, and none of them taken; nor when it is asked to go on."""
+
+    class Broken(tiny.Batches):
+        def batch(self, step: int) -> Batch:
+            batch = super().batch(step)
+            return replace(batch, latents=batch.latents * math.nan)
+
+    for _ in range(2):
+        each = trainer(tmp_path, steps=3)
+        each.loader = Broken()
+        with pytest.raises(FloatingPointError, match=r"each of the 3 steps .* Lower learning_rate \(0.01\)"):
+            each.run()
+
+
 def test_learning_rate_warms_up_and_decays() -> None:
     config = TrainConfig(steps=110, learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10)
     rates = [learning_rate(step, config) for step in range(111)]
@@ -199,6 +214,15 @@ def test_a_log_cut_off_by_a_kill_is_read(tmp_path: Path) -> None:
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"min_learning_rate": 1.0}, "min_learning_rate 1.0"),
         ({"ema_decay": 1.0}, "ema_decay"),
+        ({"learning_rate": 0.0, "min_learning_rate": 0.0}, "learning_rate must be positive and finite, got 0"),
+        ({"learning_rate": math.inf}, "learning_rate must be positive and finite, got inf"),
+        ({"steps": 1000, "warmup_steps": 4000}, r"warmup_steps 4000 is not in 0\.\.1000, .* give it too, such as 50$"),
+        ({"warmup_steps": -1}, "warmup_steps -1 is not in"),
+        ({"eps": 0.0}, "eps must be positive and finite, got 0"),
+        ({"weight_decay": -0.1}, "weight_decay must be finite and not negative, got -0.1"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive, got 0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be positive, got -1"),
+        ({"preview_every": -1}, "preview_every must be finite and not negative, got -1"),
     ],
 )
 def test_bad_configs_are_named(changes: dict[str, float], message: str) -> None:

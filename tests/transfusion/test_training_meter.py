@@ -116,7 +116,7 @@ def test_peaks_are_known_or_none(name: str, peak: float | None) -> None:
 
 
 def test_the_log_of_a_run(tmp_path: Path) -> None:
-    config = TrainConfig(steps=4, log_every=2, peak_tflops=0.5, timestep_bins=2, impl="reference")
+    config = TrainConfig(steps=4, warmup_steps=1, log_every=2, peak_tflops=0.5, timestep_bins=2, impl="reference")
     Trainer(tiny.model(), tiny.Batches(), config, tmp_path).run()
     lines = read_log(tmp_path / "log.jsonl")
     assert [line["step"] for line in lines] == [2, 4]
@@ -150,7 +150,7 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setitem(sys.modules, "wandb", Stand())
     folder = tmp_path / "mine"
-    config = TrainConfig(steps=1, wandb_project="some", impl="reference")
+    config = TrainConfig(steps=1, warmup_steps=1, wandb_project="some", impl="reference")
     Trainer(tiny.model(), tiny.Batches(), config, folder).run()
     assert calls[0] == ("init", ("some", "mine", "allow"))
     assert "text_loss" in calls[1][1][0]  # type: ignore[index]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from transfusion.config import check_finite
 from transfusion.training.parallel import ParallelConfig, Precision, local, whole
 
 
@@ -19,7 +20,7 @@ class TrainConfig:
         accumulation: batches that each rank adds up for one step.
         learning_rate: the peak, reached after the warm-up.
         min_learning_rate: where the cosine ends, at the last step.
-        warmup_steps: linear.
+        warmup_steps: linear; at most `steps`.
         betas: of AdamW.
         eps: of AdamW.
         weight_decay: of AdamW, on matrices.
@@ -30,7 +31,7 @@ class TrainConfig:
         log_every: steps.
         checkpoint_every: steps.
         async_checkpoint: go on with training while a checkpoint is written; costs host memory for a copy.
-        preview_every: steps between pictures in TensorBoard; 0 is none.
+        preview_every: steps between pictures in TensorBoard, drawn for captions of the training set; 0 is none.
         keep_checkpoints: how many.
         max_bad_steps: give up after so many steps in a row with a loss or gradient that is not finite.
         timestep_bins: parts of the diffusion path whose losses are logged apart.
@@ -67,8 +68,16 @@ class TrainConfig:
         for name in (*counts, "timestep_bins"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_finite(self, ("learning_rate", "eps"), ("weight_decay", "preview_every"))
         if not 0 <= self.min_learning_rate <= self.learning_rate:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is not in 0..{self.learning_rate}")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} is not in 0..{self.steps}, the steps of the run, of which it is a "
+                f"part: give it too, such as {self.steps // 20}"
+            )
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, got {self.max_grad_norm}; inf does not clip")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 

@@ -88,7 +88,10 @@ class Trainer:
         self.step, self.errors_seen = 0, 0
 
     def run(self) -> bool:
-        """Trains to the last step. -> False where SIGTERM or SIGINT of any rank ended it early, after a checkpoint."""
+        """Trains to the last step. -> False where SIGTERM or SIGINT of any rank ended it early, after a checkpoint.
+
+        Raises `FloatingPointError` where too many steps in a row, or all there were, had to be skipped.
+        """
         self.resume()
         batches, stopped = self.loader.iterate(), False
         with self.open_log() as log, stop_requested(second_interrupts=self.world.size == 1) as stop:
@@ -107,6 +110,12 @@ class Trainer:
             if stopped:
                 log.say(f"stopped at step {self.step}; saving {self.save()}")
             self.checkpoints.wait()
+        if not stopped and int(self.losses_seen.skipped) >= self.step:
+            raise FloatingPointError(
+                f"each of the {self.step} steps had a loss or gradient that is not finite and was skipped: nothing has "
+                f"been learned. Lower learning_rate ({self.config.learning_rate}) or look at the data, and start anew "
+                f"in another folder than {self.directory}"
+            )
         return self.step == self.config.steps
 
     def train_step(self, batches: Iterator[Batch], stop: threading.Event | None = None) -> bool:
