@@ -104,7 +104,7 @@ def training_batch(model: Transfusion) -> Any:
 
 def test_a_frozen_text_path_does_not_move() -> None:
     model = Transfusion.from_llama(llama(), **IMAGE)
-    model.freeze_text()
+    assert model.freeze_text() is model  # so that it chains
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(2):

@@ -132,10 +132,14 @@ class Transfusion(nn.Module):
         assert skips is not None, "the U-Net's way up needs its way down"
         return self.codec.decode(hidden, skips)
 
-    def freeze_text(self) -> None:
-        """Leaves only the codec to be trained: embedding, transformer and head, imported say, stay as they are."""
+    def freeze_text(self) -> "Transfusion":
+        """Leaves only the codec to be trained: embedding, transformer and head, imported say, stay as they are.
+
+        -> the model itself.
+        """
         self.requires_grad_(False)
         self.codec.requires_grad_(True)
+        return self
 
     def save_pretrained(self, path: str | Path, max_shard_size: int = pretrained.SHARD) -> None:
         """Writes the folder `path`: config.toml, and model.safetensors, or its shards of at most so many bytes each
