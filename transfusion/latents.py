@@ -51,11 +51,12 @@ def train_vae(arguments: Sequence[str]) -> int:
 
 
 def encode(arguments: Sequence[str]) -> int:
-    """`transfusion encode [--config FILE] --data.images ... --data.autoencoder DIR --data.latent-cache DIR`."""
+    """`transfusion encode [--config FILE | RECIPE] --data.images ... --data.autoencoder DIR --data.latent-cache X`."""
     import tyro
     from tqdm import tqdm
 
     from transfusion import config as configs
+    from transfusion import recipes
     from transfusion.cli import pick_device
     from transfusion.data import DataConfig, DiffusersAutoencoder, make_autoencoder
     from transfusion.data.config import all_images, open_cache
@@ -68,7 +69,8 @@ def encode(arguments: Sequence[str]) -> int:
         """Encode every training image once, into `data.latent_cache`; what is there already stays.
 
         Args:
-            config: a TOML file of a run, whose [data] is read; the options below override its fields.
+            config: a TOML file of a run, or the name of a recipe, whose [data] is read; the options below override its
+                fields.
             shard_entries: images of one file of the cache; so many latents are held in memory.
             device: "auto" is CUDA where there is one.
         """
@@ -83,7 +85,7 @@ def encode(arguments: Sequence[str]) -> int:
         data: DataConfig = field(default_factory=DataConfig)
 
     start, _ = tyro.cli(Start, args=[a for a in arguments if a not in ("-h", "--help")], return_unknown_args=True)
-    data = configs.load(RunConfig, start.config).data if start.config else DataConfig()
+    data = configs.load(RunConfig, recipes.find(start.config)).data if start.config else DataConfig()
     options = tyro.cli(Options, args=list(arguments), default=Options(data=data), prog="transfusion encode")
     data, device = options.data, pick_device(options.device)
     if not data.latent_cache:

@@ -102,6 +102,11 @@ def test_eval_refuses_a_file_without_features_before_it_measures(
     assert not (run / "metrics.json").exists()
 
 
+def test_eval_needs_a_draw(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["eval", "--run", str(run), "--draws", "0"]) == 2
+    assert capsys.readouterr().err.endswith("draws must be at least 1, got 0; 8 is the usual number\n")
+
+
 def test_a_run_with_another_config_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--out", str(run), "--train.steps", "9"]) == 2
     assert "train.steps: 4, now 9" in capsys.readouterr().err

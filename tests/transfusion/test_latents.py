@@ -58,6 +58,7 @@ def test_from_a_folder_to_a_model_of_its_latents(
         (["encode", "--data.images", "{data}", "--data.latent-cache", "{tmp}/c"], "pixels need none"),
         (["encode", "--data.images", "{data}", "--data.autoencoder", "{tmp}/x"], "give --data.latent-cache"),
         (["encode", "--config", "nowhere.toml"], "nowhere.toml"),
+        (["encode", "--config", "emoji-32", "--data.latent-cache", "{tmp}/c"], "pixels need none"),
     ],
 )
 def test_mistakes_end_with_one_line(

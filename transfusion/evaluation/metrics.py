@@ -73,7 +73,12 @@ def image_figures(
     model: Transfusion, captions: Sequence[Tensor], latents: Tensor, draws: int, seed: int
 ) -> dict[str, Any]:
     """Diffusion loss with right captions, of the whole path and of each of its `draws` parts, and of predicting zero;
-    with shuffled captions, and the gap with its standard error, where there are captions enough to shuffle."""
+    with shuffled captions, and the gap with its standard error, where there are captions enough to shuffle.
+
+    Raises `ValueError` for fewer draws than one.
+    """
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}; 8 is the usual number")
     columns = zip(*(_one_draw(model, captions, latents, d, draws, seed) for d in range(draws)), strict=True)
     by_draw, shuffled_by_draw, zero_by_draw = (torch.stack(column) for column in columns)
     right, shuffled, zero = by_draw.mean(0), shuffled_by_draw.mean(0), zero_by_draw.mean(0)
