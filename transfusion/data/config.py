@@ -1,7 +1,7 @@
 """Which samples a run reads: `DataConfig` as its TOML says it, and what its words name."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from transfusion.data.streams import JsonlTexts, Stream, TarImages, shard_paths
 from transfusion.data.texts import PydocTextSource, TextFolderSource
 from transfusion.data.tokenizer import Tokenizer
 
-_STREAM, _EMOJI = "stream:", "emoji:"
+_STREAM, _EMOJI, _HUB, _NONE, _PYDOC, _PIXELS = "stream:", "emoji:", "hf:", "none", "pydoc", "pixels"
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class DataConfig:
 
     Args:
         images: "emoji:demo", "emoji:animals-and-food", "emoji:all", a folder with captions.jsonl, tar shards such as
-            "shards/{000..120}.tar", or "hf:NAME" of Hugging Face datasets ("stream:hf:NAME" reads it in order);
-            several make a mixture; none.
+            "shards/{000..120}.tar", "hf:NAME" of Hugging Face datasets ("stream:hf:NAME" reads it in order), or "none";
+            several make a mixture.
         texts: "pydoc" (Python's own reference manual), a folder of .txt and .jsonl files, one such file,
-            "stream:texts/*.jsonl", or "hf:NAME" ("stream:hf:NAME"); several make a mixture; none.
+            "stream:texts/*.jsonl", "hf:NAME" ("stream:hf:NAME"), or "none"; several make a mixture.
         autoencoder: "pixels" (latents are pixels in [-1, 1]) or a diffusers AutoencoderKL, local folder or hub name.
         loader: how samples become batches.
         image_weights: the share of each of `images`; none is equal shares.
@@ -39,8 +39,8 @@ class DataConfig:
         latent_cache: folder that `transfusion encode` wrote, which spares the encoding; "" encodes each time.
     """
 
-    images: str | tuple[str, ...] = "emoji:demo"
-    texts: str | tuple[str, ...] = "pydoc"
+    images: str | tuple[str, ...] = "none"
+    texts: str | tuple[str, ...] = "none"
     autoencoder: str = "pixels"
     loader: LoaderConfig = field(
         default_factory=lambda: LoaderConfig(rows=20, row_length=108, image_size=32, patch_size=8)
@@ -51,13 +51,35 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for kind, weights in (("image", self.image_weights), ("text", self.text_weights)):
-            specs = _specs(getattr(self, f"{kind}s"))
-            if weights and (len(weights) != len(specs) or min(weights) <= 0):
-                raise ValueError(f"{kind}_weights {weights} must be one positive number for each of {kind}s {specs}")
+            named = specs(getattr(self, f"{kind}s"))
+            if weights and (len(weights) != len(named) or min(weights) <= 0):
+                raise ValueError(f"{kind}_weights {weights} must be one positive number for each of {kind}s {named}")
 
 
-def _specs(value: str | Sequence[str]) -> tuple[str, ...]:
-    return tuple(spec for spec in ([value] if isinstance(value, str) else value) if spec)
+def specs(value: str | Sequence[str]) -> tuple[str, ...]:
+    """The words of `DataConfig.images` or `texts`, one by one; none for "none"."""
+    return tuple(spec for spec in ([value] if isinstance(value, str) else value) if spec not in ("", _NONE))
+
+
+def absolute(data: DataConfig) -> DataConfig:
+    """The same data from any directory: its paths made absolute, and what is no path left as it is."""
+
+    def place(spec: str) -> str:
+        where = spec.removeprefix(_STREAM)
+        if where in ("", _NONE, _PYDOC, _PIXELS) or where.startswith((_EMOJI, _HUB)):
+            return spec
+        return spec.removesuffix(where) + str(Path(where).absolute())
+
+    def places(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return place(value) if isinstance(value, str) else tuple(map(place, value))
+
+    return replace(
+        data,
+        images=places(data.images),
+        texts=places(data.texts),
+        autoencoder=place(data.autoencoder) if Path(data.autoencoder).exists() else data.autoencoder,
+        latent_cache=place(data.latent_cache),
+    )
 
 
 def open_images(spec: str, split: Split, image_size: int) -> Images:
@@ -65,8 +87,8 @@ def open_images(spec: str, split: Split, image_size: int) -> Images:
     if spec.startswith(_EMOJI):
         return EmojiSource(image_size, split, spec.removeprefix(_EMOJI))  # type: ignore[arg-type]
     where = spec.removeprefix(_STREAM)
-    if where.startswith("hf:"):
-        return (HubImages if where == spec else HubImageStream)(where.removeprefix("hf:"), split)
+    if where.startswith(_HUB):
+        return (HubImages if where == spec else HubImageStream)(where.removeprefix(_HUB), split)
     if where.endswith(".tar"):
         return TarImages(shard_paths(where), split)
     if where != spec or where.endswith((".tar.gz", ".tgz")):
@@ -76,28 +98,42 @@ def open_images(spec: str, split: Split, image_size: int) -> Images:
 
 def open_texts(spec: str, split: Split) -> Texts:
     """The source or stream that one word of `DataConfig.texts` names. Raises `ValueError` where there is none."""
-    if spec == "pydoc":
+    if spec == _PYDOC:
         return PydocTextSource(split)
     where = spec.removeprefix(_STREAM)
-    if where.startswith("hf:"):
-        return (HubTexts if where == spec else HubTextStream)(where.removeprefix("hf:"), split)
+    if where.startswith(_HUB):
+        return (HubTexts if where == spec else HubTextStream)(where.removeprefix(_HUB), split)
     return TextFolderSource(Path(where), split) if where == spec else JsonlTexts(shard_paths(where), split)
 
 
 def make_autoencoder(data: DataConfig, device: torch.device | str = "cpu") -> Autoencoder:
     """Pixels to latents and back, as `data.autoencoder` says."""
-    return PixelAutoencoder() if data.autoencoder == "pixels" else DiffusersAutoencoder(data.autoencoder, device)
+    return PixelAutoencoder() if data.autoencoder == _PIXELS else DiffusersAutoencoder(data.autoencoder, device)
+
+
+def check_sources(data: DataConfig) -> None:
+    """Raises `ValueError` where `data` names neither images nor texts."""
+    if not specs(data.images) and not specs(data.texts):
+        raise ValueError(
+            "nothing to train on: give --data.images, --data.texts or both, or a recipe that has them, such as "
+            "--config demo"
+        )
 
 
 def make_loader(
     data: DataConfig, tokenizer: Tokenizer, autoencoder: Autoencoder, rank: int = 0, world_size: int = 1
 ) -> Loader:
-    """The training batches of this rank. Raises `ValueError` naming what is missing."""
-    images = [open_images(spec, "train", data.loader.image_size) for spec in _specs(data.images)]
-    texts = [open_texts(spec, "train") for spec in _specs(data.texts)]
+    """The training batches of this rank. Raises `ValueError` naming what is missing.
+
+    `loader.text_fraction` is of images and texts; of images alone it is 0, of texts alone 1.
+    """
+    check_sources(data)
+    images = [open_images(spec, "train", data.loader.image_size) for spec in specs(data.images)]
+    texts = [open_texts(spec, "train") for spec in specs(data.texts)]
     cache = open_cache(data, autoencoder) if data.latent_cache else None
+    loader = data.loader if images and texts else replace(data.loader, text_fraction=float(not images))
     return Loader(
-        data.loader,
+        loader,
         tokenizer,
         Mixture(tuple(images), data.image_weights or (1.0,) * len(images)) if images else None,
         Mixture(tuple(texts), data.text_weights or (1.0,) * len(texts)) if texts else None,
@@ -125,7 +161,7 @@ def image_source(data: DataConfig, split: Split, limit: int = 4096) -> ImageSour
     None where `images` names none, or where its streams hold none of them out. Raises `ValueError` where there should
     be some.
     """
-    listed = [listed_images(open_images(spec, split, data.loader.image_size), limit) for spec in _specs(data.images)]
+    listed = [listed_images(open_images(spec, split, data.loader.image_size), limit) for spec in specs(data.images)]
     filled = [source for source in listed if len(source)]
     if listed and not filled and split != "test":
         skipped = [": ".join(skip) for source in listed for skip in source.skipped]
@@ -135,11 +171,11 @@ def image_source(data: DataConfig, split: Split, limit: int = 4096) -> ImageSour
 
 def text_source(data: DataConfig, split: Split, limit: int = 4096) -> TextSource | None:
     """The texts of `split` as one list, of each stream the first `limit`; None as for images."""
-    sources = [open_texts(spec, split) for spec in _specs(data.texts)]
+    sources = [open_texts(spec, split) for spec in specs(data.texts)]
     if len(sources) == 1 and isinstance(sources[0], TextSource):
         return sources[0]
     texts: dict[str, str] = {}
-    for spec, source in zip(_specs(data.texts), sources, strict=True):
+    for spec, source in zip(specs(data.texts), sources, strict=True):
         drawn = (
             islice(in_order(source), limit) if isinstance(source, Stream) else (source[k] for k in range(len(source)))
         )
@@ -149,6 +185,6 @@ def text_source(data: DataConfig, split: Split, limit: int = 4096) -> TextSource
 
 def all_images(data: DataConfig, split: Split) -> Iterator[CaptionedImage | SampleError]:
     """Every captioned image of `split`, in order, streams once through; or why there is none in its place."""
-    for spec in _specs(data.images):
+    for spec in specs(data.images):
         source = open_images(spec, split, data.loader.image_size)
         yield from in_order(source) if isinstance(source, Stream) else each_image(source)

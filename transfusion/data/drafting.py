@@ -9,7 +9,7 @@ from torch import Tensor
 from transfusion.data.documents import caption_image_length, text_documents
 from transfusion.data.packing import RowPlan
 from transfusion.data.reading import Draft, MapDeck
-from transfusion.data.rows import PlannedRows, Rows, StreamRows
+from transfusion.data.rows import Contents, PlannedRows, Rows, StreamRows
 from transfusion.data.sources import CaptionedImage, ImageSource, SampleError, TextSource
 from transfusion.data.streams import Stream
 from transfusion.data.tokenizer import Tokenizer
@@ -87,15 +87,20 @@ class Drafter:
             raise ValueError(f"none of the {len(images)} captions fits in {self.max_caption_tokens} tokens")
         lengths = [self._length(caption, size) for _, caption, size in known]
         plan = RowPlan(lengths, self.row_length, self.seed, name, self.images_per_row)
-        return PlannedRows(MapDeck(images, known, lengths), plan)
+        contents = Contents(zip(images.names, images.captions, strict=True))
+        return PlannedRows(MapDeck(images, known, lengths), plan, contents)
 
     def text_rows(self, texts: Texts, name: str) -> Rows[Document]:
         """Rows of windows of `texts`."""
         if isinstance(texts, Stream):
             key = (self.seed, name)
             return StreamRows(texts, self._windows, _text_length, self.row_length, self.shuffle_block, key)
-        windows = [window for index in range(len(texts)) for window in self._windows(texts[index])]
-        return PlannedRows(windows, RowPlan([_text_length(w) for w in windows], self.row_length, self.seed, name))
+        windows, contents = [], Contents()
+        for text in (texts[index] for index in range(len(texts))):
+            contents.add(text)
+            windows += self._windows(text)
+        plan = RowPlan([_text_length(w) for w in windows], self.row_length, self.seed, name)
+        return PlannedRows(windows, plan, contents)
 
     def _known(self, images: ImageSource) -> Iterator[tuple[int, Tensor, Size]]:
         """(index in the source, caption, size) of each sample that fits a row."""

@@ -6,7 +6,7 @@
 
 Over map-style sources batch(step) is a pure function of (seed, step, rank, world_size). A stream is read in order. In
 both cases `state_dict()` is a few integers, the same on every rank, and a loader with another batch size or number of
-ranks goes on from there without losing or repeating a sample.
+ranks goes on from there without losing or repeating a sample; of a map-style source they also tell whether it changed.
 """
 
 import logging
@@ -48,7 +48,8 @@ class LoaderConfig:
         patch_size: latents a side that become one token.
         images_per_row: exactly so many captioned images in each image row, the same number in every batch; None
             packs as many as fit.
-        text_fraction: fraction of the rows that are text; with full rows that is 1:1 text to image tokens.
+        text_fraction: fraction of the rows that are text; with full rows that is 1:1 text to image tokens. In a run
+            without texts it is 0, without images 1.
         caption_first: probability that the caption comes before its image.
         caption_dropout: probability that a caption is left out, for guidance (the paper is silent).
         max_time_image_first: largest diffusion time of an image that comes before its caption.
@@ -185,10 +186,19 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """`iterate` goes on where the loader of `state` stood, whatever its batch size and number of ranks were.
 
-        Raises `ValueError` where the sources are others.
+        Raises `ValueError` where the sources are others; warns where one of them has other samples than it had.
         """
         if len(state["sources"]) != len(self._sources):
             raise ValueError(f"the state is of {len(state['sources'])} source(s), but there are {len(self._sources)}")
+        self._restore(state)
+        for number, (rows, place) in enumerate(zip(self._sources, state["sources"], strict=True)):
+            change = rows.change(place) if isinstance(rows, PlannedRows) else ""
+            if change and self.rank == 0:
+                kind = "texts" if number < len(self._texts) else "images"
+                message = "the %s have changed since the checkpoint (%s): what follows is not what would have followed"
+                logger.warning(message, kind, change)
+
+    def _restore(self, state: dict[str, Any]) -> None:
         for rows, place in zip(self._sources, state["sources"], strict=True):
             rows.restore(place)
         self._state = state
@@ -205,7 +215,7 @@ class Loader:
         """The batches after `state_dict()`, without end, `prefetch` of them prepared in a thread."""
         if prefetch < 1:
             raise ValueError(f"prefetch must be at least 1, got {prefetch}")
-        self.load_state_dict(self._state)  # a stream may be ahead, from an earlier call
+        self._restore(self._state)  # a stream may be ahead, from an earlier call
         pool = ThreadPoolExecutor(1, "loader", torch.set_num_threads, (1,))
         row = int(self._state["row"])
         try:

@@ -7,7 +7,8 @@
 All are functions of the row's number alone: a run reads the same rows in the same order on any number of ranks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import islice
 from math import floor
@@ -17,6 +18,8 @@ import torch
 
 from transfusion.data.packing import RowPlan, pack, seeded
 from transfusion.data.streams import Stream
+
+_STREAM_STATE = 5  # integers
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -37,23 +40,51 @@ class Rows(Protocol[T_co]):
 
 
 class PlannedRows(Generic[T]):
-    """The rows of a map-style deck; nothing needs remembering."""
+    """The rows of a map-style deck, made of samples with these `contents`. State: the contents alone."""
 
-    def __init__(self, deck: Sequence[T], plan: RowPlan) -> None:
-        self.deck, self.plan = deck, plan
+    def __init__(self, deck: Sequence[T], plan: RowPlan, contents: "Contents") -> None:
+        self.deck, self.plan, self.contents = deck, plan, contents
 
     def row(self, index: int) -> tuple[Sequence[T], list[int]]:
         """Any row, at any time."""
         return self.deck, self.plan.row(index)
 
     def state(self, index: int) -> list[int]:
-        """Nothing: a row is known by its number."""
-        return []
+        """What the samples were: a row is known by its number."""
+        return self.contents.state
 
     def restore(self, state: list[int]) -> None:
         """Nothing to restore."""
-        if state:
+        if len(state) == _STREAM_STATE:
             raise ValueError("the state is of a stream, but this source is map-style: the data config has changed")
+
+    def change(self, state: list[int]) -> str:
+        """How the samples differ from those of `state`, in words; empty where they do not."""
+        before, now = state, self.contents.state
+        if not before or before == now:
+            return ""
+        return f"{before[0]} of them, now {now[0]}" if before[0] != now[0] else f"{now[0]} of them, not the same ones"
+
+
+class Contents:
+    """What tells one list of samples from another: their number, and a hash of what they are called or say."""
+
+    def __init__(self, samples: Iterable[tuple[str, ...]] = ()) -> None:
+        self._number, self._hash = 0, hashlib.sha256()
+        for sample in samples:
+            self.add(*sample)
+
+    def add(self, *words: str) -> None:
+        """The next sample."""
+        self._number += 1
+        for word in words:
+            encoded = word.encode(errors="surrogatepass")
+            self._hash.update(len(encoded).to_bytes(8, "big") + encoded)
+
+    @property
+    def state(self) -> list[int]:
+        """[samples, hash]."""
+        return [self._number, int.from_bytes(self._hash.digest()[:6], "big")]
 
 
 class StreamRows(Generic[S, T]):
@@ -92,7 +123,7 @@ class StreamRows(Generic[S, T]):
 
     def restore(self, state: list[int]) -> None:
         """Reads the block of `state` when its first row is asked for."""
-        if len(state) != 5:
+        if len(state) != _STREAM_STATE:
             raise ValueError(f"the state {state} is of a map-style source, but this one is a stream")
         self._start, self._next = [state[0], state[1], 0, 0, 0], list(state[2:])
         self._deck, self._rows = [], []

@@ -62,7 +62,8 @@ class TextFolderSource(TextSource):
         if not texts:
             raise ValueError(
                 f"{place} has no readable text: expected UTF-8 *.txt files, or *.jsonl files with one "
-                f'{{"text": "..."}} per line ({len(skipped)} skipped)'
+                f'{{"text": "..."}} per line ({len(skipped)} skipped); where there are none, give no texts '
+                "(--data.texts none)"
             )
         super().__init__(texts, split, test_fraction, skipped)
 

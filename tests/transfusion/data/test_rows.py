@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfusion.data.packing import RowPlan
-from transfusion.data.rows import Mix, PlannedRows, StreamRows
+from transfusion.data.rows import Contents, Mix, PlannedRows, StreamRows
 
 
 class Numbers:
@@ -90,7 +90,7 @@ def test_a_stream_without_any_sample_ends_with_a_reason(stream, expand, message)
 
 
 def test_states_of_another_kind_of_source_are_refused():
-    planned = PlannedRows([1, 2], RowPlan([1, 2], 4, 0, "x"))
+    planned = PlannedRows([1, 2], RowPlan([1, 2], 4, 0, "x"), Contents())
     planned.restore(planned.state(5))
     with pytest.raises(ValueError, match="map-style"):
         planned.restore([0, 0, 0, 0, 0])
