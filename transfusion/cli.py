@@ -27,7 +27,7 @@ class EvalOptions:
     """Figures of a run, printed and written to its metrics.json.
 
     Args:
-        run: folder of a run that has ended.
+        run: folder of a run; of one that has not finished, the averaged weights of its last checkpoint are judged.
         draws: timesteps that each image is judged at, one in each of so many parts of the path.
         features: also draw images, and measure their distance to the real ones in these features: "inception" (FID and
             KID), or a TorchScript file from images (I, 3, h, w) in [0, 1] to features (I, F).
@@ -81,7 +81,7 @@ def train(arguments: Sequence[str]) -> int:
         """Train a model, or go on with the run in `out`, whose config then needs no repeating.
 
         Args:
-            config: a TOML file of a run, or the name of a recipe, such as emoji; the options below override its fields.
+            config: a TOML file of a run, or the name of a recipe, such as demo; the options below override its fields.
             preset: model preset in place of the config's model.
             out: the run's folder; a run that is there already goes on.
             device: "auto" is CUDA where there is one.

@@ -17,34 +17,20 @@ import torch
 from torch import Tensor
 
 from transfusion import config as configs
-from transfusion import presets, recipes
+from transfusion import recipes
 from transfusion.cli import pick_device
-from transfusion.data import DataConfig, LoaderConfig, image_source, text_source, to_tensor
+from transfusion.data import image_source, text_source, to_tensor
 from transfusion.data.sources import ImageSource
 from transfusion.evaluation import sheets
 from transfusion.run import Run, RunConfig
-from transfusion.training import TrainConfig
 from transfusion.training.metrics import read_log
 
 _SHEET = 24  # images in a sheet
 
 
 def config(device: str) -> RunConfig:
-    """What the demo trains: sized for minutes on two CPU cores; on a GPU, the recipe `emoji`."""
-    if device == "cpu":
-        loader = LoaderConfig(rows=6, row_length=160, image_size=32, patch_size=8, text_fraction=0.125)
-        train = TrainConfig(
-            steps=1700,
-            learning_rate=2e-3,
-            min_learning_rate=2e-5,
-            warmup_steps=50,
-            weight_decay=0.01,
-            ema_decay=0.99,
-            checkpoint_every=200,
-            preview_every=400,
-        )
-        return RunConfig(presets.get("tiny"), DataConfig("emoji:demo", "pydoc", "pixels", loader), train)
-    return configs.load(RunConfig, recipes.find("emoji"))
+    """What the demo trains: the recipe `demo`, sized for minutes on two CPU cores; on a GPU, the recipe `emoji`."""
+    return configs.load(RunConfig, recipes.find("demo" if device == "cpu" else "emoji"))
 
 
 def pictures(source: ImageSource, count: int, size: int) -> tuple[list[str], Tensor]:
@@ -109,12 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warmup = min(chosen.train.warmup_steps, options.steps // 10)
         chosen = replace(chosen, train=replace(chosen.train, steps=options.steps, warmup_steps=warmup))
     run, start = Run.start(chosen, options.out), time.monotonic()
-    prompts, _ = pictures(image_source(chosen.data, "train"), 16, chosen.data.loader.image_size)  # type: ignore[arg-type]
     print(f"training on {device}; stop it any time, the same command goes on. TensorBoard: {options.out}/tensorboard")
-    finished = run.train(
-        device, lambda model: sheets.contact_sheet(run.pipeline(model).images(prompts, steps=20).cpu())
-    )
-    if not finished:
+    if not run.train(device):
         return 0
     files = show(run, device)
     print(summary(json.loads((options.out / "metrics.json").read_text())))

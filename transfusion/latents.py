@@ -59,7 +59,7 @@ def encode(arguments: Sequence[str]) -> int:
     from transfusion import recipes
     from transfusion.cli import pick_device
     from transfusion.data import DataConfig, DiffusersAutoencoder, make_autoencoder
-    from transfusion.data.config import all_images, open_cache
+    from transfusion.data.config import all_images, open_cache, specs
     from transfusion.data.latent_cache import encode_images
     from transfusion.data.transforms import bucket_sizes
     from transfusion.run import RunConfig
@@ -88,6 +88,8 @@ def encode(arguments: Sequence[str]) -> int:
     data = configs.load(RunConfig, recipes.find(start.config)).data if start.config else DataConfig()
     options = tyro.cli(Options, args=list(arguments), default=Options(data=data), prog="transfusion encode")
     data, device = options.data, pick_device(options.device)
+    if not specs(data.images):
+        raise ValueError("no images to encode: give --data.images")
     if not data.latent_cache:
         raise ValueError("nowhere to keep latents: give --data.latent-cache DIR")
     autoencoder = make_autoencoder(data, device)

@@ -1,14 +1,16 @@
 """A run is a folder: config.toml, tokenizer.json, checkpoints/, log.jsonl, tensorboard/, and model/ at the end.
 
 Run.start(config, directory).train()     starts the run, or goes on with the one that is there
-Run.open(directory)                      what evaluation and sampling work on
+Run.open(directory)                      what evaluation and sampling work on, finished or not
 
 With a `World` of several processes, all of them call both, and rank 0 alone writes.
 """
 
 import contextlib
 import functools
-from dataclasses import dataclass, field
+import logging
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from transfusion.config import ModelConfig
 from transfusion.data import (
     Autoencoder,
     DataConfig,
+    Loader,
     Tokenizer,
     image_source,
     make_autoencoder,
@@ -27,19 +30,30 @@ from transfusion.data import (
     text_source,
     to_tensor,
 )
+from transfusion.data.config import absolute, check_sources
 from transfusion.data.documents import caption_image_length
 from transfusion.data.sources import SampleError, Split
-from transfusion.evaluation import image_distances, image_figures, load_features, read_images, text_figures
+from transfusion.data.transforms import check_image_size
+from transfusion.evaluation import image_distances, image_figures, load_features, read_images, sheets, text_figures
 from transfusion.generation import TransfusionPipeline
+from transfusion.generation.pipeline import CONFIG as PIPELINE
 from transfusion.model import Transfusion
 from transfusion.sequence import image_tokens
 from transfusion.training import TrainConfig, Trainer, World, distribute, materialize
-from transfusion.training.trainer import Preview
+from transfusion.training.checkpoint import last_step, written
+from transfusion.training.optimizer import learning_rate
+from transfusion.training.trainer import CHECKPOINTS, Preview, read_averaged
+
+logger = logging.getLogger(__name__)
 
 CONFIG, TOKENIZER, MODEL = "config.toml", "tokenizer.json", "model"
+_PREVIEWED = 16  # captions
 
-# What may change when a run goes on: how a step is cut up and what is told of it, not what is learned from what.
+# What may change when a run goes on: how long it is, how a step is cut up and what is told of it, not what is learned
+# from what.
+_LENGTH = ("steps", "warmup_steps")
 _FREE = (
+    *(f"train.{name}" for name in _LENGTH),
     "data.loader.rows",
     "data.loader.workers",
     "train.accumulation",
@@ -75,12 +89,13 @@ class RunConfig:
         if self.data.loader.patch_size != self.model.patch_size:
             raise ValueError(
                 f"data.loader.patch_size {self.data.loader.patch_size} differs from "
-                f"model.patch_size {self.model.patch_size}"
+                f"model.patch_size {self.model.patch_size}: give both, --model.patch-size and --data.loader.patch-size"
             )
 
 
 def train_tokenizer(config: RunConfig) -> Tokenizer:
-    """A byte-level BPE of the run's own captions and texts."""
+    """A byte-level BPE of the run's own captions and texts. Raises `ValueError` where it has neither."""
+    check_sources(config.data)
     images, texts = image_source(config.data, "train"), text_source(config.data, "train")
     corpus = [texts[index] for index in range(len(texts))] if texts else []
     return Tokenizer.train([*corpus, *(images.captions if images else [])], config.model.vocab_size)
@@ -91,32 +106,57 @@ class Run:
 
     def __init__(self, directory: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
         self.directory, self.config, self.tokenizer = directory, config, tokenizer
+        self._loader: Loader | None = None
 
     @staticmethod
     def start(config: RunConfig, directory: Path, world: World | None = None) -> "Run":
-        """The run in `directory`, begun where there is none.
+        """The run in `directory`, begun where nothing has been learned there yet; a start that fails leaves nothing.
 
-        One that is there may go on with another cut of its batch (rows, accumulation, ranks) and another log; any other
-        change to its config raises `ValueError`.
+        One that is there may go on with another cut of its batch (rows, accumulation, ranks), another log and another
+        number of steps, which its config.toml then says; any other change to its config raises `ValueError`.
         """
-        return (world or World(torch.device("cpu"))).main_first(lambda: Run._start(config, directory))
+        here = world or World(torch.device("cpu"))
+        return here.main_first(lambda: Run._start(config, directory, here) if here.main else Run.open(directory))
 
     @staticmethod
-    def _start(config: RunConfig, directory: Path) -> "Run":
-        if (directory / CONFIG).is_file():
-            run = Run.open(directory)
-            changed = _differences(configs.to_dict(run.config), configs.to_dict(config))
-            if changed:
-                raise ValueError(
-                    f"{directory} holds a run with another config ({'; '.join(changed)}); "
-                    "give another directory, or delete it"
-                )
-            return Run(directory, config, run.tokenizer)
-        directory.mkdir(parents=True, exist_ok=True)
-        tokenizer = train_tokenizer(config)
-        tokenizer.save(directory / TOKENIZER)
-        configs.save(config, directory / CONFIG)  # last: a folder with a config is a whole run
-        return Run(directory, config, tokenizer)
+    def _start(config: RunConfig, directory: Path, world: World) -> "Run":
+        config = replace(config, data=absolute(config.data))
+        if written(directory / CHECKPOINTS) or (directory / MODEL / PIPELINE).is_file():
+            run = Run(directory, config, Run.open(directory).tokenizer)
+            run._check_changes()
+        else:
+            run = Run(directory, config, train_tokenizer(config))
+            run.loader(world)  # its mistakes come before anything is written
+            directory.mkdir(parents=True, exist_ok=True)
+            run.tokenizer.save(directory / TOKENIZER)
+        configs.save(config, directory / f"{CONFIG}.tmp")
+        os.replace(directory / f"{CONFIG}.tmp", directory / CONFIG)  # last: a folder with a config is a whole run
+        return run
+
+    def _check_changes(self) -> None:
+        """Raises `ValueError` where the folder's run cannot go on with this config; says what another length does."""
+        before, done = Run.open(self.directory).config, last_step(self.directory / CHECKPOINTS) or 0
+        old = configs.to_dict(replace(before, data=absolute(before.data)))
+        changed = _differences(old, configs.to_dict(self.config))
+        if changed:
+            raise ValueError(
+                f"{self.directory} holds a run with another config ({'; '.join(changed)}); "
+                "give another directory, or delete it"
+            )
+        if self.config.train.steps < done:
+            raise ValueError(
+                f"train.steps {self.config.train.steps} is fewer than the {done} that {self.directory} has trained "
+                f"already; give {done} or more"
+            )
+        lengths = [
+            f"train.{name} {getattr(before.train, name)}, now {getattr(self.config.train, name)}"
+            for name in _LENGTH
+            if getattr(before.train, name) != getattr(self.config.train, name)
+        ]
+        if lengths:
+            old_rate, rate = (learning_rate(done, config.train) for config in (before, self.config))
+            message = "%s: %s: the learning rate's cosine now ends at step %d; at step %d it is %.3g, not %.3g"
+            logger.warning(message, self.directory, "; ".join(lengths), self.config.train.steps, done, rate, old_rate)
 
     @staticmethod
     def open(directory: Path) -> "Run":
@@ -130,11 +170,19 @@ class Run:
     def autoencoder(self) -> Autoencoder:
         """Pixels to latents and back."""
         made = make_autoencoder(self.config.data, "cuda" if torch.cuda.is_available() else "cpu")
-        if made.latent_channels != self.config.model.latent_channels:
-            raise ValueError(
-                f"model.latent_channels {self.config.model.latent_channels} differs from the {made.latent_channels} "
-                f"channels of the autoencoder {self.config.data.autoencoder}"
+        model, loader, problems = self.config.model, self.config.data.loader, []
+        if made.latent_channels != model.latent_channels:
+            problems.append(
+                f"model.latent_channels {model.latent_channels} differs from the {made.latent_channels} channels of "
+                f"the autoencoder {self.config.data.autoencoder}: give --model.latent-channels {made.latent_channels}"
             )
+        try:
+            if not loader.aspect_ratios:
+                check_image_size(loader.image_size, made.downscale, loader.patch_size)
+        except ValueError as error:
+            problems.append(f"{error}, with --data.loader.image-size, or other patches")
+        if problems:
+            raise ValueError("; ".join(problems))
         return made
 
     @property
@@ -143,14 +191,21 @@ class Run:
         side = self.config.data.loader.image_size // self.autoencoder.downscale
         return (self.config.model.latent_channels, side, side)
 
-    def train(self, on: torch.device | str | World = "cpu", preview: Preview | None = None) -> bool:
+    def loader(self, world: World) -> Loader:
+        """The training batches of this rank, from the first on; made once."""
+        if self._loader is None:
+            self._loader = make_loader(self.config.data, self.tokenizer, self.autoencoder, world.rank, world.size)
+        return self._loader
+
+    def train(self, on: torch.device | str | World = "cpu") -> bool:
         """Trains to the last step, then writes model/, a pipeline with the averaged weights. -> False where stopped."""
         world = on if isinstance(on, World) else World(torch.device(on))
         with torch.device("meta"):
             model = Transfusion(self.config.model)
         distribute(model, self.config.train.parallel, self.config.train.precision, world)
         materialize(model, world.device, self.config.seed)
-        loader = make_loader(self.config.data, self.tokenizer, self.autoencoder, world.rank, world.size)
+        loader = self.loader(world)
+        preview = self._preview(loader.max_caption_tokens)
         trainer = Trainer(model, loader, self.config.train, self.directory, preview, world)
         finished = trainer.run()
         averaged = trainer.averaged("cpu") if finished else None
@@ -158,9 +213,34 @@ class Run:
             self.pipeline(averaged).save_pretrained(self.directory / MODEL)
         return finished
 
+    def _preview(self, longest: int) -> Preview | None:
+        """What `train.preview_every` shows: images drawn for captions of the training set, spread evenly over it."""
+        images = image_source(self.config.data, "train") if self.config.train.preview_every else None
+        if images is None:
+            return None
+        spread = images.captions[:: max(1, len(images) // _PREVIEWED)][:_PREVIEWED]
+        prompts = [caption for caption in spread if len(self.tokenizer.encode(caption)) <= longest]
+        if not prompts:
+            return None
+        return lambda model: sheets.contact_sheet(self.pipeline(model).images(prompts, steps=20).cpu())
+
     def model(self, device: torch.device | str = "cpu") -> Transfusion:
-        """The trained model. Raises `FileNotFoundError` where the run has not ended yet."""
-        return Transfusion.from_pretrained(self.directory / MODEL, device).eval()
+        """The trained model; of a run that has not finished, and says so, the averaged weights of its last checkpoint.
+
+        Raises `FileNotFoundError` where there is neither.
+        """
+        checkpoints, steps = self.directory / CHECKPOINTS, self.config.train.steps
+        done = last_step(checkpoints)
+        if (self.directory / MODEL / PIPELINE).is_file() and (done is None or done >= steps):
+            return Transfusion.from_pretrained(self.directory / MODEL, device).eval()
+        if done is None:
+            raise FileNotFoundError(
+                f"{self.directory} has not finished (step 0 of {steps}) and has no checkpoint yet; "
+                f"`transfusion train --out {self.directory}` goes on with it"
+            )
+        message = "%s has not finished (step %d of %d): using its averaged weights"
+        logger.warning(message, self.directory, done, steps)
+        return read_averaged(written(checkpoints)[-1], self.config.model).to(device)
 
     def evaluate(self, model: Transfusion, draws: int = 8, seed: int = 0) -> dict[str, Any]:
         """The figures of `metrics.json`: text (held out), images of the training and of the held-out split.
@@ -191,7 +271,8 @@ class Run:
         The images are held out where the run holds out two or more, and `split` says so; a distance needs two. Raises
         `ValueError` where the run has fewer. features: what `load_features` takes.
         """
-        network = load_features(features, model.head.weight.device)
+        device = model.head.weight.device
+        network = load_features(features, device)
         splits: tuple[Split, ...] = ("test", "train")
         for split in splits:
             captions, real = self._read(split, samples)
@@ -203,7 +284,7 @@ class Run:
                 "can be read"
             )
         generated = self.pipeline(model).images(captions, guidance_scale=guidance_scale, seed=seed)
-        distances = image_distances(torch.stack(real).to(generated.device), generated, network, seed=seed)
+        distances = image_distances(torch.stack(real).to(device), generated.to(device), network, seed=seed)
         return {"split": split, **distances}
 
     def _read(self, split: Split, limit: int) -> tuple[list[str], list[torch.Tensor]]:

@@ -47,7 +47,7 @@ class UiOptions:
     """A page to talk to a model on.
 
     Args:
-        run: folder of a run that has ended.
+        run: folder of a run; of one that has not finished, its last checkpoint's averaged weights.
         model: a saved pipeline in place of a run, as for `transfusion sample`; emoji-32 without either.
         host: address to listen on; 0.0.0.0 lets other machines in.
         port: to listen on.

@@ -108,8 +108,8 @@ def test_eval_needs_a_draw(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_run_with_another_config_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "--out", str(run), "--train.steps", "9"]) == 2
-    assert "train.steps: 4, now 9" in capsys.readouterr().err
+    assert cli.main(["train", "--out", str(run), "--train.learning-rate", "9"]) == 2
+    assert "train.learning_rate: 0.0003, now 9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,9 @@ def test_a_run_with_another_config_is_refused(run: Path, capsys: pytest.CaptureF
         (["train", "--config", "nowhere.toml"], "nowhere.toml"),
         (["train", "--out", "{tmp}/x", "--data.images", "{tmp}"], "captions.jsonl does not exist"),
         (["train", "--out", "{tmp}/x", "--model.patch-size", "4"], "model.patch_size 4"),
-        (["train", "--out", "{tmp}/x", "--train.impl", "fast", *SMALL], "impl='fast' is unknown"),
+        (["train", "--out", "{tmp}/x", "--data.texts", "pydoc", "--train.impl", "fast", *SMALL], "'fast' is unknown"),
+        (["train", "--out", "{tmp}/x", *SMALL], "give --data.images, --data.texts or both"),
+        (["train", "--out", "{tmp}/x", "--train.steps", "1000"], "give it too, such as 50"),
     ],
 )
 def test_mistakes_end_with_one_line(

@@ -57,6 +57,7 @@ def test_from_a_folder_to_a_model_of_its_latents(
         (["train-vae", "--images", "{data}", "--out", "{tmp}/x", "--steps", "0"], "steps"),
         (["encode", "--data.images", "{data}", "--data.latent-cache", "{tmp}/c"], "pixels need none"),
         (["encode", "--data.images", "{data}", "--data.autoencoder", "{tmp}/x"], "give --data.latent-cache"),
+        (["encode", "--data.autoencoder", "{tmp}/x", "--data.latent-cache", "{tmp}/c"], "give --data.images"),
         (["encode", "--config", "nowhere.toml"], "nowhere.toml"),
         (["encode", "--config", "emoji-32", "--data.latent-cache", "{tmp}/c"], "pixels need none"),
     ],
@@ -75,11 +76,14 @@ def test_mistakes_end_with_one_line(
     assert message in capsys.readouterr().err
 
 
-def test_an_autoencoder_of_another_number_of_channels_is_named(
+def test_all_that_does_not_fit_the_autoencoder_is_named_at_once(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _train_vae(folder, tmp_path / "vae") == 0
     data = ["--data.images", str(folder), "--data.texts", str(folder), "--data.autoencoder", str(tmp_path / "vae")]
-    data += ["--data.loader.image-size", "16", "--data.loader.patch-size", "2"]
+    data += ["--data.loader.image-size", "18", "--data.loader.patch-size", "2"]
     assert cli.main(["train", "--out", str(tmp_path / "run"), *data, *SMALL, "--model.latent-channels", "8"]) == 2
-    assert "model.latent_channels 8 differs from the 4 channels" in capsys.readouterr().err
+    said = capsys.readouterr().err  # both mistakes at once, each with the option that mends it
+    assert "model.latent_channels 8 differs from the 4 channels" in said and "--model.latent-channels 4" in said
+    assert "image_size=18 does not divide" in said and "--data.loader.image-size" in said
+    assert not (tmp_path / "run").exists()

@@ -40,6 +40,16 @@ class _Writing:
     future: "Future[Any]"
 
 
+def written(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first; none where there is no folder."""
+    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def last_step(folder: Path) -> int | None:
+    """Step of the newest checkpoint in `folder`; None where there is none."""
+    return int(written(folder)[-1].name.removeprefix("step-")) if written(folder) else None
+
+
 class Checkpoints:
     """The checkpoints `step-00001000`, ... in one folder, of which the last `keep` are kept."""
 
@@ -54,7 +64,7 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """Oldest first."""
-        return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+        return written(self.folder)
 
     def save(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> Path:
         """Writes tensors and `record` (JSON); every rank calls this. With `beside`, returns once they are copied.
@@ -134,40 +144,36 @@ class Checkpoints:
         return OSError(f"cannot write {path}: {_reason(error)}; the last whole checkpoint is {last}")
 
     def load_last(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-        """Reads the newest into `tensors`, in place. -> its record, or None where there is no checkpoint.
+        """`read` of the newest. -> its record, or None where there is no checkpoint."""
+        return read(self.paths()[-1], tensors, self.world) if self.paths() else None
 
-        Raises `ValueError` naming the path where a file is missing or cut short, or where names and shapes differ.
-        Metadata is a pickle: load no checkpoint that you would not run.
-        """
-        if not self.paths():
-            return None
-        path = self.paths()[-1]
-        try:
-            record: dict[str, Any] = json.loads((path / _RECORD).read_text(encoding="utf-8"))
-            for name, size in record["files"].items():
-                if (path / name).stat().st_size != size:
-                    raise ValueError(f"{name} has {(path / name).stat().st_size} bytes of {size}")
-            reader = FileSystemReader(path)
-            different = _differences(reader.read_metadata().state_dict_metadata, tensors)
-        except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(
-                f"{path} is truncated or no checkpoint ({error}); delete it to go on from the one before"
-            ) from error
-        if different:
-            raise ValueError(f"{path} is of another model: {different}")
-        try:
-            with _quiet():
-                state_dict_loader.load(
-                    tensors,
-                    storage_reader=reader,
-                    process_group=self.world.control,
-                    no_dist=self.world.size == 1,
-                )
-        except (CheckpointException, RuntimeError) as error:
-            raise ValueError(
-                f"{path} cannot be read: {_reason(error)}; delete it to go on from the one before"
-            ) from error
-        return record
+
+def read(path: Path, tensors: dict[str, Tensor], world: World, partly: bool = False) -> dict[str, Any]:
+    """Reads the checkpoint `path` into `tensors`, in place. -> its record.
+
+    Raises `ValueError` naming the path where a file is missing or cut short, or where names and shapes differ; `partly`
+    lets the checkpoint hold more than `tensors`. Metadata is a pickle: load no checkpoint that you would not run.
+    """
+    try:
+        record: dict[str, Any] = json.loads((path / _RECORD).read_text(encoding="utf-8"))
+        for name, size in record["files"].items():
+            if (path / name).stat().st_size != size:
+                raise ValueError(f"{name} has {(path / name).stat().st_size} bytes of {size}")
+        reader = FileSystemReader(path)
+        saved = reader.read_metadata().state_dict_metadata
+    except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is truncated or no checkpoint ({error}); delete it to go on from the one before"
+        ) from error
+    wanted = {name: size for name, size in saved.items() if name in tensors} if partly else saved
+    if different := _differences(wanted, tensors):
+        raise ValueError(f"{path} is of another model: {different}")
+    try:
+        with _quiet():
+            state_dict_loader.load(tensors, storage_reader=reader, process_group=world.control, no_dist=world.size == 1)
+    except (CheckpointException, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read: {_reason(error)}; delete it to go on from the one before") from error
+    return record
 
 
 @contextmanager

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transfusion.config import ModelConfig
 from transfusion.model import Losses, Transfusion
 from transfusion.sequence import Batch
 from transfusion.training import parallel
-from transfusion.training.checkpoint import Checkpoints
+from transfusion.training.checkpoint import Checkpoints, read
 from transfusion.training.meter import Counts, LossMeter, SpeedMeter, peak_tflops
 from transfusion.training.metrics import RunLog, open_log
 from transfusion.training.optimizer import (
@@ -39,6 +40,19 @@ from transfusion.training.signals import stop_requested
 from transfusion.training.world import World
 
 Preview = Callable[[Transfusion], np.ndarray]
+
+CHECKPOINTS = "checkpoints"  # in a run's folder
+
+
+def read_averaged(checkpoint: Path, config: ModelConfig) -> Transfusion:
+    """A whole model on the CPU with the averaged weights of a checkpoint, of however many ranks."""
+    with torch.device("meta"):
+        model = Transfusion(config)
+    weights = {name: torch.empty_like(parameter, device="cpu") for name, parameter in model.named_parameters()}
+    tensors = {f"average.{name}": weight for name, weight in weights.items()}
+    read(checkpoint, tensors, World(torch.device("cpu")), partly=True)
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False).eval()
 
 
 class BatchSource(Protocol):
@@ -80,7 +94,7 @@ class Trainer:
         self.ema = {name: weight.detach().clone() for name, weight in self.parameters.items() if weight.requires_grad}
         self.optimizer = make_optimizer(model, config)
         self.checkpoints = Checkpoints(
-            directory / "checkpoints", config.keep_checkpoints, self.world, config.async_checkpoint
+            directory / CHECKPOINTS, config.keep_checkpoints, self.world, config.async_checkpoint
         )
         self.losses_seen = LossMeter(self.world, config.timestep_bins)
         self.speed = SpeedMeter(self.world, self._peak())

@@ -1,0 +1,168 @@
+"""A run's folder: begun once, left as it was by a start that fails, gone on with, and read before it has finished."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from transfusion import cli, run
+from transfusion import config as configs
+from transfusion.run import CONFIG, Run, RunConfig
+
+SMALL = tiny.run_options(data__loader__image_size=16, train__steps=2, device="cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny.data_folder(tmp_path / "data")
+
+
+def train(out: Path, folder: Path | str, *options: str) -> int:
+    return cli.main(["train", "--out", str(out), "--data.images", str(folder), *SMALL, *options])
+
+
+def test_a_start_that_fails_leaves_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert train(out, folder, "--data.loader.row-length", "4") == 2
+    assert "row_length=4 holds no caption" in capsys.readouterr().err and not out.exists()
+    assert train(out, folder, "--train.impl", "fast") == 2  # which the first step finds out
+    assert train(out, folder, "--train.impl", "auto", "--model.dim", "48") == 0  # nothing had been learned
+    assert Run.open(out).model().config.dim == 48
+    assert train(out, folder, "--train.impl", "auto", "--model.dim", "32") == 2
+    assert "model.dim: 48, now 32" in capsys.readouterr().err
+
+
+def test_images_alone_and_texts_alone(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path / "images", folder) == 0
+    (folder / "one.txt").unlink(), (folder / "two.txt").unlink()
+    assert train(tmp_path / "named", folder, "--data.texts", str(folder)) == 2
+    assert "has no readable text" in capsys.readouterr().err
+    assert train(tmp_path / "named", folder, "--data.texts", "none") == 0
+    assert train(tmp_path / "texts", "none", "--data.texts", "pydoc") == 0
+    seen = {}
+    for name in ("images", "named", "texts"):
+        log = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        seen[name] = [json.loads(line)["image_token_share"] > 0 for line in log]
+    assert seen == {"images": [True, True], "named": [True, True], "texts": [False, False]}
+    assert cli.main(["eval", "--run", str(tmp_path / "images"), "--draws", "1"]) == 0
+    assert "text_held_out" not in json.loads((tmp_path / "images" / "metrics.json").read_text())
+
+
+def test_a_run_that_has_not_finished_gives_its_averaged_weights(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two steps of two are a model; of six they are the last checkpoint, until the six are done."""
+    out = tmp_path / "run"
+    assert train(out, folder) == 0
+    finished = Run.open(out).model()
+    assert "has not finished" not in caplog.text
+    longer = configs.load(RunConfig, out / CONFIG)
+    configs.save(
+        configs.from_dict(RunConfig, configs.to_dict(longer) | {"train": {"steps": 6, "warmup_steps": 1}}), out / CONFIG
+    )
+    unfinished = Run.open(out).model()
+    assert f"{out} has not finished (step 2 of 6): using its averaged weights" in caplog.messages
+    for name, weight in finished.state_dict().items():
+        assert torch.equal(weight, unfinished.state_dict()[name]), name
+    sample = ["sample", "--run", str(out), "--prompt", "red square", "--steps", "2", "--device", "cpu"]
+    assert cli.main([*sample, "--out", str(tmp_path / "samples")]) == 0
+    assert cli.main(["eval", "--run", str(out), "--draws", "1", "--device", "cpu"]) == 0
+
+
+def test_a_run_without_a_checkpoint_says_how_far_it_is(folder: Path, tmp_path: Path) -> None:
+    options = ["--data.images", str(folder), *SMALL]
+    assert cli.main(["train", "--out", str(tmp_path / "whole"), *options]) == 0
+    begun = Run.start(configs.load(RunConfig, tmp_path / "whole" / CONFIG), tmp_path / "begun")
+    with pytest.raises(FileNotFoundError, match=r"begun has not finished \(step 0 of 2\) and has no checkpoint yet"):
+        begun.model()
+
+
+def test_a_run_may_become_longer(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And says what the learning rate does; not shorter than it is."""
+    out = tmp_path / "run"
+    assert train(out, folder) == 0
+    assert cli.main(["train", "--out", str(out), "--train.steps", "5", "--device", "cpu"]) == 0
+    (said,) = [message for message in caplog.messages if "cosine" in message]
+    assert said.startswith(
+        f"{out}: train.steps 2, now 5: the learning rate's cosine now ends at step 5; at step 2 it is"
+    )
+    assert said.endswith("0.000258, not 1.5e-05")
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] == 5
+    assert Run.open(out).config.train.steps == 5
+    assert cli.main(["train", "--out", str(out), "--train.steps", "4", "--device", "cpu"]) == 2
+    assert (
+        f"train.steps 4 is fewer than the 5 that {out} has trained already; give 5 or more" in capsys.readouterr().err
+    )
+    assert Run.open(out).config.train.steps == 5
+
+
+def test_previews_are_drawn(folder: Path, tmp_path: Path) -> None:
+    """For captions that fit a row: one that does not is left out, and draws nothing."""
+    with open(folder / "captions.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"image": "red.png", "caption": "much too long " * 30}))
+    assert train(tmp_path / "run", folder, "--train.preview-every", "2") == 0
+    (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+    assert b"preview" in events.read_bytes()
+
+
+def test_a_folder_may_be_named_from_where_one_stands(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run finds it from elsewhere, to be evaluated and to go on."""
+    monkeypatch.chdir(tmp_path)
+    assert train(tmp_path / "run", "data", "--data.texts", "data") == 0
+    data = Run.open(tmp_path / "run").config.data
+    assert (data.images, data.texts) == (str(folder), str(folder))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert cli.main(["eval", "--run", "../run", "--draws", "1"]) == 0
+    assert cli.main(["train", "--out", "../run", "--train.steps", "3", "--device", "cpu"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert train(tmp_path / "run", "data", "--data.texts", "data", "--train.steps", "4") == 0  # as it was begun
+
+
+def test_data_that_changed_is_noticed(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "run"
+    again = ["train", "--out", str(out), "--device", "cpu", "--train.steps"]
+    assert train(out, folder, "--data.texts", str(folder)) == 0
+    assert cli.main([*again, "3"]) == 0
+    assert "have changed" not in caplog.text
+    captions = folder / "captions.jsonl"
+    captions.write_text(captions.read_text().replace("square", "circle"))
+    (folder / "three.txt").write_text("this is text three, about circles. " * 20)
+    assert cli.main([*again, "4"]) == 0
+    changes = [message.partition(":")[0] for message in caplog.messages if "have changed" in message]
+    size = len(run.image_source(Run.open(out).config.data, "train"))
+    assert changes == [
+        "the texts have changed since the checkpoint (1 of them, now 2)",
+        f"the images have changed since the checkpoint ({size} of them, not the same ones)",
+    ]
+    caplog.clear()
+    assert cli.main([*again, "5"]) == 0
+    assert "have changed" not in caplog.text
+
+
+def test_distances_are_measured_where_the_weights_are(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipeline gives images on the host; the network of features is on the model's device, and so must they be."""
+    assert train(tmp_path / "run", folder) == 0
+    opened, seen = Run.open(tmp_path / "run"), {}
+
+    class Drawing:
+        def images(self, captions: list[str], **options: object) -> torch.Tensor:
+            return torch.zeros(len(captions), 3, 16, 16)
+
+    def distances(real: torch.Tensor, generated: torch.Tensor, network: str, seed: int) -> dict[str, float]:
+        seen.update(real=real.device, generated=generated.device, network=network)
+        return {}
+
+    monkeypatch.setattr(run, "load_features", lambda name, device: device)
+    monkeypatch.setattr(run, "image_distances", distances)
+    monkeypatch.setattr(opened, "pipeline", lambda model: Drawing())
+    opened.distances(opened.model().to("meta"), "features.pt", samples=4)
+    assert seen == dict.fromkeys(("real", "generated", "network"), torch.device("meta"))
