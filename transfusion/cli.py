@@ -73,7 +73,7 @@ def train(arguments: Sequence[str]) -> int:
 
     from transfusion import config as configs
     from transfusion import presets, recipes
-    from transfusion.run import CONFIG, Run, RunConfig
+    from transfusion.run import CONFIG, Run, RunConfig, with_saved_model
     from transfusion.training import join
 
     @dataclass(frozen=True)
@@ -93,15 +93,24 @@ def train(arguments: Sequence[str]) -> int:
         device: str = "auto"
 
     @dataclass(frozen=True)
+    class Early(Start):
+        init: str = ""
+
+    @dataclass(frozen=True)
     class Options(Start):
         __doc__ = Start.__doc__
         run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
     wants_help = any(flag in arguments for flag in ("-h", "--help"))
-    start, _ = tyro.cli(Start, args=[] if wants_help else list(arguments), return_unknown_args=True)
+    start, _ = tyro.cli(Early, args=[] if wants_help else list(arguments), return_unknown_args=True)
     begun = (start.out / CONFIG).is_file() and not (start.config or start.preset)
     source = start.out / CONFIG if begun else start.config and recipes.find(start.config)
     config = configs.load(RunConfig, source) if source else RunConfig()
+    init = start.init or config.init
+    if init and start.preset:
+        raise ValueError(f"--preset {start.preset} and init {init} both say what the network is: give one of them")
+    if init and not begun:
+        config = with_saved_model(replace(config, init=init))
     if start.preset:
         model = presets.get(start.preset)
         loader = replace(config.data.loader, patch_size=model.patch_size)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from transfusion import config as configs
-from transfusion import presets
+from transfusion import presets, recipes
 from transfusion.config import ModelConfig
 from transfusion.data import (
     Autoencoder,
@@ -37,7 +37,9 @@ from transfusion.data.transforms import check_image_size
 from transfusion.evaluation import image_distances, image_figures, load_features, read_images, sheets, text_figures
 from transfusion.generation import TransfusionPipeline
 from transfusion.generation.pipeline import CONFIG as PIPELINE
+from transfusion.generation.pipeline import VAE
 from transfusion.model import Transfusion
+from transfusion.model.pretrained import local_folder, read_weights
 from transfusion.sequence import image_tokens
 from transfusion.training import TrainConfig, Trainer, World, distribute, materialize
 from transfusion.training.checkpoint import last_step, written
@@ -78,12 +80,15 @@ class RunConfig:
         data: where samples come from.
         train: how the network is trained.
         seed: of the initial weights.
+        init: a saved pipeline to start from instead: its folder, such as runs/old/model, the name of one that comes
+            with the package, or OWNER/NAME on the Hugging Face hub. Its network and its tokenizer are the run's.
     """
 
     model: ModelConfig = field(default_factory=lambda: presets.get("tiny"))
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
+    init: str = ""
 
     def __post_init__(self) -> None:
         if self.data.loader.patch_size != self.model.patch_size:
@@ -91,6 +96,26 @@ class RunConfig:
                 f"data.loader.patch_size {self.data.loader.patch_size} differs from "
                 f"model.patch_size {self.model.patch_size}: give both, --model.patch-size and --data.loader.patch-size"
             )
+
+
+def with_saved_model(config: RunConfig) -> RunConfig:
+    """`config` with the network of `config.init`, and with its autoencoder where it has one."""
+    folder, data = saved_pipeline(config.init), config.data
+    model = configs.load(ModelConfig, folder / CONFIG)
+    autoencoder = str(folder / VAE) if (folder / VAE).is_dir() else data.autoencoder
+    loader = replace(data.loader, patch_size=model.patch_size)
+    return replace(config, model=model, data=replace(data, loader=loader, autoencoder=autoencoder))
+
+
+def saved_pipeline(init: str) -> Path:
+    """The folder that `RunConfig.init` names. Raises `FileNotFoundError` where it is none."""
+    folder = local_folder(init)
+    if not (folder / PIPELINE).is_file():
+        raise FileNotFoundError(
+            f"init {init}: {folder} is no saved pipeline, it has no {PIPELINE}; give the {MODEL}/ of a run that has "
+            f"finished, OWNER/NAME on the Hugging Face hub, or {' or '.join(recipes.trained())}"
+        )
+    return folder
 
 
 def train_tokenizer(config: RunConfig) -> Tokenizer:
@@ -120,12 +145,12 @@ class Run:
 
     @staticmethod
     def _start(config: RunConfig, directory: Path, world: World) -> "Run":
-        config = replace(config, data=absolute(config.data))
+        config = _absolute(config)
         if written(directory / CHECKPOINTS) or (directory / MODEL / PIPELINE).is_file():
             run = Run(directory, config, Run.open(directory).tokenizer)
             run._check_changes()
         else:
-            run = Run(directory, config, train_tokenizer(config))
+            run = Run(directory, config, _saved_tokenizer(config) if config.init else train_tokenizer(config))
             run.loader(world)  # its mistakes come before anything is written
             directory.mkdir(parents=True, exist_ok=True)
             run.tokenizer.save(directory / TOKENIZER)
@@ -136,8 +161,7 @@ class Run:
     def _check_changes(self) -> None:
         """Raises `ValueError` where the folder's run cannot go on with this config; says what another length does."""
         before, done = Run.open(self.directory).config, last_step(self.directory / CHECKPOINTS) or 0
-        old = configs.to_dict(replace(before, data=absolute(before.data)))
-        changed = _differences(old, configs.to_dict(self.config))
+        changed = _differences(configs.to_dict(_absolute(before)), configs.to_dict(self.config))
         if changed:
             raise ValueError(
                 f"{self.directory} holds a run with another config ({'; '.join(changed)}); "
@@ -203,7 +227,9 @@ class Run:
         with torch.device("meta"):
             model = Transfusion(self.config.model)
         distribute(model, self.config.train.parallel, self.config.train.precision, world)
-        materialize(model, world.device, self.config.seed)
+        fresh = self.config.init and not written(self.directory / CHECKPOINTS)
+        weights = read_weights(saved_pipeline(self.config.init)) if fresh else None
+        materialize(model, world.device, self.config.seed, weights)
         loader = self.loader(world)
         preview = self._preview(loader.max_caption_tokens)
         trainer = Trainer(model, loader, self.config.train, self.directory, preview, world)
@@ -304,6 +330,22 @@ class Run:
         """Captions, pictures and texts in and out of `model`, this run's or one of its previews."""
         longest = self.config.data.loader.row_length
         return TransfusionPipeline(model, self.tokenizer, self.autoencoder, self.latent_shape, longest)
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """The same run from any directory."""
+    init = str(Path(config.init).absolute()) if config.init and Path(config.init).exists() else config.init
+    return replace(config, data=absolute(config.data), init=init)
+
+
+def _saved_tokenizer(config: RunConfig) -> Tokenizer:
+    """That of `config.init`. Raises `ValueError` where the network there is another than the config's."""
+    saved = configs.load(ModelConfig, saved_pipeline(config.init) / CONFIG)
+    weighted = replace(saved, image_loss_weight=config.model.image_loss_weight)
+    changed = _differences(configs.to_dict(weighted), configs.to_dict(config.model), "model.")
+    if changed:
+        raise ValueError(f"the network of init {config.init} cannot be changed ({'; '.join(changed)})")
+    return Tokenizer.load(saved_pipeline(config.init) / TOKENIZER)
 
 
 def _differences(old: dict[str, object], new: dict[str, object], where: str = "") -> list[str]:

@@ -14,7 +14,9 @@ from transfusion.training.metrics import read_log
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
-SMALL = tiny.run_options(data__loader__rows=2, data__loader__image_size=16, train__checkpoint_every=2)
+SMALL = tiny.run_options(
+    data__loader__rows=2, data__loader__image_size=16, train__checkpoint_every=2, train__preview_every=2
+)
 
 
 def test_two_processes_train_and_one_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

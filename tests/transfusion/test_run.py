@@ -1,6 +1,7 @@
 """A run's folder: begun once, left as it was by a start that fails, gone on with, and read before it has finished."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,29 @@ def test_distances_are_measured_where_the_weights_are(
     monkeypatch.setattr(opened, "pipeline", lambda model: Drawing())
     opened.distances(opened.model().to("meta"), "features.pt", samples=4)
     assert seen == dict.fromkeys(("real", "generated", "network"), torch.device("meta"))
+
+
+def test_a_run_may_start_from_a_saved_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its network and its tokenizer, and with its weights once alone."""
+    first, out = tmp_path / "first", tmp_path / "out"
+    assert train(first, folder, "--data.texts", str(folder)) == 0
+    monkeypatch.chdir(tmp_path)
+    still = ["--train.learning-rate", "1e-9", "--train.min-learning-rate", "0", "--train.warmup-steps", "0"]
+    options = ["--data.images", str(folder), "--data.loader.image-size", "16", "--train.steps", "1", *still]
+    again = ["train", "--out", str(out), "--device", "cpu", *options]
+    assert cli.main([*again, "--init", "first/model", "--model.dim", "48"]) == 2
+    assert "the network of init" in (said := capsys.readouterr().err) and "model.dim: 32, now 48" in said
+    assert cli.main([*again, "--init", "first"]) == 2
+    assert "first is no saved pipeline" in (said := capsys.readouterr().err) and "emoji-32" in said
+    assert cli.main([*again, "--init", "first/model", "--preset", "tiny"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+    assert cli.main([*again, "--init", "first/model", "--model.image-loss-weight", "2"]) == 0
+    before, after = Run.open(first), Run.open(out)
+    assert (out / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+    assert after.config.init == str(first / "model") and after.config.model.dim == 32
+    for weight, learned in zip(after.model().parameters(), before.model().parameters(), strict=True):
+        torch.testing.assert_close(weight, learned)
+    shutil.rmtree(first)
+    assert cli.main([*again, "--train.steps", "2"]) == 0

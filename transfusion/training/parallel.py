@@ -5,6 +5,7 @@
 In a world of one process the model is left whole, and all else in training is the same code.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -110,15 +111,18 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def materialize(model: Transfusion, device: torch.device, seed: int) -> None:
+def materialize(
+    model: Transfusion, device: torch.device, seed: int, weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Gives a model on the meta device its initial weights, on `device`: the same ones on any number of ranks.
 
-    Each rank draws every weight tensor whole, one at a time, and keeps its shard.
+    Each rank draws every weight tensor whole, one at a time, or takes it from `weights`, and keeps its shard.
     """
     assert not list(model.buffers()), "buffers have no initial value"
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
-        drawn = initial_value(name, parameter.shape, model.config, seed).to(device)
+        drawn = weights[name] if weights else initial_value(name, parameter.shape, model.config, seed)
+        drawn = drawn.to(device)
         if isinstance(parameter, DTensor):
             drawn = distribute_tensor(drawn, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
         local(parameter).copy_(drawn)
