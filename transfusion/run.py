@@ -99,10 +99,10 @@ class RunConfig:
 
 
 def with_saved_model(config: RunConfig) -> RunConfig:
-    """`config` with the network of `config.init`, and with its autoencoder where it has one."""
+    """`config` with the network and the autoencoder of `config.init`."""
     folder, data = saved_pipeline(config.init), config.data
     model = configs.load(ModelConfig, folder / CONFIG)
-    autoencoder = str(folder / VAE) if (folder / VAE).is_dir() else data.autoencoder
+    autoencoder = str(folder / VAE) if (folder / VAE).is_dir() else "pixels"
     loader = replace(data.loader, patch_size=model.patch_size)
     return replace(config, model=model, data=replace(data, loader=loader, autoencoder=autoencoder))
 

@@ -7,6 +7,7 @@ import tiny
 from PIL import Image
 
 from transfusion import cli
+from transfusion.run import RunConfig, with_saved_model
 from transfusion.training import metrics
 
 SMALL = tiny.run_options(model__patch_size=2, model__latent_channels=4, train__steps=3)
@@ -48,6 +49,9 @@ def test_from_a_folder_to_a_model_of_its_latents(
     samples = tmp_path / "samples"
     assert cli.main(["sample", "--run", str(run), "--prompt", "red square", "--out", str(samples), "--steps", "2"]) == 0
     assert Image.open(next(samples.glob("*.png"))).size == (16, 16)
+    tuned = with_saved_model(RunConfig(init=str(run / "model")))  # what --init would begin with
+    assert tuned.data.autoencoder == str(run / "model" / "vae")
+    assert (tuned.model.latent_channels, tuned.data.loader.patch_size) == (4, 2)
 
 
 @pytest.mark.parametrize(
