@@ -14,6 +14,7 @@ from PIL import Image
 from transfusion import config as configs
 from transfusion.data import DataConfig, EmojiSource, LoaderConfig, PixelAutoencoder, PydocTextSource, Tokenizer
 from transfusion.data.config import (
+    absolute,
     all_images,
     image_source,
     make_loader,
@@ -119,6 +120,19 @@ def test_it_is_said_in_toml_and_mistakes_are_named(tmp_path):
             replace(data, image_weights=weights)
     with pytest.raises(ValueError, match="pixels need none"):
         open_cache(replace(data, latent_cache="x"), PixelAutoencoder())
+
+
+def test_paths_become_absolute_and_nothing_else_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "pixels").mkdir()  # a folder that happens to bear the word's name
+    words = ("emoji:all", "hf:a/b", "stream:hf:a/b", "pydoc", "none", "/x/y.tar")
+    data = absolute(DataConfig((*words, "a"), "stream:t/{0..3}*.jsonl", "vae", LOADER, latent_cache="../c"))
+    assert data.images == (*words, f"{tmp_path}/a") and data.texts == f"stream:{tmp_path}/t/{{0..3}}*.jsonl"
+    assert (data.autoencoder, data.latent_cache) == (f"{tmp_path}/vae", f"{tmp_path}/../c")
+    assert absolute(data) == data
+    for plain in (DataConfig(), DataConfig("none", "pydoc", "stabilityai/vae")):
+        assert absolute(plain) == plain
 
 
 def test_aspect_ratio_buckets(tmp_path):
