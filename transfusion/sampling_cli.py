@@ -22,7 +22,7 @@ class SampleOptions:
     continuations of texts (--text), texts with images in them (--story): all of them in one batch.
 
     Args:
-        run: folder of a run that has ended.
+        run: folder of a run; of one that has not finished, the averaged weights of its last checkpoint are used.
         model: a saved pipeline in place of a run: its folder, or the name of one that comes with the package. Without
             a run or a model, emoji-32, which does.
         prompt: captions to draw, or what to change in --edit.
@@ -104,7 +104,7 @@ def _check_folder(out: Path) -> None:
 def with_model(options: SampleOptions) -> SampleOptions:
     """The options, naming `DEFAULT_MODEL` where they name nothing. Raises `ValueError` where they name two."""
     if options.run is not None and options.model is not None:
-        raise ValueError("give one of --run (a run that has ended) and --model (a saved pipeline)")
+        raise ValueError("give one of --run (a folder that `train` made) and --model (a saved pipeline)")
     if options.run is not None or options.model is not None:
         return options
     print(f"neither --run nor --model: {DEFAULT_MODEL}, which comes with the package", file=sys.stderr)
