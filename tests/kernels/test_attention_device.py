@@ -4,11 +4,14 @@ compute-sanitizer --tool memcheck  --error-exitcode 1 python -m pytest tests/ker
 compute-sanitizer --tool racecheck --error-exitcode 1 python -m pytest tests/kernels/test_attention_device.py -k small
 """
 
+import copy
+
 import pytest
 import torch
 
-from transfusion.kernels import IntervalMask, transfusion_attention
+from transfusion.kernels import IntervalMask, transfusion_attention, tuning
 from transfusion.kernels.attention import check as rule
+from transfusion.kernels.attention.plan import plan_forward
 from transfusion.kernels.testing import Layout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -23,6 +26,27 @@ def test_small_suite(head_dim: int, dtype: torch.dtype) -> None:
     case = rule.make_case(PACKED.mask("cuda"), dtype, torch.Generator().manual_seed(head_dim), head_dim, (4, 2))
     verdicts = rule.verdicts(case, rule.run(case, "triton"))
     assert all(verdict.passed for verdict in verdicts.values()), verdicts
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="needs Hopper's instructions"
+)
+@pytest.mark.parametrize(
+    ("head_dim", "launch"), [(d, each) for d in tuning.SPECIALISED for each in tuning.SPECIALISED[d]]
+)
+def test_small_warp_specialised_suite(head_dim: int, launch: tuning.Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bounds, and the same bits each time: with as many heads as keep keys unsplit."""
+    monkeypatch.setattr(tuning, "_TABLES", copy.deepcopy(tuning._TABLES))
+    tuning.set_launch("attention", "forward", "sm_90", torch.bfloat16, head_dim, launch)
+    for size in (head_dim, head_dim - 24):
+        shape = (torch.device("cuda"), torch.bfloat16, 1, 16, 8, PACKED.length, PACKED.length, size)
+        assert plan_forward(*shape).launch == launch
+        case = rule.make_case(PACKED.mask("cuda"), torch.bfloat16, torch.Generator().manual_seed(size), size, (16, 8))
+        results = rule.run(case, "triton")
+        verdicts = rule.verdicts(case, results)
+        assert all(verdict.passed for verdict in verdicts.values()), verdicts
+        for _ in range(10):
+            assert all(map(torch.equal, rule.run(case, "triton")[:2], results[:2]))
 
 
 def test_small_decoding_suite() -> None:
