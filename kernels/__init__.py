@@ -3,6 +3,7 @@
 if __name__ == "kernels":  # the repository root is on sys.path: shadowing Hugging Face's package would break others
     raise ImportError("this folder is imported as `transfusion.kernels`; `kernels` is another package's name")
 
+from transfusion.kernels import own_name
 from transfusion.kernels.attention.op import transfusion_attention
 from transfusion.kernels.denoise_step.op import denoise_step
 from transfusion.kernels.diffusion_loss.op import diffusion_loss
@@ -11,3 +12,5 @@ from transfusion.kernels.patchify_noise.op import patchify_noise
 from transfusion.kernels.ragged_latents import RaggedLatents
 
 __all__ = ["IntervalMask", "RaggedLatents", "denoise_step", "diffusion_loss", "patchify_noise", "transfusion_attention"]
+
+own_name.keep()  # for transformers and diffusers, which whoever imported this may import next

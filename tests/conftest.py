@@ -16,3 +16,5 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))  # `import warp_machine`
 sys.path.insert(0, str(Path(__file__).parent / "transfusion"))  # `import tiny`
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))  # `import launch, scenarios`
+
+import transfusion  # noqa: F401  before any test imports diffusers: in the root `kernels` would be taken for another package

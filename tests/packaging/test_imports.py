@@ -61,3 +61,22 @@ def test_folder_refuses_its_bare_name(root, run_python):
     assert done.returncode == 1
     assert "ImportError" in done.stderr.splitlines()[-1]
     assert "`transfusion.kernels`" in done.stderr.splitlines()[-1]
+
+
+def test_after_our_import_the_bare_name_is_free_again_in_the_root(root, run_python, tmp_path):
+    # transformers and diffusers ask find_spec, and import what it finds
+    code = f"""
+import importlib.util, sys
+{IMPORT_ALL}
+found = importlib.util.find_spec("kernels")
+print(found and found.origin)
+sys.path.insert(1, {str(tmp_path)!r})
+import kernels
+print(kernels.__file__)
+"""
+    other = tmp_path / "kernels" / "__init__.py"
+    other.parent.mkdir()
+    other.write_text("")
+    installed, imported = run_python(code, cwd=root).stdout.splitlines()
+    assert installed != str(root / "kernels" / "__init__.py")
+    assert imported == str(other)
