@@ -99,7 +99,7 @@ class Rows:
 
     def __init__(self, model: Transfusion, cache: KVCache, impl: str = "auto") -> None:
         self.model, self.cache, self.impl = model, cache, impl
-        self._step = Replayed(self._logits_after)
+        self._step = Replayed()
 
     @staticmethod
     def start(
@@ -114,7 +114,7 @@ class Rows:
     def next(self, token_ids: Tensor) -> Tensor:
         """Appends one token (B,) to every row -> the logits (B, vocab_size) of the one after it."""
         self.cache.check_room(1)  # which a replayed graph could not
-        logits = self._step(token_ids.to(self.device))
+        logits = self._step(self._logits_after, token_ids.to(self.device))
         self.cache.advance([1] * len(self))
         return logits
 
@@ -172,21 +172,22 @@ class Denoiser:
         mask = IntervalMask.full(tokens, tokens, rows.device)
         self._alone = rows.cache.window(mask)
         self._both = None if twins is None else Pair(self._alone, twins.cache.window(mask))
-        self._run_alone = Replayed(lambda latents, timestep: self._predict(latents, timestep, self._alone))
-        self._run_both = Replayed(lambda latents, timestep: self._predict(latents, timestep, self._both))
+        self._run_alone, self._run_both = Replayed(), Replayed()
 
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """Latents (B, C, h, w) at timestep (B,) -> the prediction (B, C, h, w) float32."""
-        return self._run_alone(latents, timestep)
+        return self._run_alone(lambda *given: self._predict(self._alone, *given), latents, timestep)
 
     def both(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """The prediction of the rows, and that of their twins, from one forward."""
-        prediction = self._run_both(latents.repeat(2, 1, 1, 1), timestep.repeat(2))
+        both = self._both
+        assert both is not None, "guidance without twins"
+        doubled = latents.repeat(2, 1, 1, 1), timestep.repeat(2)
+        prediction = self._run_both(lambda *given: self._predict(both, *given), *doubled)
         conditional, unconditional = prediction.chunk(2)
         return conditional, unconditional
 
-    def _predict(self, latents: Tensor, timestep: Tensor, window: Window | Pair | None) -> Tensor:
-        assert window is not None, "guidance without twins"
+    def _predict(self, window: Window | Pair, latents: Tensor, timestep: Tensor) -> Tensor:
         model = self._model
         x, skips = encode(model, latents, timestep)
         hidden = model.transformer(x, positions_of(model, window, latents), window.new, self._impl, window)

@@ -1,9 +1,13 @@
 """The steps that CUDA replays: one graph without a break or a look at a value, and no new one as rows get longer."""
 
+import gc
+from unittest.mock import MagicMock
+
 import pytest
 import torch
-from rigged import BOI, SHAPE, contexts, random_model
+from rigged import BOI, SHAPE, contexts, options_of, paint, random_model
 
+from transfusion.generation import Guidance, generate
 from transfusion.generation.cache import KVCache
 from transfusion.generation.graphs import Replayed
 from transfusion.generation.rows import Denoiser, Rows, inference
@@ -16,10 +20,10 @@ def one_graph(monkeypatch):
     monkeypatch.setattr(KVCache, "reach", lambda self, tokens: self.capacity)
     compiled = []
 
-    def call(self, *arguments):
+    def call(self, function, *arguments):
         if not hasattr(self, "_compiled"):
-            self._function(*arguments)  # the warm-up before a capture
-            self._compiled = torch.compile(self._function, backend="eager", fullgraph=True, dynamic=False)
+            function(*arguments)  # the warm-up before a capture
+            self._compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=False)
             compiled.append(self)
         return self._compiled(*arguments)
 
@@ -55,7 +59,34 @@ def test_a_step_is_one_graph_for_every_length(seed, one_graph, monkeypatch):
 
 
 def test_elsewhere_a_replayed_function_is_just_called():
-    calls = []
-    double = Replayed(lambda x, y: calls.append(1) or x * 2 + y)
-    assert double(torch.ones(2), torch.ones(2)).tolist() == [3, 3]
-    assert double(torch.ones(3), torch.zeros(3)).tolist() == [2, 2, 2] and len(calls) == 2
+    calls, replayed = [], Replayed()
+
+    def double(x, y):
+        calls.append(1)
+        return x * 2 + y
+
+    assert replayed(double, torch.ones(2), torch.ones(2)).tolist() == [3, 3]
+    assert replayed(double, torch.ones(3), torch.zeros(3)).tolist() == [2, 2, 2] and len(calls) == 2
+
+
+def test_caches_and_graphs_die_with_the_call_that_made_them(seed):
+    """On CUDA a graph has a memory pool of its own, and nothing collects cycles before the next one is captured."""
+    model = random_model(seed)
+
+    def alive():
+        return sum(type(each) in (KVCache, Replayed) for each in gc.get_objects())
+
+    before = alive()
+    gc.disable()
+    try:
+        options = options_of(model, guidance=Guidance(2.0, interval=(0.2, 0.8)))
+        generate(model, [paint(*context, tokens=3) for context in contexts()], **options)
+        assert alive() == before
+    finally:
+        gc.enable()
+
+
+def test_other_threads_may_use_the_gpu_while_a_step_is_captured(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", MagicMock())
+    Replayed()._capture(torch.neg, (torch.ones(1),))
+    assert torch.cuda.graph.call_args.kwargs == {"capture_error_mode": "thread_local"}
