@@ -69,13 +69,8 @@ def run(case_name: str, baseline_name: str, effort: Effort) -> Iterator[rows.Row
         yield row(baseline.measures[0], "skipped", reason=reason)
         return
     torch._dynamo.reset()  # else a library that compiles for each shape soon meets its limit, and falls back silently
-    try:
-        yield from _measured(case, baseline, effort, row)
-    except torch.OutOfMemoryError as error:
-        yield row(baseline.measures[0], "skipped", reason=f"out of memory: {_first_line(error)}")
-    except Exception as error:
-        status = "failed" if baseline.ours else "skipped"
-        yield row(baseline.measures[0], status, reason=f"{type(error).__name__}: {_first_line(error)}")
+    what = (SUITE, case_name, baseline_name, baseline.measures[0])
+    yield from rows.explained(_measured(case, baseline, effort, row), what, baseline.ours)
 
 
 def _measured(case: AttentionCase, baseline: Baseline, effort: Effort, row: Any) -> Iterator[rows.Row]:
@@ -158,7 +153,3 @@ def _derived(case: AttentionCase, mask: IntervalMask, times: Times, factor: floa
         "bound": "compute" if compute > memory else "memory",
         "share": max(compute, memory) / times.p50,
     }
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]

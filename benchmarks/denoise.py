@@ -55,6 +55,10 @@ def run(case_name: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:
     if reason := why_not():
         yield rows.row(SUITE, case_name, baseline, "step", "skipped", reason=reason)
         return
+    yield from rows.explained(_rows(case_name, baseline, effort), (SUITE, case_name, baseline, "step"), ours=True)
+
+
+def _rows(case_name: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:
     case = CASES[case_name]
     model = Transfusion(presets.get(case.preset)).to(DEVICE).eval()
     checked = check(model, case, BASELINES[baseline])

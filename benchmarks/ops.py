@@ -91,12 +91,18 @@ def losses(prediction: Tensor, target: Tensor) -> Tensor:
 
 def run(case: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:
     """The rows of one op on one kind of images by one baseline."""
-    op, images = case.split(" ", 1)
-    kind, noise = baseline.split(", ")
+    kind = baseline.split(", ")[0]
     if kind == "torch.compile" and DEVICE != "cuda":
         yield rows.row(SUITE, case, baseline, "forward", "skipped", reason="it needs a C++ compiler on a CPU")
         return
     torch._dynamo.reset()
+    what = (SUITE, case, baseline, "forward")
+    yield from rows.explained(_rows(case, baseline, effort), what, ours=kind != "torch.compile")
+
+
+def _rows(case: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:
+    op, images = case.split(" ", 1)
+    kind, noise = baseline.split(", ")
     sets = [make(images)]
     sets += [make(images) for _ in range(copies_past_cache(sets[0].tensors()) - 1)]
     work = work_of(op, kind)

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,19 @@ def row(suite: str, case: str, baseline: str, measure: str, status: str, **value
     return {**key, "status": status, **values, "date": now, **environment()}
 
 
+def explained(work: Iterator[Row], what: tuple[str, str, str, str], ours: bool) -> Iterator[Row]:
+    """The rows of `work`, and where it ends in an error one of the key `what` that says which: the run goes on.
+
+    What is `ours` has "failed"; what is not, or finds no memory, is "skipped".
+    """
+    try:
+        yield from work
+    except torch.OutOfMemoryError as error:
+        yield row(*what, "skipped", reason=f"out of memory: {_first_line(error)}")
+    except Exception as error:  # a compiler's, a launch's, a library's
+        yield row(*what, "failed" if ours else "skipped", reason=f"{type(error).__name__}: {_first_line(error)}")
+
+
 def append(rows: list[Row], file: Path) -> None:
     """Adds `rows` to `file`, each as one whole line."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +107,10 @@ def done(rows: list[Row]) -> set[tuple[str, ...]]:
     here = environment()
     same = ("commit", "dirty", "torch", "triton", "device")
     return {key(line) for line in rows if all(line.get(name) == here[name] for name in same)}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
 
 
 def _commit() -> Row:

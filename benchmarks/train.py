@@ -103,28 +103,26 @@ def batch(case: TrainCase, seed: int = 0) -> Batch:
 
 def run(case_name: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:
     """The step's time under one baseline, after its gradients passed the check; or why it is not timed."""
-    case = CASES[case_name]
-
-    def row(status: str, **values: Any) -> rows.Row:
-        return rows.row(SUITE, case_name, baseline, "step", status, **values)
-
+    what = (SUITE, case_name, baseline, "step")
     reason = why_not(baseline)
     if reason:
-        yield row("skipped", reason=reason)
+        yield rows.row(*what, "skipped", reason=reason)
         return
     torch._dynamo.reset()
-    try:
-        if baseline == PEER:
-            peer = peers.training_step(case.preset, documents(case), presets.get(case.preset))
-            yield row("ok", **_timed(*peer, effort, beside=own_step(case)))
-            return
-        checked = check(case, BASELINES[baseline])
-        if wrong := failures(checked):
-            yield row("failed", reason=wrong, gate=checked)
-            return
-        yield row("ok", gate=checked, **_ours(case, BASELINES[baseline], effort))
-    except torch.OutOfMemoryError as error:
-        yield row("skipped", reason=f"out of memory: {str(error).splitlines()[0]}")
+    yield from rows.explained(_measured(what, CASES[case_name], effort), what, ours=baseline in ("ours", "eager"))
+
+
+def _measured(what: tuple[str, str, str, str], case: TrainCase, effort: Effort) -> Iterator[rows.Row]:
+    baseline = what[2]
+    if baseline == PEER:
+        peer = peers.training_step(case.preset, documents(case), presets.get(case.preset))
+        yield rows.row(*what, "ok", **_timed(*peer, effort, beside=own_step(case)))
+        return
+    checked = check(case, BASELINES[baseline])
+    if wrong := failures(checked):
+        yield rows.row(*what, "failed", reason=wrong, gate=checked)
+        return
+    yield rows.row(*what, "ok", gate=checked, **_ours(case, BASELINES[baseline], effort))
 
 
 def why_not(baseline: str) -> str | None:

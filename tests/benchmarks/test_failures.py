@@ -1,0 +1,60 @@
+"""A case that ends in an error is a row that says why, and the command goes on with the next."""
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import denoise, generation, ops, rows, train
+from benchmarks.clock import QUICK
+
+SUITES = [
+    (ops, "make", ("patchify_noise small", "ours, given")),
+    (train, "check", ("small", "ours")),
+    (denoise, "check", ("small", "ours")),
+    (generation, "in_turn", ("small", "recomputed")),
+]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(ops, "IMAGES", {"small": (4, 2, 8, 12, 2)})
+    monkeypatch.setattr(train, "CASES", {"small": train.TrainCase("tiny", 1, 64, 32)})
+    monkeypatch.setattr(denoise, "CASES", {"small": denoise.DenoiseCase("tiny", 1, 8)})
+    pair = generation.Pair(list, list, lambda: "", 1, "steps")
+    monkeypatch.setattr(generation, "CASES", {"small": generation.Case("recomputed", lambda: pair)})
+    for suite in (denoise, generation):
+        monkeypatch.setattr(suite, "why_not", lambda: None, raising=False)
+
+
+def crash(error):
+    def crashed(*_, **__):
+        raise error
+
+    return crashed
+
+
+@pytest.mark.parametrize(("suite", "broken", "what"), SUITES, ids=[suite.SUITE for suite, _, _ in SUITES])
+def test_an_error_is_a_row(suite, broken, what, monkeypatch):
+    for error, status, reason in (
+        (RuntimeError("no such kernel\nand more"), "failed", "RuntimeError: no such kernel"),
+        (torch.OutOfMemoryError("all is taken"), "skipped", "out of memory: all is taken"),
+    ):
+        monkeypatch.setattr(suite, broken, crash(error))
+        (row,) = suite.run(*what, QUICK)
+        assert (row["status"], row["reason"], row["case"], row["baseline"]) == (status, reason, *what)
+
+
+def test_what_torch_compiles_is_not_ours(monkeypatch):
+    monkeypatch.setattr(ops, "DEVICE", "cuda")
+    monkeypatch.setattr(ops, "make", crash(RuntimeError("no C++ compiler")))
+    (row,) = ops.run("patchify_noise small", "torch.compile, given", QUICK)
+    assert row["status"] == "skipped" and "no C++ compiler" in row["reason"]
+
+
+def test_the_command_goes_on_and_its_status_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ops, "make", crash(RuntimeError("no such kernel")))
+    chosen = ["--suite", "ops", "--filter", "ours, given", "--quick", "--rows", str(tmp_path)]
+    assert command.main(chosen) == 1
+    cases = [row["case"] for row in rows.read(rows.path("ops", tmp_path))]
+    assert cases == [f"{op} small" for op in ("patchify_noise", "diffusion_loss", "image_side")]
+    assert "3 FAILED and were not timed" in capsys.readouterr().out
