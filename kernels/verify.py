@@ -1,20 +1,24 @@
 """Every Triton kernel against its reference on this machine: errors, bounds, and exit status 1 where one fails.
 
-    python -m transfusion.kernels.verify [--op NAME] [--seed N] [--junit FILE]
+    python -m transfusion.kernels.verify [--op NAME] [--seed N] [--jobs N] [--junit FILE]
 
-On a GPU the kernels run there, in bfloat16 too. Elsewhere they run in Triton's interpreter, which must be chosen
+On a GPU the kernels run there, in bfloat16 too, and most of the time goes into compiling them: several processes share
+it. Elsewhere they run in Triton's interpreter, which must be chosen
 before triton is imported: the command starts itself again with TRITON_INTERPRET=1.
 """
 
 import argparse
+import multiprocessing
 import os
 import platform
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from typing import NamedTuple
+from itertools import product
+from typing import IO, NamedTuple
 from unittest import mock
 from xml.etree import ElementTree
 
@@ -62,21 +66,42 @@ class Row(NamedTuple):
 
 
 def verify(
-    device: torch.device | str | None = None, ops: Sequence[str] | None = None, seed: int | None = None
+    device: torch.device | str | None = None, ops: Sequence[str] | None = None, seed: int | None = None, jobs: int = 1
 ) -> Iterator[Row]:
     """Rows of every op (or those named), one after the other, on `device` (default: the GPU where there is one).
 
     Inputs are drawn from `seed`, fresh by default; whatever a kernel leaves unwritten is NaN. Off a GPU the process
-    must have been started with TRITON_INTERPRET=1, else the first row raises the op's `RuntimeError`.
+    must have been started with TRITON_INTERPRET=1, else the first row raises the op's `RuntimeError`. jobs: processes
+    that share ops and dtypes; the rows are the same, in the same order, but those of one op and dtype come at once.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtypes = [torch.float32, torch.float16] + ([] if registry.TRITON_INTERPRET else [torch.bfloat16])
-    generator = torch.Generator().manual_seed(random.randrange(2**32) if seed is None else seed)
-    for op in ops or CHECKS:
-        for dtype in dtypes:
-            cases = CHECKS[op](device, dtype, generator)
-            while (checked := _next_poisoned(cases)) is not None:
-                yield Row(op, dtype, *checked)
+    seed = random.randrange(2**32) if seed is None else seed
+    parts = [(device, op, dtype, seed) for op, dtype in product(ops or CHECKS, dtypes)]
+    if jobs == 1:
+        for part in parts:
+            yield from _part(*part)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
+    with ProcessPoolExecutor(min(jobs, len(parts)), spawn) as pool:
+        running = [pool.submit(_whole_part, *part) for part in parts]
+        try:
+            for each in running:
+                yield from each.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _part(device: torch.device, op: str, dtype: torch.dtype, seed: int) -> Iterator[Row]:
+    """Rows of one op in one dtype; its inputs are the same whatever else is verified."""
+    generator = torch.Generator().manual_seed(random.Random(f"{seed} {op} {dtype}").randrange(2**63))
+    cases = CHECKS[op](device, dtype, generator)
+    while (checked := _next_poisoned(cases)) is not None:
+        yield Row(op, dtype, *checked)
+
+
+def _whole_part(device: torch.device, op: str, dtype: torch.dtype, seed: int) -> list[Row]:
+    return list(_part(device, op, dtype, seed))
 
 
 def _next_poisoned(cases: Iterator[tuple[str, dict[str, Verdict]]]) -> tuple[str, dict[str, Verdict]] | None:
@@ -115,7 +140,7 @@ def format_row(row: Row) -> str:
     return "\n".join(line(name, "FAIL") for name, verdict in row.verdicts.items() if not verdict.passed)
 
 
-def write_junit(rows: Sequence[Row], path: str) -> None:
+def write_junit(rows: Sequence[Row], file: IO[bytes]) -> None:
     """One JUnit test case for each row."""
     failures = sum(not row.passed for row in rows)
     suite = ElementTree.Element("testsuite", name="verify", tests=str(len(rows)), failures=str(failures))
@@ -124,17 +149,27 @@ def write_junit(rows: Sequence[Row], path: str) -> None:
         case = ElementTree.SubElement(suite, "testcase", classname=row.op, name=name)
         if not row.passed:
             ElementTree.SubElement(case, "failure", message="error above bound").text = format_row(row)
-    ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
+    ElementTree.ElementTree(suite).write(file, encoding="utf-8", xml_declaration=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table and returns 0 where every row passes, else 1."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="verify", description="Check every Triton kernel against its reference.")
     parser.add_argument("--op", action="append", choices=CHECKS, help="may be repeated; default: every op")
     parser.add_argument("--seed", type=int, help="of the inputs; default: a fresh one, which is printed")
     parser.add_argument("--junit", metavar="FILE", help="write the rows as JUnit XML too")
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    several = min(os.cpu_count() or 1, 12) if torch.cuda.is_available() else 1
+    parser.add_argument(
+        "--jobs", type=int, default=several, help="processes that share ops and dtypes (here by default %(default)s)"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table and returns 0 where every row passes, else 1; 2 where an option does not fit."""
+    arguments, parser = list(sys.argv[1:] if argv is None else argv), _parser()
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: there must be one process at least")
     if not registry.TRITON_INSTALLED:
         print("triton is not installed: there is no kernel to verify (pip install triton)", file=sys.stderr)
         return 1
@@ -142,19 +177,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "transfusion.kernels.verify", *arguments]
         return subprocess.run(command, env=environment, check=False).returncode
+    with ExitStack() as files:
+        try:  # before the checks: they take minutes
+            junit = files.enter_context(open(options.junit, "wb")) if options.junit else None
+        except OSError as error:
+            parser.error(f"--junit {options.junit}: {error.strerror}; name a file in a folder that can be written to")
+        rows = _printed(options)
+        if junit:
+            write_junit(rows, junit)
+    failed = sum(not row.passed for row in rows)
+    print(f"\n{len(rows) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+def _printed(options: argparse.Namespace) -> list[Row]:
+    """Every row, printed as it comes under the header."""
     seed = random.randrange(2**32) if options.seed is None else options.seed
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(header(device, seed))
     print(_COLUMNS)
     rows = []
-    for row in verify(device, options.op, seed):
+    for row in verify(device, options.op, seed, options.jobs):
         rows.append(row)
         print(format_row(row), flush=True)
-    if options.junit:
-        write_junit(rows, options.junit)
-    failed = sum(not row.passed for row in rows)
-    print(f"\n{len(rows) - failed} passed, {failed} failed")
-    return 1 if failed else 0
+    return rows
 
 
 if __name__ == "__main__":

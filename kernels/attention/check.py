@@ -5,11 +5,12 @@ The error of the formula in the inputs' own precision bounds a kernel's, see `tr
 
 import random
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from transfusion.kernels import tuning
 from transfusion.kernels.attention import reference
 from transfusion.kernels.attention.op import transfusion_attention
 from transfusion.kernels.interval_mask import IntervalMask
@@ -112,8 +113,8 @@ def checks(
     # A GPU's tiles are several times as wide as the interpreter's; an odd factor keeps the sizes undivided.
     factor = 17 if device.type == "cuda" else 1
 
-    def check(mask: IntervalMask, **shape: object) -> dict[str, Verdict]:
-        case = make_case(mask.to(device), dtype, generator, **shape)  # type: ignore[arg-type]
+    def check(mask: IntervalMask, **shape: Any) -> dict[str, Verdict]:
+        case = make_case(mask.to(device), dtype, generator, **shape)
         return verdicts(case, run(case, "triton"))
 
     for name, layout in LAYOUTS.items():
@@ -121,6 +122,8 @@ def checks(
     images = _enlarged(LAYOUTS["adjacent_images"], factor).mask()
     for head_dim in (24, 64, 80, 128, 160, 256):
         yield f"head_dim_{head_dim}", check(images, head_dim=head_dim, heads=(1, 1))
+    for head_dim in (64, 128) if device.type == "cuda" else (16,):
+        yield f"unsplit_head_dim_{head_dim}", check(**unsplit(device), head_dim=head_dim)
     rng = random.Random(generator.initial_seed())
     for heads in ((2, 2), (4, 2), (3, 1)):
         masks = [_enlarged(random_layout(rng, 50), factor).mask() for _ in range(2)]
@@ -133,6 +136,14 @@ def checks(
         start, end = torch.randint(-3, queries * factor + 3, (2, 1, keys * factor), generator=generator)
         mask = IntervalMask(start, end, queries * factor)
         yield f"random_intervals_{mask.num_queries}_by_{mask.num_keys}", check(mask, batch=2)
+
+
+def unsplit(device: torch.device) -> dict[str, Any]:
+    """Mask, heads and batch of so many programs that a forward has none to spare for a second one of the same block."""
+    factor, tile = (5, 128) if device.type == "cuda" else (1, 32)  # the widest that a table ships
+    mask, heads = _enlarged(LAYOUTS["adjacent_images"], factor).mask(), (4, 2)
+    least = -(-mask.num_queries // tile) * heads[0]  # programs of one row
+    return {"mask": mask, "heads": heads, "batch": -(-tuning.processors(device) // least)}
 
 
 def _enlarged(layout: Layout, factor: int) -> Layout:

@@ -2,9 +2,12 @@
 
 import itertools
 import os
+import pickle
 import re
 import subprocess
 import sys
+from concurrent.futures import Future
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from transfusion.kernels import registry
+from transfusion.kernels import registry, tuning
+from transfusion.kernels.attention import check as attention_check
+from transfusion.kernels.attention.plan import plan_forward
 from transfusion.kernels.diffusion_loss import check as diffusion_loss_check
 from transfusion.kernels.diffusion_loss import kernel as diffusion_loss_kernel
 from transfusion.kernels.patchify_noise import check as patchify_noise_check
@@ -30,7 +35,7 @@ def test_command_chooses_the_interpreter_by_itself(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "transfusion.kernels.verify", "--op", "diffusion_loss", "--seed", "7"]
     junit = tmp_path / "verify.xml"
     run = subprocess.run(
-        [*command, "--junit", str(junit)], env=environment, capture_output=True, text=True, timeout=120
+        [*command, "--junit", str(junit)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"torch {torch.__version__}" in run.stdout
@@ -50,6 +55,66 @@ def test_attention_rows_judge_every_result() -> None:
         assert set(row.verdicts) == {"out", "lse", "dq", "dk", "dv"}
         assert row.passed, format_row(row)
         assert all(verdict.bound > 0 for verdict in row.verdicts.values())
+
+
+@pytest.mark.parametrize(("gpu", "processors"), [(False, 8), (True, 132), (True, 148), (True, 304)])
+def test_a_forward_that_splits_no_keys_is_verified(gpu: bool, processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda" if gpu else "cpu")
+    monkeypatch.setattr(tuning, "processors", lambda device: processors)
+    monkeypatch.setattr(tuning, "table_name", lambda device: "sm_90" if gpu else "interpret")
+    case = attention_check.unsplit(device)
+    queries, heads, batch = case["mask"].num_queries, case["heads"], case["batch"]
+    for dtype in (torch.float32, torch.float16):
+        for head_dim in (64, 128) if gpu else (16,):
+            plan = plan_forward(device, dtype, batch, *heads, queries, queries, head_dim)
+            assert (plan.splits, plan.packed) == (1, 1)
+
+
+class Pool:
+    """A process pool without processes: what would cross to one and back is pickled."""
+
+    def __init__(self, workers: int, context: BaseContext) -> None:
+        assert workers == 2 and context.get_start_method() == "spawn"
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, *work: object) -> Future[object]:
+        function, *arguments = pickle.loads(pickle.dumps(work))
+        future: Future[object] = Future()
+        future.set_result(pickle.loads(pickle.dumps(function(*arguments))))
+        return future
+
+    def shutdown(self, cancel_futures: bool) -> None:
+        assert cancel_futures
+
+
+def test_processes_share_the_work_and_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(patchify_noise_check, "SHAPES", patchify_noise_check.SHAPES[:1])
+    monkeypatch.setattr("transfusion.kernels.verify.ProcessPoolExecutor", Pool)
+
+    def table(*jobs: str) -> list[str]:
+        assert main(["--op", "patchify_noise", "--seed", "7", *jobs]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert table("--jobs", "1") == table("--jobs", "2")
+
+
+def test_options_that_cannot_be_met_end_before_the_checks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(registry, "TRITON_INTERPRET", True)
+    monkeypatch.setattr("transfusion.kernels.verify.verify", lambda *_: pytest.fail("it began"))
+    missing = str(tmp_path / "missing" / "verify.xml")
+    for options, message in ((["--junit", missing], f"--junit {missing}: No such"), (["--jobs", "0"], "--jobs 0")):
+        with pytest.raises(SystemExit, match="2"):
+            main(options)
+        assert message in capsys.readouterr().err
 
 
 def nearly_right(result: Tensor) -> Tensor:
