@@ -12,10 +12,11 @@ BACKEND = "inductor" if shutil.which("g++") else "aot_eager"
 PROGRAM = """
 import torch
 from transfusion.kernels import IntervalMask, denoise_step, diffusion_loss, patchify_noise, transfusion_attention
+torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
 x, q = torch.randn(2, 3, 8, 8), torch.randn(1, 2, 40, 16)
 weight, seed = torch.rand(2), torch.tensor(5)
 tokens, coefficients = torch.randn(2, 16, 12), torch.tensor([0.9, -0.2, 0.3, 0.1, 1.1, -0.4, 1.0])
-mask = IntervalMask.from_spans(40, [(3, 20)])
+mask = IntervalMask.from_spans(40, [(3, 20)], device=q.device)
 calls = {{
     "transfusion_attention": lambda q: transfusion_attention(q, q, q, mask, impl="{impl}"),
     "patchify_noise": lambda x: patchify_noise(x, weight, weight, 2, seed=seed, impl="{impl}"),

@@ -108,11 +108,11 @@ def test_an_image_sees_all_of_itself_and_nothing_later() -> None:
 
 
 def test_kernels_and_references_give_the_same_losses_and_gradients() -> None:
-    """The interpreted kernels are as close to float64 as the references are, within the rule of the kernels' tests."""
-    batch = tiny.Batches().batch(1)
+    """The kernels are as close to float64 as the references are, within the rule of the kernels' tests."""
+    batch = tiny.Batches().batch(1).to(tiny.DEVICE)
     results = {}
     for impl, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
-        model = tiny.model().to(dtype)
+        model = tiny.model().to(tiny.DEVICE, dtype)
         losses = model(replace(batch, latents=batch.latents.to(dtype)), impl)
         losses.total.backward()
         grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

@@ -104,9 +104,9 @@ def test_it_learns_a_batch_by_heart() -> None:
 
 
 def test_kernels_and_references_give_the_same_losses_and_gradients() -> None:
-    batch, results = batch_of(), []
+    batch, results = batch_of().to(tiny.DEVICE), []
     for impl, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
-        model = tiny.model(CONFIG).to(dtype)
+        model = tiny.model(CONFIG).to(tiny.DEVICE, dtype)
         losses = model(replace(batch, latents=batch.latents.to(dtype)), impl)
         losses.total.backward()
         grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

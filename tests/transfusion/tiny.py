@@ -12,6 +12,8 @@ from transfusion import ModelConfig, Transfusion
 from transfusion.diffusion.schedule import NoiseSchedule
 from transfusion.sequence import Batch, Document, Image, SpecialTokens, Text, collate
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the tests that name the Triton kernels
+
 CONFIG = ModelConfig(
     vocab_size=40,
     dim=32,
