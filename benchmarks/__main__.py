@@ -3,10 +3,10 @@
     python -m benchmarks                              every suite on this machine
     python -m benchmarks --suite attention --filter 7b --quick
     python -m benchmarks --suite attention --budget 540 --resume      in calls of nine minutes, until none is left
-    python -m benchmarks --compare HEAD~1             this tree against another commit, interleaved, in one run
+    python -m benchmarks --compare HEAD~1             what is ours, against another commit, in turns, in one run
     python -m benchmarks --report                     plots, and the tables of README.md, from the rows
 
-Exits with 1 where a check failed: such a kernel is not timed.
+Exits with 1 where a check failed: such a kernel is not timed. With 2 where nothing is chosen, or options do not fit.
 """
 
 import argparse
@@ -25,23 +25,45 @@ SUITES = ("attention", "ops", "tiles", "train", "denoise", "generation")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """-> 0, or 1 where a check failed."""
-    options = _parser().parse_args(arguments)
+    """-> 0, or 1 where a check failed, or 2 where there is nothing to do."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
     if options.report:
         from benchmarks import report
 
         return report.main()
-    if options.compare:
-        from benchmarks import compare
-
-        return compare.main(options.compare, options.suite or "attention", options.filter, options.quick)
-    suites = (options.suite,) if options.suite else SUITES
-    work = [(suite, *pair) for suite in suites for pair in _module(suite).pairs()]
-    work = [item for item in work if options.filter in " ".join(item)]
+    if options.compare and (options.rows or options.budget is not None or options.resume):
+        parser.error("--compare keeps no rows and runs whole rounds: leave out --rows, --budget and --resume")
+    if options.compare and options.suite == "tiles":
+        parser.error('--compare compares times, and the suite "tiles" counts tiles: choose another --suite')
+    work = _work(options)
+    if not work:
+        parser.error(f"nothing matches --filter {options.filter!r}; --list shows what there is")
     if options.list:
         print("\n".join("  ".join(item) for item in work))
         return 0
+    if options.compare:
+        from benchmarks import compare
+
+        return compare.main(options.compare, list(dict.fromkeys(item[0] for item in work)), options)
     return _run(work, options)
+
+
+def _work(options: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """(suite, case, baseline) of what the options choose."""
+    suites = (options.suite,) if options.suite else SUITES
+    if options.compare and not options.suite:
+        suites = tuple(suite for suite in suites if suite != "tiles")  # which measures no time
+    work = [(suite, *pair) for suite in suites for pair in _module(suite).pairs()]
+    work = [item for item in work if options.filter in " ".join(item)]
+    if not (options.ours or options.compare):
+        return work
+    # in "generation" each pair times ours beside another way
+    return [
+        item
+        for item in work
+        if "ours" in item[2] or item[0] == "generation" or (options.filter and options.filter in item[2])
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,12 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--suite", choices=SUITES)
     parser.add_argument("--filter", default="", metavar="TEXT", help="only what has TEXT in 'suite case baseline'")
+    parser.add_argument("--ours", action="store_true", help="no baselines but those that the filter names")
     parser.add_argument("--quick", action="store_true", help="a few calls each, for a look; rows say so")
     parser.add_argument("--list", action="store_true", help="names, and nothing else")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start nothing after so long; say what is left")
     parser.add_argument("--resume", action="store_true", help="skip what this commit has rows of")
-    parser.add_argument("--rows", type=Path, default=rows.RESULTS, metavar="FOLDER", help="where rows go")
-    parser.add_argument("--compare", metavar="REF", help="against another commit")
+    parser.add_argument("--rows", type=Path, metavar="FOLDER", help="where rows go; default: benchmarks/results")
+    parser.add_argument("--compare", metavar="REF", help="against another commit; implies --ours")
     parser.add_argument("--report", action="store_true", help="plots and README tables from the rows")
     return parser
 
@@ -66,7 +89,7 @@ def _module(suite: str) -> ModuleType:
 
 def _run(work: list[tuple[str, str, str]], options: argparse.Namespace) -> int:
     began, failed, left = time.monotonic(), [], []
-    files = {suite: rows.path(suite, options.rows) for suite, _, _ in work}
+    files = {suite: rows.path(suite, options.rows or rows.RESULTS) for suite, _, _ in work}
     before = {suite: {key[:3] for key in rows.done(rows.read(file))} for suite, file in files.items()}
     effort = QUICK if options.quick else Effort()
     for suite, case, baseline in work:

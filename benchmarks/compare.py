@@ -1,9 +1,11 @@
 """`python -m benchmarks --compare REF`: this tree against another commit, in turns, in one run on one machine.
 
 REF is checked out into a temporary git worktree. Both sides are measured by this tree's benchmarks, each in a process
-of its own, several times in turn, so that a drift of the machine meets both; the medians of the rounds are compared.
+of its own, several times in turn, so that a drift of the machine meets both. What is compared are the quotients of the
+rounds: their median, and the range from the least to the largest; a range that holds 1 shows nothing.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -15,46 +17,58 @@ from benchmarks import rows
 from benchmarks.rows import Row
 
 ROOT = Path(__file__).parent.parent
-_ROUNDS = 3
+_ROUNDS = 5  # of no difference at all, 1 quotient in 16 is on one side of 1 in every round
 
 
-def main(reference: str, suite: str, chosen: str, quick: bool) -> int:
-    """Prints a table. -> 0, or 1 where a side failed a check or did not run."""
+def main(reference: str, suites: list[str], options: argparse.Namespace) -> int:
+    """Prints a table of every suite. -> 0, or 1 where a side failed a check or did not run."""
     commit = _git("rev-parse", "--verify", f"{reference}^{{commit}}")
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as name:
         folder = Path(name)
         _git("worktree", "add", "--detach", "--quiet", str(folder / "tree"), commit)
         try:
             sides = {"before": _side(folder / "before", folder / "tree"), "now": _side(folder / "now", ROOT)}
-            codes = [
-                _measure(side, suite, chosen, quick, commit if label == "before" else "this tree")
-                for _ in range(_ROUNDS)
-                for label, side in sides.items()
-            ]
-            print(compared(*(_rows(side, suite) for side in sides.values()), commit[:10]))
+            codes = []
+            for number in range(_ROUNDS):
+                for label in sorted(sides, reverse=number % 2 == 1):  # each side is first in turn
+                    name = commit if label == "before" else "this tree"
+                    codes += [_measure(sides[label], suite, options, name) for suite in suites]
+            for suite in suites:
+                print(f"\n{suite}")
+                print(compared(*(_rows(side, suite) for side in sides.values()), commit[:10]))
         finally:
             _git("worktree", "remove", "--force", str(folder / "tree"))
     return int(any(codes))
 
 
 def compared(before: list[Row], now: list[Row], commit: str) -> str:
-    """Medians of both sides and their ratio, one line for each thing that both measured."""
-    old, new = _medians(before), _medians(now)
-    lines = [f"{'':86} {commit:>12} {'this tree':>12} {'speed-up':>9}"]
+    """Medians of both sides and the speed-up, one line for each thing that both measured."""
+    old, new = _times(before), _times(now)
+    lines = [f"{'':86} {commit:>12} {'this tree':>12} {'speed-up':>9}   least to largest"]
     for key in new:
         if key in old:
             name = f"{key[1]:32} {key[2]:26} {key[3]:26}"
-            lines.append(f"{name} {old[key] * 1e3:9.3f} ms {new[key] * 1e3:9.3f} ms {old[key] / new[key]:8.3f}×")
+            times = f"{median(old[key]) * 1e3:9.3f} ms {median(new[key]) * 1e3:9.3f} ms"
+            lines.append(f"{name} {times} {_speed_up(old[key], new[key])}")
     alone = [" ".join(key) for key in {*old} ^ {*new}]
     return "\n".join([*lines, *(f"measured on one side only: {name}" for name in alone)])
 
 
-def _medians(found: list[Row]) -> dict[tuple[str, ...], float]:
+def _speed_up(before: list[float], now: list[float]) -> str:
+    """Median and range of the quotients, round by round."""
+    quotients = [old / new for old, new in zip(before, now, strict=False)]  # a side may have failed in a round
+    least, largest = min(quotients), max(quotients)
+    noise = "   within noise" if least <= 1 <= largest else ""
+    return f"{median(quotients):8.3f}×   {least:.3f} to {largest:.3f}{noise}"
+
+
+def _times(found: list[Row]) -> dict[tuple[str, ...], list[float]]:
+    """p50 of each round."""
     times: dict[tuple[str, ...], list[float]] = {}
     for row in found:
         if row["status"] == "ok" and "p50" in row:
             times.setdefault(rows.key(row), []).append(row["p50"])
-    return {key: median(each) for key, each in times.items()}
+    return times
 
 
 def _side(folder: Path, tree: Path) -> Path:
@@ -65,21 +79,12 @@ def _side(folder: Path, tree: Path) -> Path:
     return folder
 
 
-def _measure(side: Path, suite: str, chosen: str, quick: bool, commit: str) -> int:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks",
-        "--suite",
-        suite,
-        "--filter",
-        chosen or "ours",
-        "--rows",
-        str(side / "rows"),
-    ]
+def _measure(side: Path, suite: str, options: argparse.Namespace, commit: str) -> int:
+    command = [sys.executable, "-m", "benchmarks", "--suite", suite, "--ours", "--rows", str(side / "rows")]
+    command += ["--filter", options.filter, *["--quick"] * options.quick]
     environment = {**os.environ, "PYTHONPATH": str(side), "BENCHMARK_COMMIT": commit}
     print(f"\n== {commit}", flush=True)
-    return subprocess.run([*command, *["--quick"] * quick], cwd=side, env=environment, check=False).returncode
+    return subprocess.run(command, cwd=side, env=environment, check=False).returncode
 
 
 def _rows(side: Path, suite: str) -> list[Row]:

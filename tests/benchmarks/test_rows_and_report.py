@@ -142,13 +142,60 @@ def test_comparison_takes_medians_and_says_what_is_missing():
     before = [timed(p50=p50) for p50 in (4e-3, 1e-3, 2e-3)] + [timed("gone")]
     text = compare.compared(before, [timed(p50=1e-3), timed(status="failed", measure="backward")], "c0ffee")
     assert "2.000 ms" in text
-    assert "2.000×" in text
     assert "one side only: ops gone" in text
+
+
+def test_comparison_takes_quotients_round_by_round_and_names_noise():
+    drifting = [timed(p50=p50) for p50 in (1e-3, 2e-3, 4e-3)]  # the machine slows down for both
+    faster = [timed(p50=row["p50"] / 2) for row in drifting]
+    assert "2.000×   2.000 to 2.000" in compare.compared(drifting, faster, "c0ffee")
+    assert "noise" not in compare.compared(drifting, faster, "c0ffee")
+    alike = [timed(p50=row["p50"] * factor) for row, factor in zip(drifting, (0.8, 1.25, 1.25), strict=True)]
+    text = compare.compared(drifting, alike, "c0ffee")
+    assert "0.800×   0.800 to 1.250   within noise" in text
+
+
+def test_comparison_leaves_out_baselines_that_are_not_named(monkeypatch):
+    asked = []
+    monkeypatch.setattr(compare, "main", lambda reference, suites, options: asked.append(suites) or 0)
+    assert command.main(["--compare", "HEAD"]) == 0
+    assert asked == [["attention", "ops", "train", "denoise", "generation"]]
+
+    def chosen(*options):
+        return command._work(command._parser().parse_args(["--ours", *options]))
+
+    assert {item[2] for item in chosen("--suite", "train")} == {"ours"}
+    assert {item[2] for item in chosen("--suite", "attention", "--filter", "causal")} == {
+        "ours",
+        "cudnn causal",
+        "flash causal",
+    }
+    assert {item[1] for item in chosen("--suite", "generation", "--filter", "decode")} == {
+        "decode_batch_1",
+        "decode_batch_8",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--filter", "nothinglikethis"], "nothing matches --filter 'nothinglikethis'"),
+        (["--filter", "nothinglikethis", "--compare", "HEAD"], "nothing matches"),
+        (["--suite", "tiles", "--compare", "HEAD"], "compares times"),
+        (["--compare", "HEAD", "--rows", "x"], "leave out --rows"),
+        (["--compare", "HEAD", "--budget", "0"], "leave out --rows"),
+        (["--compare", "HEAD", "--resume"], "leave out --rows"),
+    ],
+)
+def test_options_that_choose_nothing_or_do_not_fit_say_so(options, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(options)
+    assert message in capsys.readouterr().err
 
 
 def test_an_unknown_reference_says_so():
     with pytest.raises(SystemExit, match="no-such-commit"):
-        compare.main("no-such-commit", "tiles", "", quick=True)
+        command.main(["--compare", "no-such-commit", "--suite", "ops"])
 
 
 def test_a_training_row_counts_the_formula():
