@@ -13,6 +13,7 @@ from torch import Tensor
 
 from transfusion.kernels.mask_tiles.op import key_tiles, query_tiles
 from transfusion.kernels.mask_tiles.reference import FULL, MASKED, tile_kinds
+from transfusion.kernels.registry import check_tensor
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -124,6 +125,9 @@ class IntervalMask:
         `num_keys`: the cache's capacity M. Key j < prefix_lengths[b] is seen by every new query, key
         prefix_lengths[b] + i as new token i, the rest by none. Needs prefix_lengths[b] + N <= M.
         """
+        check_tensor("prefix_lengths", prefix_lengths, " (B,) of integers")
+        if prefix_lengths.is_floating_point():
+            raise TypeError(f"prefix_lengths must be integers, got {prefix_lengths.dtype}")
         if prefix_lengths.ndim != 1:
             raise ValueError(f"prefix_lengths must be (B,), got shape {tuple(prefix_lengths.shape)}")
         key = torch.arange(num_keys, device=new.query_start.device)[None]
@@ -266,6 +270,8 @@ def _run_end(begins: Tensor, index: Tensor) -> Tensor:
 
 
 def _check_vectors(start: Tensor, end: Tensor, num_queries: int) -> None:
+    for name, tensor in (("query_start", start), ("query_end", end)):
+        check_tensor(name, tensor, " (B, M)")
     if start.ndim != 2 or start.shape != end.shape:
         raise ValueError(
             f"query_start and query_end must both be (B, M), got {tuple(start.shape)} and {tuple(end.shape)}"

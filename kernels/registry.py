@@ -137,6 +137,14 @@ def backend(op: Op, impl: str) -> ModuleType:
     return importlib.import_module(op.implementations[impl].module)
 
 
+def check_tensor(name: str, value: object, wanted: str = "") -> None:
+    """Raises `TypeError` unless `value` is a tensor; `wanted` says of what kind, in words that no size is part of, for
+    a graph of any size."""
+    if not isinstance(value, Tensor):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+        raise TypeError(f"{name} must be a tensor{wanted}, got {kind}; make one with torch.as_tensor(...)")
+
+
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
     """Raises `NotImplementedError` where a tensor carries a forward-mode tangent.
 

@@ -18,6 +18,7 @@ from transfusion.kernels.registry import (
     Implementation,
     Op,
     backend,
+    check_tensor,
     choose,
     refuse_forward_mode,
     register,
@@ -106,10 +107,12 @@ def transfusion_attention(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, with the offending value.
         RuntimeError: an explicit `impl` that cannot run here, with every reason.
-        NotImplementedError: forward-mode differentiation, torch.vmap.
+        NotImplementedError: forward-mode differentiation; torch.vmap over "triton" and "reference".
 
     Source: arXiv 2408.11039 section 3.1 (the mask); FlashAttention-2, arXiv 2307.08691 (the tiling).
     """
+    for letter, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor(letter, tensor, " (B, H, N, D)")
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

@@ -19,7 +19,7 @@ from transfusion.kernels.patchify_noise.contract import (
     unwrap,
 )
 from transfusion.kernels.ragged_latents import RaggedLatents
-from transfusion.kernels.registry import choose, refuse_forward_mode
+from transfusion.kernels.registry import check_tensor, choose, refuse_forward_mode
 
 OP = register_op("denoise_step")
 
@@ -94,6 +94,7 @@ def denoise_step(
 
 
 def _check_coefficients(coefficients: Tensor, latents: Tensor) -> None:
+    check_tensor("coefficients", coefficients, f" ({NUM_COEFFICIENTS},) of float32")
     if tuple(coefficients.shape) != (NUM_COEFFICIENTS,):
         raise ValueError(f"coefficients must have shape ({NUM_COEFFICIENTS},), got {tuple(coefficients.shape)}")
     if coefficients.dtype != torch.float32:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transfusion.kernels import dispatch
 from transfusion.kernels.philox import check_seed
 from transfusion.kernels.ragged_latents import Layout, RaggedLatents
-from transfusion.kernels.registry import Implementation, Op, backend, register, triton_reasons
+from transfusion.kernels.registry import Implementation, Op, backend, check_tensor, register, triton_reasons
 
 Latents = Tensor | RaggedLatents
 PlainLayout = tuple[Tensor | None, Tensor | None, int, int]
@@ -105,6 +105,7 @@ def _refuse_size(height: int, width: int, patch_size: int) -> None:
 
 def check_tokens(name: str, tokens: Tensor, latents: Tensor, expected: tuple[int, ...], patch_size: int) -> None:
     """Raises unless `tokens` are floating point of the `expected` shape (`token_shape`), on the latents' device."""
+    check_tensor(name, tokens, " of patches")
     if tuple(tokens.shape) != expected:
         raise ValueError(
             f"{name} has shape {tuple(tokens.shape)}; latents {tuple(latents.shape)} in patches of "
@@ -121,6 +122,7 @@ def check_weights(op: str, latents: Latents, **weights: Tensor | None) -> None:
     for name, weight in weights.items():
         if weight is None:
             continue
+        check_tensor(name, weight, " of one float32 for each image")
         if weight.ndim != 1 or weight.shape[0] != images:
             raise ValueError(f"{name} must have one value per image, ({images},), got {tuple(weight.shape)}")
         if weight.dtype != torch.float32:
@@ -138,6 +140,7 @@ def check_noise(op: str, latents: Tensor, noise: Tensor | None, seed: Tensor | N
         check_seed(seed)
         check_device(latents, "seed", seed)
     if noise is not None:
+        check_tensor("noise", noise, " like the latents")
         if noise.shape != latents.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, the latents {tuple(latents.shape)}")
         if not noise.dtype.is_floating_point:

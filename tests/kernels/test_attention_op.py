@@ -137,6 +137,24 @@ def test_vmap_is_refused(impl: str) -> None:
         torch.vmap(lambda q: transfusion_attention(q, *case[1:4], impl=impl))(torch.stack([case.q, case.q]))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_over_pytorchs_own_attention() -> None:
+    case = make_case(LAYOUTS["text_only"].mask())
+    both = torch.stack([case.q, case.q + 1])
+    mapped = torch.vmap(lambda q: transfusion_attention(q, *case[1:4], impl="sdpa"))(both)
+    for out, q in zip(mapped, both, strict=True):
+        torch.testing.assert_close(out, transfusion_attention(q, *case[1:4], impl="sdpa"))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_what_is_no_tensor_is_named(name: str) -> None:
+    case = make_case(LAYOUTS["text_only"].mask())
+    call = {"q": case.q, "k": case.k, "v": case.v}
+    call[name] = call[name].cpu().numpy()
+    with pytest.raises(TypeError, match=rf"{name} must be a tensor \(B, H, N, D\), got numpy.ndarray"):
+        transfusion_attention(**call, mask=case.mask)
+
+
 def test_autocast_casts_to_its_dtype() -> None:
     """Of mixed inputs too; gradients come back in each input's own dtype."""
     case = make_case(LAYOUTS["text_only"].mask())

@@ -117,6 +117,8 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"guidance": ZEROS(2)}, ValueError, "guidance and unconditional belong together"),
     ({"guidance": ZEROS(2), "unconditional": ZEROS(1, 4, 48)}, ValueError, r"unconditional has shape \(1, 4, 48\)"),
     ({"guidance": ZEROS(1), "unconditional": ZEROS(2, 4, 48)}, ValueError, r"guidance .*\(2,\), got \(1,\)"),
+    ({"prediction": None}, TypeError, r"prediction must be a tensor of patches, got NoneType"),
+    ({"coefficients": [0.0] * 7}, TypeError, r"coefficients must be a tensor \(7,\) of float32, got list"),
     ({"coefficients": ZEROS(6)}, ValueError, r"coefficients must have shape \(7,\), got \(6,\)"),
     ({"coefficients": ZEROS(7).double()}, TypeError, "coefficients must be float32"),
     ({"coefficients": ZEROS(7, device="meta")}, ValueError, "coefficients is on meta"),

@@ -126,6 +126,11 @@ def test_bad_vectors_are_refused() -> None:
         IntervalMask(index.float(), index, 4)
     with pytest.raises(ValueError, match="at least one query"):
         IntervalMask(index, index, 0)
+    with pytest.raises(TypeError, match="query_start must be a tensor"):
+        IntervalMask([[0, 1]], index, 4)  # type: ignore[arg-type]
+    for lengths, got in (([3, 5], "list"), (torch.tensor([3.0]), "float32")):
+        with pytest.raises(TypeError, match=f"prefix_lengths must be .*, got .*{got}"):
+            IntervalMask.continuation(IntervalMask.causal(1), lengths, num_keys=8)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="image_ids"):
         IntervalMask.from_ids(torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"\[\(3, 3\), \(4, 4\)\]"):

@@ -277,6 +277,8 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"latents": ZEROS(2, 3, 8, 8, dtype=torch.int32)}, TypeError, r"latents .*torch\.int32"),
     ({"patch_size": 0}, ValueError, "patch_size=0"),
     ({"alpha": ZEROS(3)}, ValueError, r"alpha .*\(2,\), got \(3,\)"),
+    ({"alpha": 0.5}, TypeError, r"alpha must be a tensor of one float32 for each image, got float"),
+    ({"seed": None, "noise": [0.0]}, TypeError, r"noise must be a tensor like the latents, got list"),
     ({"sigma": ZEROS(2, 1)}, ValueError, r"sigma .*\(2,\), got \(2, 1\)"),
     ({"alpha": ZEROS(2, dtype=torch.float16)}, TypeError, r"alpha must be float32, got torch\.float16"),
     ({"alpha": ZEROS(2, device="meta")}, ValueError, "alpha is on meta"),
