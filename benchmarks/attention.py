@@ -54,7 +54,11 @@ def inputs(case: AttentionCase, copies: int | None = None) -> list[list[Tensor]]
 
 def fresh(host: IntervalMask) -> IntervalMask:
     """The mask as a new batch brings it: on this device, with nothing derived yet."""
-    return host.to(DEVICE) if DEVICE == "cuda" else IntervalMask(host.query_start, host.query_end, host.num_queries)
+    return (
+        host.to(DEVICE, non_blocking=True)
+        if DEVICE == "cuda"
+        else IntervalMask(host.query_start, host.query_end, host.num_queries)
+    )
 
 
 def run(case_name: str, baseline_name: str, effort: Effort) -> Iterator[rows.Row]:

@@ -17,6 +17,7 @@ from benchmarks import rows
 from benchmarks.cases import DEVICE
 from benchmarks.clock import QUICK, Effort, peak_memory, quantiles
 from benchmarks.gate import failures
+from benchmarks.models import random_model
 from transfusion import Transfusion, presets
 from transfusion.kernels.testing import Verdict, judge
 from transfusion.sequence import Document, SpecialTokens, Text
@@ -60,7 +61,7 @@ def run(case_name: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:
 
 def _rows(case_name: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:
     case = CASES[case_name]
-    model = Transfusion(presets.get(case.preset)).to(DEVICE).eval()
+    model = random_model(presets.get(case.preset)).eval()
     checked = check(model, case, BASELINES[baseline])
     if wrong := failures(checked):
         yield rows.row(SUITE, case_name, baseline, "step", "failed", reason=wrong, gate=checked)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from benchmarks import denoise, train
-from benchmarks.cases import DEVICE
 from benchmarks.clock import synchronized
 from benchmarks.gate import failures
-from transfusion import Transfusion, presets
+from benchmarks.models import random_model
+from transfusion import presets
 
 
 @pytest.mark.parametrize("baseline", [name for name in train.BASELINES if name != train.PEER])
@@ -33,7 +33,7 @@ def test_training_step(benchmark: Any, name: str, baseline: str) -> None:
 def test_denoising_steps(benchmark: Any, name: str, baseline: str) -> None:
     """Four steps, captions read."""
     case, impl = denoise.CASES[name], denoise.BASELINES[baseline]
-    model = Transfusion(presets.get(case.preset)).to(DEVICE).eval()
+    model = random_model(presets.get(case.preset)).eval()
     assert not failures(denoise.check(model, case, impl))
     benchmark.group = f"4 denoising steps {name}"
     benchmark.pedantic(lambda: denoise.sample(model, case, impl, 4, case.images), warmup_rounds=1, rounds=3)

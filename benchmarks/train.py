@@ -21,6 +21,7 @@ from benchmarks.attention import fresh
 from benchmarks.cases import DEVICE
 from benchmarks.clock import Effort, in_turn, matmul_rate, peak_memory, wall_time
 from benchmarks.gate import failures
+from benchmarks.models import random_model
 from transfusion import Transfusion, presets
 from transfusion.data.documents import caption_image_document, text_documents
 from transfusion.kernels import IntervalMask, transfusion_attention
@@ -153,7 +154,7 @@ def _cast() -> AbstractContextManager[Any]:
 def check(case: TrainCase, attend: Attend | None) -> dict[str, Verdict]:
     """The embedding's gradient, which the whole step has a part in, against float64; two layers and one row of it."""
     config = replace(presets.get(case.preset), layers=2)
-    model = Transfusion(config).to(DEVICE)
+    model = random_model(config)
     small = batch(replace(case, rows=1, length=min(case.length, 1024))).to(DEVICE)
 
     def gradient(model: Transfusion, attend: Attend | None, cast: AbstractContextManager[Any]) -> Tensor:
@@ -173,7 +174,7 @@ def own_step(case: TrainCase) -> Callable[[int], None]:
 
 
 def _own(case: TrainCase) -> tuple[Callable[[int], None], Transfusion, list[Batch]]:
-    model = Transfusion(presets.get(case.preset)).to(DEVICE)
+    model = random_model(presets.get(case.preset))
     batches = [batch(case, seed) for seed in range(4)]
     return _step(model, lambda number: _loss(model, batches[number % len(batches)])), model, batches
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transfusion.kernels.mask_tiles.op import key_tiles, query_tiles
 from transfusion.kernels.mask_tiles.reference import FULL, MASKED, tile_kinds
 from transfusion.kernels.registry import check_tensor
+from transfusion.kernels.transfer import moved
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -177,13 +178,13 @@ class IntervalMask:
         return self.intervals.device
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "IntervalMask":
-        """The same mask on `device`."""
-        intervals = self.intervals.to(device, non_blocking=non_blocking)
+        """The same mask on `device`, see `transfer.moved`."""
+        intervals = moved(self.intervals, device, non_blocking)
         if intervals is self.intervals:
             return self
-        moved = object.__new__(IntervalMask)  # checked and cut already: nothing more to launch on the device
-        moved.intervals, moved.num_queries, moved._derived = intervals, self.num_queries, {}
-        return moved
+        mask = object.__new__(IntervalMask)  # checked and cut already: nothing more to launch on the device
+        mask.intervals, mask.num_queries, mask._derived = intervals, self.num_queries, {}
+        return mask
 
     def area(self) -> Tensor:
         """Σ_j |interval j|: visible (query, key) pairs of each row, (B or 1,) int64. FLOPs are counted from it."""

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transfusion.kernels.transfer import moved
+
 TILE_ELEMENTS = 2048
 MAX_TILE_CHANNELS = 16
 
@@ -101,10 +103,10 @@ class RaggedLatents:
         return self._moved(values, self.layout)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "RaggedLatents":
-        """The same on `device`."""
+        """The same on `device`, see `transfer.moved`."""
         planes, tiles, *numbers = self.layout
-        planes, tiles = (tensor.to(device, non_blocking=non_blocking) for tensor in (planes, tiles))
-        return self._moved(self.values.to(device, non_blocking=non_blocking), Layout(planes, tiles, *numbers))
+        planes, tiles = (moved(tensor, device, non_blocking) for tensor in (planes, tiles))
+        return self._moved(moved(self.values, device, non_blocking), Layout(planes, tiles, *numbers))
 
     def images(self) -> list[Tensor]:
         """The images (C, h_i, w_i), as views."""

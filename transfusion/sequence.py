@@ -9,13 +9,14 @@ made, so it travels as index tensors, and no later step asks the device for a co
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from transfusion.diffusion.times import TimeSampling
 from transfusion.kernels import IntervalMask, RaggedLatents
+from transfusion.kernels.transfer import moved
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,12 @@ class Batch:
     noise_seed: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        """The same batch on `device`."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
-        return replace(self, **moved)
+        """The same batch on `device`; on its way to a GPU nothing waits, see `kernels.transfer`."""
+
+        def there(part: Any) -> Any:
+            return moved(part, device, non_blocking) if isinstance(part, Tensor) else part.to(device, non_blocking)
+
+        return replace(self, **{f.name: there(getattr(self, f.name)) for f in fields(self)})
 
     @property
     def num_images(self) -> int:

@@ -1,0 +1,16 @@
+"""`moved(tensor, device, non_blocking)`: a copy to a GPU for which neither the host nor the stream waits."""
+
+import torch
+from torch import Tensor
+
+
+def moved(tensor: Tensor, device: torch.device | str, non_blocking: bool) -> Tensor:
+    """`tensor` on `device`; where it is not to block, through pinned memory to a GPU.
+
+    A copy from pageable memory waits for the stream whatever it is told; one from a GPU that nothing waits for would
+    be read before it is there.
+    """
+    if not non_blocking or torch.device(device).type != "cuda":
+        return tensor.to(device)
+    pinned = tensor.pin_memory() if tensor.device.type == "cpu" else tensor
+    return pinned.to(device, non_blocking=True)
