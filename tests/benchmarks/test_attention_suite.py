@@ -141,6 +141,12 @@ def test_scores_that_do_not_fit_are_not_tried():
     assert baselines.Eager().why_not(CASE) is None
 
 
+def test_the_dense_mask_over_grouped_heads_counts_the_scores_of_all():
+    alike = replace(CASE, queries=8192, keys=8192, heads=64, kv_heads=64)
+    assert baselines.DenseSdpa().why_not(alike) is None  # the mask alone is in memory, 1 GiB
+    assert "160 GiB" in baselines.DenseSdpa().why_not(replace(alike, kv_heads=8))
+
+
 @pytest.mark.parametrize("name", [*LAYOUTS, "random"])
 def test_query_intervals_say_the_mask(name):
     """What cudnn.flex_attention reads, against the dense mask; a row of a random seed too."""
