@@ -79,6 +79,8 @@ def run(case_name: str, baseline_name: str, effort: Effort) -> Iterator[rows.Row
 
 def _measured(case: AttentionCase, baseline: Baseline, effort: Effort, row: Any) -> Iterator[rows.Row]:
     sets, host = inputs(case), case.mask()
+    if DEVICE == "cuda":  # once: allocating pinned memory may wait for the device, under the clock
+        host.intervals = host.intervals.pin_memory()
     mask = baseline.mask(case, fresh(host))
     conditions: rows.Row = {"shape": asdict(case), "dtype": str(DTYPE).removeprefix("torch."), "rotated": len(sets)}
     conditions["same_mask"] = mask.area().equal(fresh(host).area())
