@@ -244,7 +244,7 @@ def broken_limits(case: Case, target: str, resources: Resources) -> list[str]:
 
 def _matrix_instruction(case: Case, limits: Target) -> str | None:
     """What the products of attention in 16 bits belong on; a tile of fewer rows than a warp group's 64 is mma's."""
-    if not case.constants.keys() >= {"BLOCK_Q", "BLOCK_D"} or case.dtype not in ("bf16", "fp16"):
+    if not case.constants.keys() >= {"BLOCK_Q", "BLOCK_K", "BLOCK_D"} or case.dtype not in ("bf16", "fp16"):
         return None
     rows = case.constants["BLOCK_K" if case.function == "backward_key" else "BLOCK_Q"]
     return "mma" if rows < 64 and limits.backend == "cuda" else limits.matrix_instruction

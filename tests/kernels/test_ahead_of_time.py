@@ -17,7 +17,7 @@ from transfusion.kernels.tuning import SPECIALISED, launches
 FORWARD = Case(
     SimpleNamespace(fn=SimpleNamespace(__name__="forward_kernel")),
     {"p_q": "*bf16", "BLOCK_D": "constexpr", "PRECISION": "constexpr"},
-    {"HEAD_DIM": 80, "BLOCK_D": 128, "BLOCK_Q": 128, "PRECISION": "tf32"},
+    {"HEAD_DIM": 80, "BLOCK_D": 128, "BLOCK_Q": 128, "BLOCK_K": 64, "PRECISION": "tf32"},
     {},
 )
 GOOD = Resources(128, 0, 0, (900, 500), 100_000, 256, ("wgmma",), False)
@@ -217,7 +217,7 @@ def test_spills_are_counted_in_innermost_loops() -> None:
 def test_only_16_bit_products_need_the_matrix_units() -> None:
     bare = GOOD._replace(matrix_instructions=())
     assert broken_limits(FORWARD._replace(signature={"p_q": "*fp32"}), "sm_90", bare) == []
-    assert broken_limits(FORWARD._replace(constants={"BLOCK_D": 128}), "sm_90", bare) == []
+    assert broken_limits(FORWARD._replace(constants={"BLOCK_D": 128, "BLOCK_Q": 128}), "sm_90", bare) == []
 
 
 @pytest.mark.skipif(not TRITON_INTERPRET, reason="only the interpreter has nothing to compile")
