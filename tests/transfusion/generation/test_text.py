@@ -1,6 +1,8 @@
 """Text against the loop written plainly over the whole sequence, and against a rigged network."""
 
 import random
+from fractions import Fraction
+from itertools import accumulate
 
 import pytest
 import torch
@@ -84,8 +86,8 @@ def test_token_probabilities_are_the_definition(top_k, top_p, min_p, seed):
     for row, actual in zip((logits.double() / temperature).softmax(-1), result, strict=True):
         kept = row.argsort(descending=True).tolist()[:top_k]
         if top_p is not None:
-            total = row[kept].sum()
-            fewest = next((n for n in range(1, len(kept)) if row[kept[:n]].sum() >= top_p * total), len(kept))
+            held = list(accumulate(Fraction(row[token].item()) for token in kept))  # exact: a tail of 1e-17 is held too
+            fewest = next(n for n, sum_of_n in enumerate(held, 1) if sum_of_n >= Fraction(top_p) * held[-1])
             kept = kept[:fewest]
         kept = [token for token in kept if row[token] >= (min_p or 0) * row.max()]
         expected = torch.zeros(20, dtype=torch.float64).index_copy(0, torch.tensor(kept), row[kept] / row[kept].sum())
