@@ -139,8 +139,11 @@ def checks(
 
 
 def unsplit(device: torch.device) -> dict[str, Any]:
-    """Mask, heads and batch of so many programs that a forward has none to spare for a second one of the same block."""
-    factor, tile = (5, 128) if device.type == "cuda" else (1, 32)  # the widest that a table ships
+    """Mask, heads and batch of so many programs that a forward has none to spare for a second one of the same block.
+
+    Lines of tiles are long enough for full ones beside the masked.
+    """
+    factor, tile = (17, 128) if device.type == "cuda" else (1, 32)  # the widest that a table ships
     mask, heads = _enlarged(LAYOUTS["adjacent_images"], factor).mask(), (4, 2)
     least = -(-mask.num_queries // tile) * heads[0]  # programs of one row
     return {"mask": mask, "heads": heads, "batch": -(-tuning.processors(device) // least)}

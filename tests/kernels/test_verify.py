@@ -20,9 +20,11 @@ from transfusion.kernels.attention import check as attention_check
 from transfusion.kernels.attention.plan import plan_forward
 from transfusion.kernels.diffusion_loss import check as diffusion_loss_check
 from transfusion.kernels.diffusion_loss import kernel as diffusion_loss_kernel
+from transfusion.kernels.mask_tiles import reference as mask_tiles
 from transfusion.kernels.patchify_noise import check as patchify_noise_check
 from transfusion.kernels.patchify_noise import kernel as patchify_noise_kernel
 from transfusion.kernels.testing import Verdict
+from transfusion.kernels.tuning import SPECIALISED
 from transfusion.kernels.verify import CHECKS, Row, format_row, main, verify
 
 
@@ -68,6 +70,11 @@ def test_a_forward_that_splits_no_keys_is_verified(gpu: bool, processors: int, m
         for head_dim in (64, 128) if gpu else (16,):
             plan = plan_forward(device, dtype, batch, *heads, queries, queries, head_dim)
             assert (plan.splits, plan.packed) == (1, 1)
+    monkeypatch.setattr(mask_tiles, "FEW", 4 if gpu else 0)  # as it is there
+    for launch in (plan.launch, *SPECIALISED[64], *SPECIALISED[128]) if gpu else (plan.launch,):
+        lines = mask_tiles.query_tiles(case["mask"].intervals, queries, launch.block_q, launch.block_k)
+        every, masked = lines[..., 2].sum(), lines[..., 3].sum()
+        assert 0 < masked < every, "both loops of the forward are verified"
 
 
 class Pool:
