@@ -8,7 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ import torch._functorch.config
 from torch import Tensor
 
 from benchmarks.cases import DEVICE, DTYPE
+from transfusion.kernels.device_clock import queued
 
 # A compiled backward is timed by running it again and again on one graph, which it must not take apart.
 torch._functorch.config.donated_buffer = False
@@ -108,19 +109,9 @@ def device_time(call: Callable[[int], Any], effort: Effort) -> Times:
     samples: list[float] = []
     began = time.perf_counter()
     while len(samples) < effort.least or (time.perf_counter() - began < effort.seconds and len(samples) < effort.most):
-        samples += _queued(call, len(samples), host)
+        first = len(samples)
+        samples += queued([partial(call, first + place) for place in range(_QUEUED)], host)
     return quantiles(samples)
-
-
-def _queued(call: Callable[[int], Any], first: int, host: float) -> list[float]:
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(_QUEUED + 1)]
-    torch.cuda._sleep(int(min(1.5 * host * _QUEUED, 0.1) * 2e9))  # cycles of 2 GHz
-    events[0].record()
-    for place in range(_QUEUED):
-        call(first + place)
-        events[place + 1].record()
-    torch.cuda.synchronize()
-    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)]
 
 
 def cache_bytes() -> int:

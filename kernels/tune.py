@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ import triton
 from transfusion.kernels import tuning
 from transfusion.kernels.attention import check
 from transfusion.kernels.attention.op import transfusion_attention
+from transfusion.kernels.device_clock import queued
 from transfusion.kernels.interval_mask import IntervalMask
 from transfusion.kernels.tuning import SPECIALISED, Launch
 
@@ -110,16 +111,21 @@ def _cache_sizes(heads: int) -> tuple[tuple[int, int], ...]:
 def passes(stage: str, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the stage's results keep their bounds on a packed row, or over a cache.
 
-    The forward is judged twice: with keys split over programs, and with so many heads that they are not.
+    The forward is judged twice: with keys split over programs, and in so large a batch that they are not.
     """
-    mask, heads = packed_mask(1, 1000), [(4, 2)]
+    mask, device = packed_mask(1, 1000), torch.device("cuda")
     if stage == "decode":
         mask = IntervalMask.continuation(IntervalMask.causal(1, "cuda"), torch.tensor([0, 700], device="cuda"), 1000)
+    shapes: list[dict[str, Any]] = [{"mask": mask, "heads": (4, 2), "batch": mask.batch_size}]
     if stage == "forward":
-        many = -(-tuning.processors(torch.device("cuda")) // 7)  # no block is longer than 128 rows
-        heads.append((2 * many, many))
+        shapes.append(check.unsplit(device))
     generator = torch.Generator().manual_seed(torch.seed() % 2**32)
-    cases = [check.make_case(mask, dtype, generator, head_dim, each, mask.batch_size) for each in heads]
+    cases = [
+        check.make_case(
+            dtype=dtype, generator=generator, head_dim=head_dim, **shape | {"mask": shape["mask"].to(device)}
+        )
+        for shape in shapes
+    ]
     verdicts = [check.verdicts(case, check.run(case, "triton")) for case in cases]
     return all(each[name].passed for each in verdicts for name in RESULTS[stage])
 
@@ -136,17 +142,8 @@ def median_milliseconds(call: Callable[[], Any]) -> float:
     call()
     host = time.perf_counter() - began
     torch.cuda.synchronize()
-    samples: list[float] = []
-    for _ in range(8):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(9)]
-        torch.cuda._sleep(int(min(12 * host, 0.1) * 2e9))  # cycles of 2 GHz
-        events[0].record()
-        for event in events[1:]:
-            call()
-            event.record()
-        torch.cuda.synchronize()
-        samples += [first.elapsed_time(last) for first, last in pairwise(events)]
-    return statistics.median(samples)
+    samples = [seconds for _ in range(8) for seconds in queued([call] * 8, host)]
+    return 1e3 * statistics.median(samples)
 
 
 @contextmanager
