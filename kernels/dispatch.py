@@ -1,7 +1,7 @@
 """`define(...)` -> an op in torch's dispatcher: what autograd, fake tensors, `torch.compile` and checkpointing see.
 
 It is `torch.library.custom_op` without what that does in Python at each call (defaults filled in from the schema,
-outputs compared with inputs): a differentiable call costs the host a third of it, and small calls wait for the host.
+outputs compared with inputs): small calls wait for the host.
 """
 
 from collections.abc import Callable

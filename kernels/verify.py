@@ -3,8 +3,8 @@
     python -m transfusion.kernels.verify [--op NAME] [--seed N] [--jobs N] [--junit FILE]
 
 On a GPU the kernels run there, in bfloat16 too, and most of the time goes into compiling them: several processes share
-it. Elsewhere they run in Triton's interpreter, which must be chosen
-before triton is imported: the command starts itself again with TRITON_INTERPRET=1.
+it. Elsewhere they run in Triton's interpreter, which must be chosen before triton is imported: the command starts
+itself again with TRITON_INTERPRET=1.
 """
 
 import argparse

@@ -71,7 +71,7 @@ class Descriptor:
 
     def __init__(self, host: Any) -> None:
         self.source = host.base.as_strided(tuple(host.shape), tuple(host.strides))
-        self.block, self.dtype = list(host.block_shape), host.base.dtype
+        self.block, self.dtype, self.layout = list(host.block_shape), host.base.dtype, host.layout
 
     def read(self, first: list[int]) -> Tensor:
         result = self.source.new_zeros(self.block)

@@ -256,11 +256,10 @@ def specialised_forward_kernel(
     """
     dtype: gl.constexpr = q_desc.dtype
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    PAIRS: gl.constexpr = gl.NVMMASharedLayout(0, 32, 2)
     q_tile = gl.allocate_shared_memory(dtype, [BLOCK_Q, BLOCK_D], SWIZZLED)
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_D], SWIZZLED)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_D], SWIZZLED)
-    i_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, 2 * BLOCK_K], PAIRS)
+    i_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, 2 * BLOCK_K], i_desc.layout)
     # Of each tile or place: first the barriers that say full, then those that say free.
     q_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_bars = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
