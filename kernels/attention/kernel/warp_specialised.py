@@ -215,7 +215,8 @@ def _consume(
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
         l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
         m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-        if tiles > 0:
+        # Not `tiles > 0`: Triton 3.6 and 3.7 freeze what a loop carries and only bounds of inner loops read.
+        if masked_tiles + tiles > 0:
             mbarrier.wait(q_bars.index(0), taken & 1)
             taken += 1
             scores = warpgroup_mma_wait(0, deps=[_scores(n, q_rows, k_ring, k_bars, S)])
