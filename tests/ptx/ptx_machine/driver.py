@@ -47,7 +47,7 @@ class _Driver:
 class Device:
     """Launches of Triton and Gluon kernels on CPU tensors run on the machine while this context is entered.
 
-    seed: of the order of warps and events. together: warps of a kernel without mbarriers run as one, see program.py.
+    seed: of the order of warps and events. together: not each warp on its own, see program.py.
     `edit` may change PTX before it is executed; `launched`: kernels' names, in order.
     """
 
@@ -97,7 +97,7 @@ class Device:
         kernel = self.kernels.get(id(compiled))
         if kernel is None:
             ptx = self.edit(function.__name__, compiled.asm["ptx"])
-            kernel = Kernel(parse(ptx), self.together and "mbarrier" not in ptx)
+            kernel = Kernel(parse(ptx), self.together)
             self.compiled.append(compiled)
             self.kernels[id(compiled)] = kernel
         shape = tuple(grid(bound) if callable(grid) else grid)

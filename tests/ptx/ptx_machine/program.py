@@ -1,12 +1,13 @@
 """Programs of a grid, each with its warps: who runs next is chosen at random, from a seed.
 
 Between two barriers a warp runs alone until it waits or is interrupted between blocks, so two accesses that no barrier
-orders happen in either order. Lanes that branch differently run apart, the ones behind first. All warps may also run
-together, as one team of many lanes: several times as fast, and blind for races.
+orders happen in either order. Lanes that branch differently run apart, the ones behind first. Warps may also run
+together, as a team of many lanes: several times as fast, and blind for races among them.
 """
 
 import random
 import re
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -21,24 +22,34 @@ INTERRUPTED = 0.2  # chance after each block
 
 
 class Kernel:
-    """A translated program. together: its warps are one team; else each is its own.
+    """A program, and its warps in teams that run together: all as one; each alone; or, of a warp-specialised kernel,
+    consumers by fours and the last four, of which one is the producer, alone.
 
-    `functions` are those of its blocks; `places`: of each register among a team's.
+    `functions` are those of its blocks, for a number of lanes; `places`: of each register among a team's.
     """
 
     def __init__(self, program: Program, together: bool) -> None:
         self.program = program
-        self.team = program.threads // 32 if together else 1
+        warps = program.threads // 32
+        specialised = any("mbarrier" in statement.opcode for block in program.blocks for statement in block)
+        self.teams = [warps] if together else [1] * warps
+        if together and specialised:
+            self.teams = [4] * (warps // 4 - 1) + [1] * 4
         read_in: dict[str, set[int]] = {}
         for number, block in enumerate(program.blocks):
             for name in set().union(*map(_registers, block)):
                 read_in.setdefault(name, set()).add(number)
         self.places = {name: place for place, name in enumerate(sorted(read_in))}
         shared = {name for name, blocks in read_in.items() if len(blocks) > 1}
-        self.functions = [self._translate(number, block, shared) for number, block in enumerate(program.blocks)]
+        self.functions = {
+            32 * team: [
+                self._translate(32 * team, number, block, shared) for number, block in enumerate(program.blocks)
+            ]
+            for team in set(self.teams)
+        }
 
-    def _translate(self, number: int, block: tuple[Statement, ...], shared: set[str]) -> Any:
-        writer = Instructions(self.program, 32 * self.team, number, self.places, shared)
+    def _translate(self, lanes: int, number: int, block: tuple[Statement, ...], shared: set[str]) -> Any:
+        writer = Instructions(self.program, lanes, number, self.places, shared)
         for statement in block:
             try:
                 writer.write(statement)
@@ -80,7 +91,8 @@ class Block:
         self.events = Events(generator)
         self.barriers: dict[int, Barrier] = {}
         self.meetings: dict[int, list[Team]] = {}
-        self.teams = [Team(self, first) for first in range(0, kernel.program.threads // 32, kernel.team)]
+        firsts = accumulate([0, *kernel.teams])
+        self.teams = [Team(self, first, warps) for first, warps in zip(firsts, kernel.teams, strict=False)]
 
     def run(self) -> None:
         choose = self.generator
@@ -114,10 +126,11 @@ class Block:
 class Team:
     """Warps that run together: their registers, where they are, what they wait for. Instructions call its methods."""
 
-    def __init__(self, block: Block, first: int) -> None:
+    def __init__(self, block: Block, first: int, warps: int) -> None:
         self.block, self.first = block, first
         self.shared = block.shared
-        self.lanes = 32 * block.kernel.team
+        self.lanes = 32 * warps
+        self.functions = block.kernel.functions[self.lanes]
         lanes = np.arange(self.lanes, dtype=np.uint32)
         self.tid, self.laneid = np.uint32(32 * first) + lanes, lanes % np.uint32(32)
         self.ctaid, self.nctaid = self.full(block.number, np.uint32), self.full(block.count, np.uint32)
@@ -147,7 +160,7 @@ class Team:
 
     def step(self) -> None:
         """Runs one block."""
-        function = self.block.kernel.functions[self.at]
+        function = self.functions[self.at]
         active = None
         if self.apart is not None:
             active = self.apart == self.at
