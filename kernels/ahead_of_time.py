@@ -82,6 +82,8 @@ SPILL_BUDGET: dict[tuple[str, str, str, int], int] = {
     ("sm_90", "forward", "fp32", 128): 16,
     ("sm_90", "forward", "fp32", 256): 56,
     ("sm_90", "specialised_forward", "bf16", 128): 16,
+    ("sm_90", "specialised_key", "bf16", 128): 56,
+    ("sm_90", "specialised_query", "bf16", 128): 24,
 }
 # The tables were made with this compiler; another allocates registers a little differently and may spill this more.
 TABLES_MADE_WITH = "3.7"
@@ -280,7 +282,8 @@ def header() -> str:
     numbers = f"{'registers':>9} {'spills':>6} {'inner':>5} {'loops':>9} {'shared':>7} {'threads':>7}"
     columns = f"{'target':7} {numbers} {'matrix':11}  launch"
     units = "bytes and registers are those of one thread, shared those of one program"
-    loops = "loops: instructions of each innermost loop (attention: masked, full tile); inner: those that move spills"
+    what = "attention: masked, full tile, or two of them in specialised_query"
+    loops = f"loops: instructions of each innermost loop ({what}); inner: those that move spills"
     return f"triton {triton.__version__}: {units}\n{loops}\n{columns}"
 
 

@@ -66,10 +66,9 @@ def candidates(stage: str, head_dim: int, current: Launch, specialised: Sequence
 
 
 def specialised_launches(stage: str, dtype: torch.dtype, head_dim: int) -> Sequence[Launch]:
-    """The warp-specialised forwards that this GPU can run."""
-    hopper = tuning.architecture(torch.device("cuda")) == "sm_90"
-    fits = hopper and stage == "forward" and dtype.itemsize == 2
-    return SPECIALISED.get(tuning.padded_head_dim(head_dim), ()) if fits else ()
+    """The warp-specialised ones that this GPU can run."""
+    fits = tuning.architecture(torch.device("cuda")) == "sm_90" and dtype.itemsize == 2
+    return SPECIALISED.get(stage, {}).get(tuning.padded_head_dim(head_dim), ()) if fits else ()
 
 
 def packed_mask(rows: int, length: int) -> IntervalMask:

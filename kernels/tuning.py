@@ -19,7 +19,7 @@ from transfusion.kernels.registry import TRITON_INTERPRET
 class Launch(NamedTuple):
     """Tile of queries by tile of keys, warps of a program, stages of its software pipeline.
 
-    A forward of 12 warps is the warp-specialised one: 4 copy, 4 and 4 compute; its stages are places for tiles.
+    A launch of 12 warps is of a warp-specialised kernel: 4 copy, 4 and 4 compute; its stages are places for tiles.
     """
 
     block_q: int
@@ -29,19 +29,30 @@ class Launch(NamedTuple):
 
     @property
     def specialised(self) -> bool:
-        """Whether it is the warp-specialised forward's."""
+        """Whether it is of a warp-specialised kernel."""
         return self.num_warps == 12
 
     @property
     def plain(self) -> "Launch":
-        """The same tile for 8 warps of one kind: what takes the calls that the warp-specialised forward does not."""
-        return self._replace(num_warps=8, num_stages=3)
+        """Itself; of a warp-specialised one the same tile for 8 warps of one kind, for the calls that do not fit it."""
+        return self._replace(num_warps=8, num_stages=3) if self.specialised else self
 
 
-# Warp-specialised forwards by head dimension, for Hopper in 16 bits: `tune` tries them, a table ships what was faster.
-SPECIALISED = {
-    64: (Launch(128, 128, 12, 2), Launch(128, 128, 12, 3)),
-    128: (Launch(128, 128, 12, 2), Launch(128, 64, 12, 3)),
+# Warp-specialised launches by stage and head dimension, for Hopper in 16 bits: `tune` tries them, a table ships what
+# was faster. Two groups of warps take 64 rows each of the 128 that a program owns: queries, or keys for backward_key.
+SPECIALISED: dict[str, dict[int, tuple[Launch, ...]]] = {
+    "forward": {
+        64: (Launch(128, 128, 12, 2), Launch(128, 128, 12, 3)),
+        128: (Launch(128, 128, 12, 2), Launch(128, 64, 12, 3)),
+    },
+    "backward_query": {
+        64: (Launch(128, 64, 12, 3), Launch(128, 64, 12, 4)),
+        128: (Launch(128, 64, 12, 3), Launch(128, 64, 12, 4)),
+    },
+    "backward_key": {
+        64: (Launch(64, 128, 12, 3), Launch(128, 128, 12, 2)),
+        128: (Launch(64, 128, 12, 2), Launch(64, 128, 12, 3)),
+    },
 }
 
 

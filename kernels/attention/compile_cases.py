@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from transfusion.kernels import tuning
-from transfusion.kernels.attention.kernel import warp_specialised
+from transfusion.kernels.attention.kernel import specialised_blocks
 from transfusion.kernels.attention.kernel.blocks import constexprs
 from transfusion.kernels.attention.kernel.gradients import (
     backward_key_kernel,
@@ -16,6 +16,9 @@ from transfusion.kernels.attention.kernel.gradients import (
     delta_kernel,
 )
 from transfusion.kernels.attention.kernel.online_softmax import combine_constexprs, combine_kernel, forward_kernel
+from transfusion.kernels.attention.kernel.warp_specialised import specialised_forward_kernel
+from transfusion.kernels.attention.kernel.warp_specialised_key import specialised_key_kernel
+from transfusion.kernels.attention.kernel.warp_specialised_query import specialised_query_kernel
 
 # Beside each power of two a head dimension that it pads; compiled in 16 bits.
 HEAD_DIMS = {16: (16,), 32: (32, 24), 64: (64, 40), 128: (128, 80), 256: (256, 160)}
@@ -34,21 +37,13 @@ def compile_cases(table: str) -> Iterator[CompileCase]:
     """(kernel, signature, constexprs, attrs, num_warps, num_stages) of each launch in the table of that name.
 
     16-bit launches are compiled for bfloat16; heads grouped and not, which Triton makes a constant; the forward alone
-    and split, the decoding one split and with its heads packed. For Hopper the warp-specialised forwards too, all that
+    and split, the decoding one split and with its heads packed. For Hopper the warp-specialised ones too, all that
     `tune` may choose.
     """
     if table == "sm_90":
-        for padded, candidates in tuning.SPECIALISED.items():
-            for launch, head_dim in product(candidates, HEAD_DIMS[padded]):
-                yield _specialise(
-                    warp_specialised.specialised_forward_kernel,
-                    warp_specialised.constexprs(launch, head_dim),
-                    torch.bfloat16,
-                    4,
-                    1,
-                )
+        yield from _warp_specialised_cases()
     for stage, size, padded, shipped in tuning.launches(table, "attention"):
-        launch = shipped.plain if shipped.specialised else shipped
+        launch = shipped.plain
         dtype = torch.bfloat16 if size == 2 else torch.float32
         for head_dim in HEAD_DIMS[padded] if size == 2 else (padded,):
             constants = constexprs(launch, head_dim, dtype)
@@ -66,6 +61,21 @@ def compile_cases(table: str) -> Iterator[CompileCase]:
             else:
                 yield _specialise(backward_key_kernel, constants, *options)
                 yield _specialise(backward_key_kernel, {**constants, "group": 1}, *options)
+
+
+def _warp_specialised_cases() -> Iterator[CompileCase]:
+    kernels = {
+        "forward": specialised_forward_kernel,
+        "backward_query": specialised_query_kernel,
+        "backward_key": specialised_key_kernel,
+    }
+    for stage, by_head_dim in tuning.SPECIALISED.items():
+        for padded, candidates in by_head_dim.items():
+            for launch, head_dim in product(candidates, HEAD_DIMS[padded]):
+                constants = specialised_blocks.constexprs(launch, head_dim)
+                yield _specialise(kernels[stage], constants, torch.bfloat16, 4, 1)
+                if stage == "backward_key":
+                    yield _specialise(kernels[stage], {**constants, "group": 1}, torch.bfloat16, 4, 1)
 
 
 def _specialise(
@@ -90,7 +100,8 @@ def _specialise(
 
 def _descriptor(name: str, element: str, constants: dict[str, Any]) -> str:
     """The type of a descriptor as Triton writes it."""
-    if name == "i_desc":
-        return f"tensordesc<i32{[1, 2 * constants['BLOCK_K']]},{warp_specialised.FLAT!r}>"
-    rows = constants["BLOCK_Q" if name == "q_desc" else "BLOCK_K"]
-    return f"tensordesc<{element}{[1, 1, rows, constants['BLOCK_D']]},{warp_specialised.SWIZZLED_BLOCK!r}>"
+    if name in ("i_desc", "lse_desc", "delta_desc"):
+        kind, count = ("i32", 2 * constants["BLOCK_K"]) if name == "i_desc" else ("fp32", constants["BLOCK_Q"])
+        return f"tensordesc<{kind}{[1, count]},{specialised_blocks.FLAT!r}>"
+    rows = constants["BLOCK_Q" if name in ("q_desc", "go_desc") else "BLOCK_K"]
+    return f"tensordesc<{element}{[1, 1, rows, constants['BLOCK_D']]},{specialised_blocks.SWIZZLED_BLOCK!r}>"

@@ -9,9 +9,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from transfusion.kernels import tuning
 from transfusion.kernels.attention import torch_paths
-from transfusion.kernels.attention.plan import plan_forward
+from transfusion.kernels.attention.plan import plan_backward, plan_forward
 from transfusion.kernels.dispatch import define
 from transfusion.kernels.interval_mask import IntervalMask
 from transfusion.kernels.registry import (
@@ -136,12 +135,12 @@ def _readable(tensor: Tensor) -> Tensor:
 
 def make_tiles(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Tiles of the three kernels, made at the first layer and kept with the mask; those of backward where it comes."""
-    table, (batch, heads, queries, dim) = tuning.table_name(q.device), q.shape
-    plan = plan_forward(q.device, q.dtype, batch, heads, k.shape[1], queries, k.shape[2], dim)
+    (batch, heads, queries, dim), keys = q.shape, k.shape[2]
+    plan = plan_forward(q.device, q.dtype, batch, heads, k.shape[1], queries, keys, dim)
     forward = mask.query_tiles(plan.launch.block_q, plan.launch.block_k)
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return forward, None, None
-    query, key = (tuning.launch("attention", f"backward_{stage}", table, q.dtype, dim) for stage in ("query", "key"))
+    query, key = (plan_backward(q.device, q.dtype, stage, queries, keys, dim) for stage in ("query", "key"))
     return forward, mask.query_tiles(query.block_q, query.block_k), mask.key_tiles(key.block_k, key.block_q)
 
 

@@ -1,10 +1,11 @@
-"""Which launch a forward call takes, from its sizes alone: tile, packed heads, splits."""
+"""Which launch a call takes, from its sizes alone: tile, packed heads, splits, and whether warps have roles."""
 
 from typing import NamedTuple
 
 import torch
 
 from transfusion.kernels import tuning
+from transfusion.kernels.tuning import Launch
 
 
 class Plan(NamedTuple):
@@ -14,7 +15,7 @@ class Plan(NamedTuple):
     blocks: of rows, in each pack of heads. splits: programs that share the key tiles of a block.
     """
 
-    launch: tuning.Launch
+    launch: Launch
     packed: int
     blocks: int
     splits: int
@@ -37,6 +38,17 @@ def plan_forward(
     programs = blocks * batch * heads // packed
     idle = tuning.processors(device) * per_processor // max(programs, 1)
     splits = max(1, min(idle, -(-keys // launch.block_k) // 2))
-    if launch.specialised and (packed > 1 or splits > 1 or dim % 8 or not keys):  # rows of 16 bytes, and some
+    if packed > 1 or splits > 1 or not _specialised_fits(dtype, queries, keys, dim):
         launch = launch.plain
     return Plan(launch, packed, blocks, splits)
+
+
+def plan_backward(device: torch.device, dtype: torch.dtype, stage: str, queries: int, keys: int, dim: int) -> Launch:
+    """The launch of "query" or "key", the kernel that makes dq, or dk and dv."""
+    launch = tuning.launch("attention", f"backward_{stage}", tuning.table_name(device), dtype, dim)
+    return launch if _specialised_fits(dtype, queries, keys, dim) else launch.plain
+
+
+def _specialised_fits(dtype: torch.dtype, queries: int, keys: int, dim: int) -> bool:
+    """Whether warp-specialised kernels take it: some rows, of multiples of 16 bytes, of lanes that have a swizzle."""
+    return dtype.itemsize == 2 and dim % 8 == 0 and 32 < dim <= 128 and queries > 0 and keys > 0

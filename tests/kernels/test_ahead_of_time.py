@@ -14,6 +14,11 @@ from transfusion.kernels.ahead_of_time import GOLDEN, TARGETS, Case, Resources, 
 from transfusion.kernels.registry import TRITON_INTERPRET
 from transfusion.kernels.tuning import SPECIALISED, launches
 
+SPECIALISED_KERNELS = {
+    "forward": "specialised_forward",
+    "backward_query": "specialised_query",
+    "backward_key": "specialised_key",
+}
 FORWARD = Case(
     SimpleNamespace(fn=SimpleNamespace(__name__="forward_kernel")),
     {"p_q": "*bf16", "BLOCK_D": "constexpr", "PRECISION": "constexpr"},
@@ -26,13 +31,13 @@ GOOD = Resources(128, 0, 0, (900, 500), 100_000, 256, ("wgmma",), False)
 def shipped_launches(target: str) -> set[tuple[Any, ...]]:
     """(kernel, dtype, padded head dim, block_q, block_k, warps, stages); decoding is a launch of the forward kernel.
 
-    A warp-specialised forward's plain stand-in ships with it.
+    The plain stand-in of a warp-specialised launch ships with it.
     """
     rows = launches(TARGETS[target].table, "attention")
     return {
         (stage.replace("decode", "forward"), {2: "bf16", 4: "fp32"}[size], dim, *launch)
         for stage, size, dim, shipped in rows
-        for launch in [shipped.plain if shipped.specialised else shipped]
+        for launch in [shipped.plain]
     }
 
 
@@ -57,7 +62,7 @@ def test_every_kernel_and_target_is_compiled(compiled: list[dict[str, Any]]) -> 
     functions = {target: {row["case"].split()[0] for row in compiled if row["target"] == target} for target in TARGETS}
     fused = {"patchify_noise", "patchify_noise_backward", "diffusion_loss", "denoise_step"}
     fused |= {"key_extremes", "query_tiles", "key_tiles"}
-    attention = {"forward", "specialised_forward", "combine", "delta", "backward_query", "backward_key"}
+    attention = {"forward", "combine", "delta", "backward_query", "backward_key", *SPECIALISED_KERNELS.values()}
     assert functions["sm_90"] == attention | fused
     assert functions["sm_80"] == functions["sm_100"] == functions["gfx942"] == {"forward", *fused}
 
@@ -93,12 +98,15 @@ def test_every_warp_specialised_launch_is_compiled() -> None:
     """Those that tuning may choose; no table ships another, nor one for a GPU or a dtype that has none."""
     for table in ("default", "sm_90", "gfx942"):
         for stage, size, dim, launch in launches(table, "attention"):
-            assert not launch.specialised or launch in SPECIALISED[dim]
-            assert not launch.specialised or (table, stage, size) == ("sm_90", "forward", 2)
+            assert not launch.specialised or launch in SPECIALISED[stage][dim]
+            assert not launch.specialised or (table, size) == ("sm_90", 2)
     keys = ("BLOCK_D", "BLOCK_Q", "BLOCK_K", "STAGES")
-    cases = [case for case in ahead_of_time.all_cases("sm_90") if case.function == "specialised_forward"]
-    compiled = {tuple(case.constants[key] for key in keys) for case in cases}
-    assert compiled == {(dim, *launch[:2], launch.num_stages) for dim in SPECIALISED for launch in SPECIALISED[dim]}
+    for stage, function in SPECIALISED_KERNELS.items():
+        cases = [case for case in ahead_of_time.all_cases("sm_90") if case.function == function]
+        assert all(case.dtype == "bf16" for case in cases)
+        compiled = {tuple(case.constants[key] for key in keys) for case in cases}
+        own = SPECIALISED[stage]
+        assert compiled == {(dim, *launch[:2], launch.num_stages) for dim in own for launch in own[dim]}
 
 
 def test_the_kept_table_has_a_line_for_each_shipped_launch() -> None:

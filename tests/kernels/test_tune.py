@@ -54,23 +54,27 @@ def test_the_fastest_launch_is_written(machine: Path, monkeypatch: pytest.Monkey
     assert all((line["milliseconds"] is None) == bool(line["reason"]) for line in lines)
 
 
-def test_hopper_tries_the_warp_specialised_forward(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hopper_tries_the_warp_specialised_launches(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(tuning, "table_name", lambda device: "sm_90")
     monkeypatch.setattr(tune, "passes", lambda stage, dtype, dim: True)
     for stage, dtype, tried in (
         ("forward", "bfloat16", True),
+        ("backward_query", "float16", True),
+        ("backward_key", "bfloat16", True),
         ("forward", "float32", False),
+        ("backward_key", "float32", False),
         ("decode", "float16", False),
     ):
         own = tune.specialised_launches(stage, getattr(torch, dtype), 80)
-        assert own == (SPECIALISED[128] if tried else ())
-    monkeypatch.setattr(
-        tune, "median_milliseconds", lambda call: float(not in_table("forward", 128, "sm_90").specialised)
-    )
-    assert tune.main(["--stage", "forward", "--head-dim", "128", "--jobs", "1"]) == 0
-    written = json.loads((machine / "sm_90.json").read_text())
-    assert written["attention"]["forward"]["2"]["128"] == list(SPECIALISED[128][0])
+        assert own == (SPECIALISED[stage][128] if tried else ())
+    for stage, by_head_dim in SPECIALISED.items():
+        monkeypatch.setattr(
+            tune, "median_milliseconds", lambda call, stage=stage: float(not in_table(stage, 128, "sm_90").specialised)
+        )
+        assert tune.main(["--stage", stage, "--head-dim", "128", "--jobs", "1"]) == 0
+        written = json.loads((machine / "sm_90.json").read_text())
+        assert written["attention"][stage]["2"]["128"] == list(by_head_dim[128][0])
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_100")
     assert tune.specialised_launches("forward", torch.bfloat16, 128) == ()
 

@@ -22,6 +22,7 @@ from transfusion.kernels.attention.kernel.blocks import (
     row_strides,
     store_rows,
 )
+from transfusion.kernels.attention.plan import plan_backward
 
 
 @triton.jit
@@ -200,31 +201,57 @@ def backward(
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
     batch, heads, num_queries, head_dim = q.shape
-    kv_heads, num_keys = k.shape[1:3]
-    group = heads // kv_heads
     delta = torch.empty_like(lse)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
-    sizes = (group, num_queries, num_keys, scale)
-    table = tuning.table_name(q.device)
+    inputs = (q, k, v, grad_out, lse, delta)
     with torch.cuda.device_of(q):
         meta = delta_constexprs(head_dim)
         delta_kernel[(triton.cdiv(num_queries, meta["BLOCK_Q"]) * batch * heads,)](
             out, grad_out, grad_lse, delta, *out.stride()[:3], *grad_out.stride()[:3], *grad_lse.stride(),
             heads, num_queries, **meta,
         )  # fmt: skip
-        launch = tuning.launch("attention", "backward_key", table, q.dtype, head_dim)
-        backward_key_kernel[(_lines(num_keys, launch.block_k, key_tiles) * batch * kv_heads,)](
-            q, k, v, grad_out, lse, delta, dk, dv, intervals, key_tiles,
-            *strides, *dk.stride()[:3], *dv.stride()[:3], *row_strides(intervals, key_tiles), key_tiles.stride(1),
-            kv_heads, *sizes, **launch_options(launch, head_dim, q.dtype),
-        )  # fmt: skip
-        launch = tuning.launch("attention", "backward_query", table, q.dtype, head_dim)
-        backward_query_kernel[(_lines(num_queries, launch.block_q, query_tiles) * batch * heads,)](
-            q, k, v, grad_out, lse, delta, dq, intervals, query_tiles,
-            *strides, *dq.stride()[:3], *row_strides(intervals, query_tiles), query_tiles.stride(1),
-            heads, *sizes, **launch_options(launch, head_dim, q.dtype),
-        )  # fmt: skip
+        _backward_key(*inputs, dk, dv, intervals, key_tiles, scale)
+        _backward_query(*inputs, dq, intervals, query_tiles, scale)
     return dq, dk, dv
+
+
+def _backward_key(
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
+    intervals: Tensor, tiles: Tensor, scale: float,
+) -> None:  # fmt: skip
+    (batch, heads, num_queries, head_dim), (kv_heads, num_keys) = q.shape, k.shape[1:3]
+    launch = plan_backward(q.device, q.dtype, "key", num_queries, num_keys, head_dim)
+    lines = _lines(num_keys, launch.block_k, tiles)
+    if launch.specialised:
+        from transfusion.kernels.attention.kernel import warp_specialised_key  # Gluon: loaded where a table asks for it
+
+        warp_specialised_key.backward_key(q, k, v, grad_out, lse, delta, dk, dv, intervals, tiles, scale, launch)
+        return
+    backward_key_kernel[(lines * batch * kv_heads,)](
+        q, k, v, grad_out, lse, delta, dk, dv, intervals, tiles,
+        *(stride for tensor in (q, k, v, grad_out, dk, dv) for stride in tensor.stride()[:3]),
+        *row_strides(intervals, tiles), tiles.stride(1), kv_heads, heads // kv_heads, num_queries, num_keys, scale,
+        **launch_options(launch, head_dim, q.dtype),
+    )  # fmt: skip
+
+
+def _backward_query(
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor,
+    intervals: Tensor, tiles: Tensor, scale: float,
+) -> None:  # fmt: skip
+    (batch, heads, num_queries, head_dim), (kv_heads, num_keys) = q.shape, k.shape[1:3]
+    launch = plan_backward(q.device, q.dtype, "query", num_queries, num_keys, head_dim)
+    lines = _lines(num_queries, launch.block_q, tiles)
+    if launch.specialised:
+        from transfusion.kernels.attention.kernel import warp_specialised_query
+
+        warp_specialised_query.backward_query(q, k, v, grad_out, lse, delta, dq, intervals, tiles, scale, launch)
+        return
+    backward_query_kernel[(lines * batch * heads,)](
+        q, k, v, grad_out, lse, delta, dq, intervals, tiles,
+        *(stride for tensor in (q, k, v, grad_out, dq) for stride in tensor.stride()[:3]),
+        *row_strides(intervals, tiles), tiles.stride(1), heads, heads // kv_heads, num_queries, num_keys, scale,
+        **launch_options(launch, head_dim, q.dtype),
+    )  # fmt: skip
 
 
 def _lines(length: int, block: int, tiles: Tensor) -> int:

@@ -15,7 +15,6 @@ consumers are done with them. The n-th use of a place is awaited by the parity o
 Numbers are those of `online_softmax.py` in 16 bits, operation by operation; that file has the derivation.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,25 +25,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from transfusion.kernels import tuning
 from transfusion.kernels.attention.kernel.blocks import FULL_RUNS, LN_2, MASKED_RUNS, row_strides
-
-ROWS = gl.constexpr(64)  # of a consumer
-# Of what the accelerator copies: a block of (B, H, N, D), and one of intervals.
-SWIZZLED_BLOCK = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32)
-SECTION_BYTES = 2**24  # of keys and values that programs read at a time: they stay in the L2 cache
-
-
-@gluon.jit
-def _place(item, blocks, heads, section):
-    """item -> head of the batch, block. Sections of heads in turn; in each the last blocks, so the longest, first."""
-    begin = item // (blocks * section) * section
-    width = gl.minimum(section, heads - begin)
-    within = item - begin * blocks
-    return begin + within % width, blocks - 1 - within // width
+from transfusion.kernels.attention.kernel.specialised_blocks import (
+    ROWS,
+    SECTION_BYTES,
+    column_intervals,
+    constexprs,
+    count_tiles,
+    describe,
+    describe_numbers,
+    place,
+    products,
+    store_rows,
+)
 
 
 @gluon.jit
@@ -52,7 +47,7 @@ def _produce(descriptors, rings, q_bars, k_bars, v_bars, work, group, own_mask):
     """Copies q of each block, then k, intervals and v of each of its tiles: of masked runs, then of full ones."""
     q_desc, k_desc, v_desc, i_desc = descriptors
     q_tile, k_ring, v_ring, i_ring = rings
-    p_tiles, tiles_b, tiles_n, heads, blocks, all_heads, section = work
+    items, heads, _order, _lines = work
     BLOCK_Q: gl.constexpr = q_tile.shape[0]
     STAGES: gl.constexpr = k_ring.shape[0]
     BLOCK_K: gl.constexpr = k_ring.shape[1]
@@ -62,10 +57,9 @@ def _produce(descriptors, rings, q_bars, k_bars, v_bars, work, group, own_mask):
     K_BYTES: gl.constexpr = V_BYTES + 8 * BLOCK_K
     n = 0  # tiles so far
     taken = 0  # blocks so far that have tiles
-    for item in range(gl.program_id(0), blocks * all_heads, gl.num_programs(0)):
-        head, block = _place(item, blocks, all_heads, section)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        head, block, line = place(item, work, True)
         b, h = head // heads, head % heads
-        line = p_tiles + b * tiles_b + block * tiles_n
         if gl.load(line + 2) > 0:
             mbarrier.wait(q_bars.index(1), taken & 1 ^ 1)
             mbarrier.expect(q_bars.index(0), Q_BYTES)
@@ -92,28 +86,12 @@ def _produce(descriptors, rings, q_bars, k_bars, v_bars, work, group, own_mask):
                         n += 1
 
 
-@gluon.constexpr_function
-def _pairs(BLOCK_K):
-    """start and end of the columns that a thread has of its scores: two neighbours of every eight, 16 bytes each."""
-    octets = [[1 << bit, 0] for bit in range(3, BLOCK_K.bit_length() - 1)]
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [1, 0], *octets],
-        lane_bases=[[2, 0], [4, 0], [0, 0], [0, 0], [0, 0]],
-        warp_bases=[[0, 0], [0, 0]],
-        block_bases=[],
-        shape=[BLOCK_K, 2],
-    )
-
-
 @gluon.jit
 def _scores(n, q_rows, k_ring, k_bars, S: gl.constexpr):
     """q kᵀ of the n-th tile, issued."""
     STAGES: gl.constexpr = k_ring.shape[0]
-    BLOCK_K: gl.constexpr = k_ring.shape[1]
     mbarrier.wait(k_bars.index(n % STAGES), n // STAGES & 1)
-    keys = k_ring.index(n % STAGES).permute((1, 0))
-    zeros = gl.zeros([ROWS, BLOCK_K], gl.float32, S)
-    return warpgroup_mma(q_rows, keys, zeros, use_acc=False, is_async=True)
+    return products(q_rows, k_ring.index(n % STAGES), S)
 
 
 @gluon.jit
@@ -128,14 +106,10 @@ def _weighted(acc, p, n, v_ring, v_bars):
 def _exponentiated(scores, l, m, n, i_ring, k_bars, queries, scale, S: gl.constexpr, MASKED: gl.constexpr):
     """p of the n-th tile, l, m with it, and what p and l of earlier tiles decay by. Frees the tile's keys."""
     STAGES: gl.constexpr = i_ring.shape[0]
-    BLOCK_K: gl.constexpr = i_ring.shape[2] // 2
     if MASKED:
-        start, end = gl.split(i_ring.index(n % STAGES).reshape([BLOCK_K, 2]).load(_pairs(BLOCK_K)))
-        start = gl.convert_layout(start, gl.SliceLayout(0, S), assert_trivial=True)
-        end = gl.convert_layout(end, gl.SliceLayout(0, S), assert_trivial=True)
+        start, end = column_intervals(i_ring.index(n % STAGES), S)
         rows = gl.expand_dims(queries, 1)
-        visible = (gl.expand_dims(start, 0) <= rows) ^ (gl.expand_dims(end, 0) <= rows)
-        scores = gl.where(visible, scores, float("-inf"))
+        scores = gl.where((start <= rows) ^ (end <= rows), scores, float("-inf"))
     mbarrier.arrive(k_bars.index(STAGES + n % STAGES))
     m_new = gl.maximum(m, gl.max(scores, 1) * scale)
     base = m_new
@@ -178,20 +152,12 @@ def _step(
 
 
 @gluon.jit
-def _header(p_tiles, tiles_b, tiles_n, item, heads, blocks, all_heads, section):
-    """Masked tiles and tiles in all of an item; of the last one where there is no such item."""
-    head, block = _place(gl.minimum(item, blocks * all_heads - 1), blocks, all_heads, section)
-    line = p_tiles + head // heads * tiles_b + block * tiles_n
-    return gl.load(line + 3), gl.load(line + 2)
-
-
-@gluon.jit
 def _consume(
     rings, q_bars, k_bars, v_bars, work, results, num_queries, scale, HALF: gl.constexpr, HEAD_DIM: gl.constexpr
 ):
     """out and lse of one half of each block's rows."""
     q_tile, k_ring, v_ring, i_ring = rings
-    p_tiles, tiles_b, tiles_n, heads, blocks, all_heads, section = work
+    items, heads, _order, _lines = work
     p_out, p_lse, out_b, out_h, out_n = results
     STAGES: gl.constexpr = k_ring.shape[0]
     BLOCK_K: gl.constexpr = k_ring.shape[1]
@@ -199,17 +165,16 @@ def _consume(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    COALESCED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     dtype: gl.constexpr = k_ring.dtype
     q_rows = q_tile.slice(HALF * ROWS, ROWS, 0)
     n = 0
     taken = 0
     first_item, programs = gl.program_id(0), gl.num_programs(0)
-    next_masked, next_all = _header(p_tiles, tiles_b, tiles_n, first_item, heads, blocks, all_heads, section)
-    for item in range(first_item, blocks * all_heads, programs):
+    next_masked, next_all = count_tiles(first_item, work, True)
+    for item in range(first_item, items, programs):
         masked_tiles, tiles = next_masked, next_all  # read ahead, while the block before was computed
-        next_masked, next_all = _header(p_tiles, tiles_b, tiles_n, item + programs, heads, blocks, all_heads, section)
-        head, block = _place(item, blocks, all_heads, section)
+        next_masked, next_all = count_tiles(item + programs, work, True)
+        head, block, _line = place(item, work, True)
         first_row = block * q_tile.shape[0] + HALF * ROWS
         queries = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, S))
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
@@ -236,12 +201,8 @@ def _consume(
         lse = gl.where(some, m * LN_2 + gl.log(total), float("-inf"))
         gl.store(p_lse + gl.cast(head, gl.int64) * num_queries + queries, lse, mask=queries < num_queries)
         out = acc / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, O)), 1)
-        out = gl.convert_layout(out.to(dtype), COALESCED)
-        rows = gl.expand_dims(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, COALESCED)), 1)
-        lanes = gl.expand_dims(gl.arange(0, BLOCK_D, gl.SliceLayout(0, COALESCED)), 0)
         base = p_out + gl.cast(head // heads, gl.int64) * out_b + gl.cast(head % heads, gl.int64) * out_h
-        offsets = gl.cast(rows, gl.int64) * out_n + lanes
-        gl.store(base + offsets, out, mask=(rows < num_queries) & (lanes < HEAD_DIM))
+        store_rows(base, out_n, first_row, num_queries, out.to(dtype), HEAD_DIM)
 
 
 @gluon.jit
@@ -274,7 +235,8 @@ def specialised_forward_kernel(
         mbarrier.init(v_bars.index(STAGES + at), count=2)
     fence_async_shared()  # the copies signal what these instructions wrote
     rings = (q_tile, k_ring, v_ring, i_ring)
-    work = (p_tiles, tiles_b, tiles_n, heads, gl.cdiv(num_queries, BLOCK_Q), batch * heads, section)
+    blocks, all_heads = gl.cdiv(num_queries, BLOCK_Q), batch * heads
+    work = (blocks * all_heads, heads, (blocks, all_heads, section), (p_tiles, tiles_b, tiles_n))
     results = (p_out, p_lse, out_b, out_h, out_n)
     descriptors = (q_desc, k_desc, v_desc, i_desc)
     gl.warp_specialize(
@@ -295,42 +257,12 @@ def forward(
     """Fills out and lse (B, H, N), contiguous. q, k, v of 16 bits, D a multiple of 8; scale > 0, for exponents of 2."""
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
-    if num_keys % 2:  # rows of intervals that begin at multiples of 16 bytes
-        intervals = torch.nn.functional.pad(intervals, (0, 0, 0, 1), value=num_queries)
-    pairs = intervals.contiguous().flatten(1)
     heads_of_a_section = SECTION_BYTES * (heads // kv_heads) // (4 * num_keys * head_dim)
     programs = min(tiles.shape[1] * batch * heads, tuning.processors(q.device))
     specialised_forward_kernel[(programs,)](
-        *(describe(tensor, rows) for tensor, rows in ((q, launch.block_q), (k, launch.block_k), (v, launch.block_k))),
-        TensorDescriptor(pairs, list(pairs.shape), list(pairs.stride()), [1, 2 * launch.block_k], FLAT),
-        out, lse, tiles, *out.stride()[:3], int(pairs.shape[0] > 1), row_strides(intervals, tiles)[1], tiles.stride(1),
-        batch, heads, heads // kv_heads, num_queries, scale, max(1, heads_of_a_section),
+        describe(q, launch.block_q), *(describe(tensor, launch.block_k) for tensor in (k, v)),
+        describe_numbers(intervals.flatten(1), 2 * launch.block_k),
+        out, lse, tiles, *out.stride()[:3], int(intervals.shape[0] > 1), row_strides(intervals, tiles)[1],
+        tiles.stride(1), batch, heads, heads // kv_heads, num_queries, scale, max(1, heads_of_a_section),
         **constexprs(launch, head_dim), num_warps=4,
     )  # fmt: skip
-
-
-def constexprs(launch: tuning.Launch, head_dim: int) -> dict[str, int]:
-    """What the kernel is specialised on."""
-    return {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": tuning.padded_head_dim(head_dim),
-        "BLOCK_Q": launch.block_q,
-        "BLOCK_K": launch.block_k,
-        "STAGES": launch.num_stages,
-    }
-
-
-def describe(tensor: Tensor, rows: int) -> TensorDescriptor:
-    """A (B, H, N, D) tensor in blocks of `rows` and all lanes; copied where its address or strides are not fit for it.
-
-    An address and strides must be multiples of 16 bytes; those of expanded dimensions are not above 0.
-    """
-
-    def strides(tensor: Tensor) -> list[int]:  # that of a dimension of size 1 says nothing
-        pairs = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-        return [*(stride if size > 1 else 8 for size, stride in pairs), 1]
-
-    if tensor.data_ptr() % 16 or any(stride % 8 or stride <= 0 for stride in strides(tensor)[:3]):
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-    block = [1, 1, rows, tuning.padded_head_dim(tensor.shape[3])]
-    return TensorDescriptor(tensor, list(tensor.shape), strides(tensor), block, SWIZZLED_BLOCK)
