@@ -19,7 +19,7 @@ contract = importlib.import_module("transfusion.kernels.patchify_noise.contract"
 
 
 @contextmanager
-def playing(capability: int, seed: int, together: bool = True) -> Iterator[Device]:
+def playing(capability: int, seed: int, together: bool = True, processors: int = 132) -> Iterator[Device]:
     """impl="triton" runs on the machine, by the launch table of the GPU that is played; what kernels leave is NaN."""
     with ExitStack() as patches:
 
@@ -27,7 +27,7 @@ def playing(capability: int, seed: int, together: bool = True) -> Iterator[Devic
             patches.enter_context(patch.object(owner, name, value))
 
         change(tuning, "table_name", lambda device: TABLES[capability])
-        change(tuning, "processors", lambda device: 132)
+        change(tuning, "processors", lambda device: processors)
         change(mask_tiles_op, "_module", lambda intervals: mask_tiles_kernel)
         change(attention_op, "triton_reasons", lambda **call: [])
         change(contract, "triton_reasons", lambda **call: [])

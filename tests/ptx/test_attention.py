@@ -13,7 +13,7 @@ from playing import playing
 from ptx_machine import Fault
 from torch import Tensor
 
-from transfusion.kernels import IntervalMask, tuning
+from transfusion.kernels import IntervalMask
 from transfusion.kernels.attention import check
 from transfusion.kernels.testing import Layout, random_layout
 
@@ -57,12 +57,12 @@ def test_shipped_launches(launch: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_unsplit(device: None, head_dim: int, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_unsplit(head_dim: int, seed: int) -> None:
     """As with more programs than multiprocessors; a row of its own mask for each element of the batch."""
-    monkeypatch.setattr(tuning, "processors", lambda device: 1)
     rng = random.Random(seed)
     mask = IntervalMask.stack([random_layout(rng, LONG).mask() for _ in range(2)])
-    judge(make_case(mask, torch.bfloat16, seed, head_dim=head_dim, heads=(2, 2)))
+    with playing(90, seed, processors=1):
+        judge(make_case(mask, torch.bfloat16, seed, head_dim=head_dim, heads=(2, 2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -42,7 +42,11 @@ def place(item, work, LAST_FIRST: gl.constexpr):
 
 @gluon.jit
 def count_tiles(item, work, LAST_FIRST: gl.constexpr):
-    """Masked tiles and tiles in all of an item; of the last one where there is no such item."""
+    """Masked tiles and tiles in all of an item; of the last one where there is no such item.
+
+    A loop that carries them must ask an `if` about both. Triton 3.6 and 3.7 freeze a carried number that only bounds of
+    inner loops read at its first value: every block would walk as many masked tiles as the first.
+    """
     items, _heads, _order, _lines = work
     _head, _block, line = place(gl.minimum(item, items - 1), work, LAST_FIRST)
     return gl.load(line + 3), gl.load(line + 2)

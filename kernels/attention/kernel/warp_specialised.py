@@ -180,7 +180,6 @@ def _consume(
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
         l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
         m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-        # Not `tiles > 0`: Triton 3.6 and 3.7 freeze what a loop carries and only bounds of inner loops read.
         if masked_tiles + tiles > 0:
             mbarrier.wait(q_bars.index(0), taken & 1)
             taken += 1

@@ -141,7 +141,7 @@ def _consume(
         delta = gl.load(p_delta + numbers_at, mask=queries < num_queries, other=0.0)
         rows = (gl.expand_dims(queries, 1), gl.expand_dims(lse, 1), gl.expand_dims(delta, 1))
         dq = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
-        if tile_count > 0:
+        if masked_tiles + tile_count > 0:
             mbarrier.wait(block_bars.index(0), taken & 1)
             taken += 1
             dq = _dq(n, masked_tiles, tile_count, q_rows, go_rows, rings, block_bars, bars, rows, scale * LOG2_E, S, O)

@@ -66,6 +66,7 @@ class Barrier:
         self.count = self.pending = count
         self.bytes = 0
         self.phase = 0
+        self.fenced = False  # since it was made: copies signal what the asynchronous proxy sees
 
     def arrive(self, expected: int) -> None:
         if self.pending == 0:
@@ -75,6 +76,8 @@ class Barrier:
         self._end()
 
     def complete(self, octets: int) -> None:
+        if not self.fenced:
+            raise Fault("a copy signals an mbarrier, and no fence.proxy.async came after its init")
         self.bytes -= octets
         self._end()
 

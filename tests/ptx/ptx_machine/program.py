@@ -321,6 +321,8 @@ class Team:
     def fence(self) -> None:
         """Of the proxies: what was stored is seen by wgmma and tensor copies from now on."""
         self.shared.unfenced[:] = False
+        for barrier in self.block.barriers.values():
+            barrier.fenced = True
 
     def meet(self, identifier: Any, threads: Any, following: int, active: Any) -> int:
         _together(active)
