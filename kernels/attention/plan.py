@@ -38,7 +38,7 @@ def plan_forward(
     programs = blocks * batch * heads // packed
     idle = tuning.processors(device) * per_processor // max(programs, 1)
     splits = max(1, min(idle, -(-keys // launch.block_k) // 2))
-    if packed > 1 or splits > 1 or not _specialised_fits(dtype, queries, keys, dim):
+    if launch.specialised and (packed > 1 or splits > 1 or not _specialised_fits(dtype, queries, keys, dim)):
         launch = launch.plain
     return Plan(launch, packed, blocks, splits)
 
@@ -46,7 +46,9 @@ def plan_forward(
 def plan_backward(device: torch.device, dtype: torch.dtype, stage: str, queries: int, keys: int, dim: int) -> Launch:
     """The launch of "query" or "key", the kernel that makes dq, or dk and dv."""
     launch = tuning.launch("attention", f"backward_{stage}", tuning.table_name(device), dtype, dim)
-    return launch if _specialised_fits(dtype, queries, keys, dim) else launch.plain
+    if launch.specialised and not _specialised_fits(dtype, queries, keys, dim):
+        launch = launch.plain
+    return launch
 
 
 def _specialised_fits(dtype: torch.dtype, queries: int, keys: int, dim: int) -> bool:

@@ -1,27 +1,25 @@
 """The warp-specialised forward on the machine of `warp_machine.py`: exact in every order of events, and it ends."""
 
-import importlib.util
 import math
 import random
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from warp_machine import Fault, WarpMachine
+from warp_machine import WarpMachine, changed
+from warp_memory import Fault
 
 from transfusion.kernels import IntervalMask, transfusion_attention, tuning
 from transfusion.kernels.attention import check
-from transfusion.kernels.attention.kernel import warp_specialised
+from transfusion.kernels.attention.kernel import specialised_blocks, warp_specialised
 from transfusion.kernels.attention.plan import plan_forward
 from transfusion.kernels.testing import LAYOUTS, judge, random_layout
 from transfusion.kernels.tuning import SPECIALISED, Launch
 
 KERNEL = warp_specialised.specialised_forward_kernel
-SOURCE = Path(warp_specialised.__file__)
 SMALL = Launch(128, 32, 12, 2)  # a short row has several tiles of so few keys
 
 
@@ -74,7 +72,9 @@ def test_random_layouts(head_dim: int, heads: tuple[int, int], seed: int) -> Non
     assert not failures(case, run(case, SMALL._replace(num_stages=rng.choice([1, 2, 3]))))
 
 
-@pytest.mark.parametrize(("head_dim", "launch"), [(d, launch) for d in SPECIALISED for launch in SPECIALISED[d]])
+@pytest.mark.parametrize(
+    ("head_dim", "launch"), [(d, launch) for d, launches in SPECIALISED["forward"].items() for launch in launches]
+)
 def test_launches_that_tuning_tries(head_dim: int, launch: Launch, seed: int) -> None:
     mask = IntervalMask.from_spans(400, images=[(20, 276), (300, 360)], documents=[290, 110])
     case = make_case(mask, seed, head_dim=head_dim)
@@ -108,12 +108,12 @@ def test_strides_and_addresses(seed: int) -> None:
     for how in ("BNHD", "odd rows", "odd address"):
         views = [laid_out(tensor, how) for tensor in case[:3]]
         assert [torch.equal(*pair) for pair in zip(views, case[:3], strict=True)] == [True] * 3
-        described = warp_specialised.describe(views[0], 128)
+        described = specialised_blocks.describe(views[0], 128)
         assert (described.base is views[0]) == (how == "BNHD")
         assert all(map(torch.equal, run(check.Case(*views, *case[3:]), SMALL), expected)), how
         assert [torch.equal(*pair) for pair in zip(views, case[:3], strict=True)] == [True] * 3
     expanded = case.k[:1, :1].expand(2, 2, -1, -1)
-    assert warp_specialised.describe(expanded, 32).base.is_contiguous()
+    assert specialised_blocks.describe(expanded, 32).base.is_contiguous()
 
 
 @pytest.mark.parametrize("seed_of_order", range(3))
@@ -146,26 +146,13 @@ BROKEN = {
     "one consumer frees for both": ("k_bars.index(STAGES + at), count=2", "k_bars.index(STAGES + at), count=1"),
     "the parity is wrong": ("n // STAGES & 1 ^ 1", "n // STAGES & 1"),
     "too few bytes": ("V_BYTES + 8 * BLOCK_K", "V_BYTES"),
+    "no fence": ("fence_async_shared()  # the copies signal what these instructions wrote\n    rings", "rings"),
 }  # fmt: skip
-
-
-def changed(what: str, folder: Path) -> ModuleType:
-    """The module with one line of it broken."""
-    before, after = BROKEN[what]
-    source = SOURCE.read_text()
-    assert before in source, before
-    path = folder / "broken.py"
-    path.write_text(source.replace(before, after))
-    spec = importlib.util.spec_from_file_location("broken", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_kernel_is_noticed(what: str, tmp_path: Path) -> None:
-    module = changed(what, tmp_path)
+    module = changed([warp_specialised], [BROKEN[what]], tmp_path)
     kernel = module.specialised_forward_kernel
     case = make_case(IntervalMask.causal(400), 0, heads=(2, 2))
     right = run(case, SMALL)

@@ -3,83 +3,25 @@
     WarpMachine(seed)(kernel)[(programs,)](*arguments, **constexprs)
 
 Partitions run one instruction after the other, and which of them goes on is drawn at random. A copy lands at some
-later time, until when its place holds NaN. An asynchronous product reads its operands when it is issued, or as late as
-when it is waited for. So a barrier that is missing or misplaced shows as NaN or as a wrong number with some seed; an
-arrival too few or too many shows as a `Fault` that says where each partition stands. Layouts, which say in which
-register a number is, mean nothing here: the compiler checks them.
+later time, some as late as can be, until when its place holds NaN. An asynchronous product reads its operands when it
+is issued, or as late as when it is waited for. So a barrier that is missing or misplaced shows as NaN or as a wrong
+number with some seed; an arrival too few or too many shows as a `Fault` that says where each partition stands. Layouts,
+which say in which register a number is, mean nothing here: the compiler checks them.
 """
 
+import importlib
 import random
+import sys
 import threading
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gluon_language
-
-Scalar = int | Tensor
-
-
-class Fault(AssertionError):
-    """The kernel broke the rules of the machine."""
-
-
-class Shared:
-    """A view of shared memory."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.shape, self.dtype = list(tensor.shape), tensor.dtype
-
-    def index(self, at: int) -> "Shared":
-        if not 0 <= at < self.shape[0]:
-            raise Fault(f"place {at} of {self.shape[0]}")
-        return Shared(self.tensor[at])
-
-    def slice(self, start: int, length: int, dim: int) -> "Shared":
-        return Shared(self.tensor.narrow(dim, start, length))
-
-    def permute(self, order: tuple[int, ...]) -> "Shared":
-        return Shared(self.tensor.permute(order))
-
-    def reshape(self, shape: list[int]) -> "Shared":
-        return Shared(self.tensor.view(shape))
-
-    def load(self, layout: object) -> Tensor:
-        return self.tensor.clone()
-
-
-class Pointer:
-    """An address, or a tensor of them, in the storage of a tensor."""
-
-    def __init__(self, tensor: Tensor, offset: Scalar = 0) -> None:
-        self.tensor, self.offset = tensor, offset
-
-    def __add__(self, offset: Scalar) -> "Pointer":
-        return Pointer(self.tensor, self.offset + offset)
-
-    @property
-    def storage(self) -> Tensor:
-        first = self.tensor.storage_offset()
-        return self.tensor.as_strided((self.tensor.untyped_storage().nbytes() // self.tensor.itemsize - first,), (1,))
-
-
-class Descriptor:
-    """What the tensor memory accelerator copies blocks of; past the ends it writes 0."""
-
-    def __init__(self, host: Any) -> None:
-        self.source = host.base.as_strided(tuple(host.shape), tuple(host.strides))
-        self.block, self.dtype, self.layout = list(host.block_shape), host.base.dtype, host.layout
-
-    def read(self, first: list[int]) -> Tensor:
-        result = self.source.new_zeros(self.block)
-        bounds = zip(first, self.block, self.source.shape, strict=True)
-        spans = [slice(start, min(start + length, size)) for start, length, size in bounds]
-        found = self.source[tuple(spans)]
-        result[tuple(slice(0, size) for size in found.shape)] = found
-        return result
+from warp_memory import Descriptor, Fault, Pointer, Shared, load, poison, store
 
 
 class Barrier:
@@ -150,7 +92,9 @@ class Program:
     def __init__(self, index: int, programs: int, rng: random.Random) -> None:
         self.index, self.programs, self.rng = index, programs, rng
         self.barriers: dict[int, Barrier] = {}
+        self.unfenced: set[int] = set()  # barriers that copies need not see yet
         self.copies: list[Callable[[], None]] = []
+        self.late_copies: list[Callable[[], None]] = []  # which take as long as the rest lets them, mostly
         self.memory: list[Tensor] = []
         self.idle, self.stopped = threading.Semaphore(0), False
         self.current: Partition | None = None
@@ -166,12 +110,14 @@ class Program:
             for partition in partitions:
                 partition.turn.release()
                 partition.join()
-        if self.copies or any(partition.products for partition in partitions):
+        if self.copies or self.late_copies or any(partition.products for partition in partitions):
             raise Fault("the kernel ended before a copy or a product had")
 
     def _run(self, partitions: list[Partition]) -> None:
         while any(partition.where != "its end" for partition in partitions):
             choices = [*(each for each in partitions if each.ready()), *self.copies]
+            if not choices or self.rng.random() < 0.02:
+                choices += self.late_copies
             if not choices:
                 raise Fault(f"nobody can go on: {[partition.where for partition in partitions]}")
             chosen = self.rng.choice(choices)
@@ -182,7 +128,7 @@ class Program:
                 if chosen.error is not None:
                     raise chosen.error
             else:
-                self.copies.remove(chosen)
+                (self.copies if chosen in self.copies else self.late_copies).remove(chosen)
                 chosen()
 
     def pause(self, where: str, ready: Callable[[], bool] = lambda: True) -> None:
@@ -192,20 +138,22 @@ class Program:
     # ---- memory
 
     def allocate(self, dtype: torch.dtype, shape: list[int], layout: object) -> Shared:
-        self.memory.append(_poison(torch.empty(shape, dtype=dtype)))
+        self.memory.append(poison(torch.empty(shape, dtype=dtype)))
         return Shared(self.memory[-1])
 
     def copy(self, descriptor: Descriptor, first: list[int], full: Shared, to: Shared) -> None:
         if to.shape != descriptor.block:
             raise Fault(f"a block of {descriptor.block} to a place of {to.shape}")
         self.pause("a copy")
-        _poison(to.tensor)
+        if full.tensor.data_ptr() in self.unfenced:
+            raise Fault("a copy signals a barrier without a fence behind its initialisation")
+        poison(to.tensor)
 
         def land() -> None:
             to.tensor.copy_(descriptor.read(first))
             self.barrier(full).advance(landed=to.tensor.numel() * to.tensor.itemsize)
 
-        self.copies.append(land)
+        (self.late_copies if self.rng.random() < 0.25 else self.copies).append(land)
 
     # ---- barriers
 
@@ -214,6 +162,7 @@ class Program:
 
     def init(self, view: Shared, count: int) -> None:
         self.barriers[view.tensor.data_ptr()] = Barrier(count)
+        self.unfenced.add(view.tensor.data_ptr())
 
     def wait(self, view: Shared, parity: int) -> None:
         barrier = self.barrier(view)
@@ -247,28 +196,17 @@ class Program:
             product.finish()
         return product
 
-    def wait_products(self, outstanding: int, deps: list[Product]) -> Tensor:
+    def wait_products(self, outstanding: int, deps: list[Product]) -> Tensor | tuple[Tensor, ...]:
         assert self.current is not None
         self.pause("products")
         under_way = self.current.products
         while len(under_way) > outstanding:
             under_way.pop(0).finish()
-        (product,) = deps
-        if product in under_way:
+        if any(product in under_way for product in deps):
             raise Fault("a product is used that was not waited for")
-        assert product.result is not None
-        return product.result
-
-
-def _poison(tensor: Tensor) -> Tensor:
-    return tensor.fill_(torch.nan if tensor.dtype.is_floating_point else torch.iinfo(tensor.dtype).max // 3)
-
-
-def _store(pointer: Pointer, value: Tensor, mask: Tensor) -> None:
-    offset, mask = torch.broadcast_tensors(torch.as_tensor(pointer.offset), mask)
-    if value.dtype != pointer.tensor.dtype:
-        raise Fault(f"{value.dtype} stored to {pointer.tensor.dtype}")
-    pointer.storage[offset[mask]] = value.expand(mask.shape)[mask]
+        results = [product.result for product in deps if product.result is not None]
+        assert len(results) == len(deps)
+        return results[0] if len(results) == 1 else tuple(results)
 
 
 class Language:
@@ -298,8 +236,8 @@ class Language:
     convert_layout = staticmethod(lambda x, layout, assert_trivial=False: x)
     split = staticmethod(lambda x: (x[..., 0], x[..., 1]))
     cast = staticmethod(lambda x, dtype: x if isinstance(x, int) else x.to(dtype))
-    load = staticmethod(lambda pointer: int(pointer.storage[pointer.offset]))
-    store = staticmethod(lambda pointer, value, mask: _store(pointer, value, mask))
+    load = staticmethod(load)
+    store = staticmethod(store)
 
 
 class WarpMachine:
@@ -332,19 +270,57 @@ def _argument(value: Any) -> Any:
 
 
 def _bound(kernel: Any, program: Program) -> Callable[..., None]:
-    """The kernel's Python function, with the machine for the dialect in it and in what it calls."""
-    names: dict[str, Any] = {}
-    for name, value in kernel.fn.__globals__.items():
-        if hasattr(value, "fn") and hasattr(value, "is_gluon"):
-            value = types.FunctionType(value.fn.__code__, names, name, value.fn.__defaults__)
-        elif isinstance(value, gluon_language.constexpr):
-            value = value.value
-        names[name] = value
-    names["gl"] = Language(program)
-    names["mbarrier"] = types.SimpleNamespace(
-        MBarrierLayout=lambda: None, init=program.init, wait=program.wait, arrive=program.arrive, expect=program.expect
-    )
-    names["tma"] = types.SimpleNamespace(async_copy_global_to_shared=program.copy)
-    names["fence_async_shared"] = lambda: None
-    names["warpgroup_mma"], names["warpgroup_mma_wait"] = program.multiply, program.wait_products
-    return types.FunctionType(kernel.fn.__code__, names)
+    """The kernel's Python function, with the machine for the dialect in it and in what it calls, of whatever module."""
+    dialect = {
+        "gl": Language(program),
+        "mbarrier": types.SimpleNamespace(
+            MBarrierLayout=lambda: None,
+            init=program.init,
+            wait=program.wait,
+            arrive=program.arrive,
+            expect=program.expect,
+        ),
+        "tma": types.SimpleNamespace(async_copy_global_to_shared=program.copy),
+        "fence_async_shared": program.unfenced.clear,
+        "warpgroup_mma": program.multiply,
+        "warpgroup_mma_wait": program.wait_products,
+    }
+    modules: dict[int, dict[str, Any]] = {}
+
+    def translated(names: dict[str, Any]) -> dict[str, Any]:
+        if id(names) not in modules:
+            modules[id(names)] = result = {}
+            for name, value in names.items():
+                if hasattr(value, "fn") and hasattr(value, "is_gluon"):
+                    value = function(value.fn)
+                elif isinstance(value, gluon_language.constexpr):
+                    value = value.value
+                result[name] = value
+            result |= dialect
+        return modules[id(names)]
+
+    def function(original: Any) -> Callable[..., None]:
+        code, names = original.__code__, translated(original.__globals__)
+        return types.FunctionType(code, names, original.__name__, original.__defaults__)
+
+    return function(kernel.fn)
+
+
+def changed(modules: list[types.ModuleType], changes: list[tuple[str, str]], folder: Path) -> types.ModuleType:
+    """The last of the modules, which may import the others, with each `before` in their sources an `after`."""
+    renamed = {module.__name__: f"changed_{module.__name__.rpartition('.')[2]}" for module in modules}
+    sources = {module.__name__: Path(module.__file__ or "").read_text() for module in modules}
+    for before, after in changes:
+        assert sum(before in source for source in sources.values()) == 1, before
+        sources = {name: source.replace(before, after) for name, source in sources.items()}
+    for name, source in sources.items():
+        for old, new in renamed.items():
+            source = source.replace(f"from {old} import", f"from {new} import")
+        (folder / f"{renamed[name]}.py").write_text(source)
+        sys.modules.pop(renamed[name], None)
+    sys.path.insert(0, str(folder))
+    try:
+        importlib.invalidate_caches()
+        return importlib.import_module(renamed[modules[-1].__name__])
+    finally:
+        sys.path.remove(str(folder))
