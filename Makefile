@@ -22,9 +22,12 @@ install: $(VENV)/.installed-dev  ## the package, editable, with everything neede
 demo: $(VENV)/.installed-demo  ## train a small model on real data and show what it generates (runs/demo/)
 	$(BIN)/python -m transfusion.demo $(ARGS)
 
-# One thread a worker: the workers are the parallelism.
+# One thread a worker: the workers are the parallelism. tests/ptx compiles, which a process under Triton's interpreter cannot.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup
+
 test: $(VENV)/.installed-dev  ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	$(PYTEST) $(ARGS)
+	$(if $(ARGS),,TRITON_INTERPRET=0 $(PYTEST) tests/ptx)
 
 check: $(VENV)/.installed-dev  ## format, lint, types
 	$(BIN)/ruff format --check .

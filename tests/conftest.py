@@ -14,7 +14,6 @@ os.environ.setdefault("TRANSFUSION_CACHE", tempfile.gettempdir() + "/transfusion
 # What inductor keeps of a graph is not told that an op of another version of this library returned another shape.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "inductor"))
 
-sys.path.insert(0, str(Path(__file__).parent / "kernels"))  # `import warp_machine`
 sys.path.insert(0, str(Path(__file__).parent / "transfusion"))  # `import tiny`
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))  # `import launch, scenarios`
 

@@ -11,7 +11,7 @@ import torch
 
 from transfusion.kernels import IntervalMask, transfusion_attention, tuning
 from transfusion.kernels.attention import check as rule
-from transfusion.kernels.attention.plan import plan_forward
+from transfusion.kernels.attention.plan import plan_backward, plan_forward
 from transfusion.kernels.testing import Layout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -32,21 +32,48 @@ def test_small_suite(head_dim: int, dtype: torch.dtype) -> None:
     torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="needs Hopper's instructions"
 )
 @pytest.mark.parametrize(
-    ("head_dim", "launch"), [(d, each) for d in tuning.SPECIALISED for each in tuning.SPECIALISED[d]]
+    ("stage", "head_dim", "launch"),
+    [(stage, d, each) for stage, own in tuning.SPECIALISED.items() for d in own for each in own[d]],
 )
-def test_small_warp_specialised_suite(head_dim: int, launch: tuning.Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_small_warp_specialised_suite(
+    stage: str, head_dim: int, launch: tuning.Launch, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In bounds, and the same bits each time: with as many heads as keep keys unsplit."""
     monkeypatch.setattr(tuning, "_TABLES", copy.deepcopy(tuning._TABLES))
-    tuning.set_launch("attention", "forward", "sm_90", torch.bfloat16, head_dim, launch)
+    tuning.set_launch("attention", stage, "sm_90", dtype, head_dim, launch)
     for size in (head_dim, head_dim - 24):
-        shape = (torch.device("cuda"), torch.bfloat16, 1, 16, 8, PACKED.length, PACKED.length, size)
-        assert plan_forward(*shape).launch == launch
-        case = rule.make_case(PACKED.mask("cuda"), torch.bfloat16, torch.Generator().manual_seed(size), size, (16, 8))
+        sizes = (PACKED.length, PACKED.length, size)
+        if stage == "forward":
+            assert plan_forward(torch.device("cuda"), dtype, 1, 16, 8, *sizes).launch == launch
+        else:
+            assert plan_backward(torch.device("cuda"), dtype, stage.removeprefix("backward_"), *sizes) == launch
+        case = rule.make_case(PACKED.mask("cuda"), dtype, torch.Generator().manual_seed(size), size, (16, 8))
         results = rule.run(case, "triton")
         verdicts = rule.verdicts(case, results)
         assert all(verdict.passed for verdict in verdicts.values()), verdicts
         for _ in range(10):
-            assert all(map(torch.equal, rule.run(case, "triton")[:2], results[:2]))
+            assert all(map(torch.equal, rule.run(case, "triton"), results))
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="needs Hopper's instructions"
+)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 65), (33, 7), (1000, 300), (129, 2000)])
+def test_small_warp_specialised_gradients_of_any_intervals(
+    queries: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries that see nothing, blocks without a tile, rows past the end, grouped heads, odd lengths."""
+    monkeypatch.setattr(tuning, "_TABLES", copy.deepcopy(tuning._TABLES))
+    for stage in ("backward_query", "backward_key"):
+        launch = tuning.SPECIALISED[stage][128][0]
+        tuning.set_launch("attention", stage, "sm_90", torch.bfloat16, 128, launch)
+    generator = torch.Generator().manual_seed(queries)
+    start, end = torch.randint(-3, queries + 3, (2, 2, keys), generator=generator)
+    mask = IntervalMask(start, end, queries).to("cuda")
+    case = rule.make_case(mask, torch.bfloat16, generator, 128, (6, 2), 2)
+    verdicts = rule.verdicts(case, rule.run(case, "triton"))
+    assert all(verdict.passed for verdict in verdicts.values()), verdicts
 
 
 def test_small_decoding_suite() -> None:

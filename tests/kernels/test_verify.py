@@ -71,7 +71,7 @@ def test_a_forward_that_splits_no_keys_is_verified(gpu: bool, processors: int, m
             plan = plan_forward(device, dtype, batch, *heads, queries, queries, head_dim)
             assert (plan.splits, plan.packed) == (1, 1)
     monkeypatch.setattr(mask_tiles, "FEW", 4 if gpu else 0)  # as it is there
-    for launch in (plan.launch, *SPECIALISED[64], *SPECIALISED[128]) if gpu else (plan.launch,):
+    for launch in (plan.launch, *SPECIALISED["forward"][64], *SPECIALISED["forward"][128]) if gpu else (plan.launch,):
         lines = mask_tiles.query_tiles(case["mask"].intervals, queries, launch.block_q, launch.block_k)
         every, masked = lines[..., 2].sum(), lines[..., 3].sum()
         assert 0 < masked < every, "both loops of the forward are verified"
