@@ -1,12 +1,12 @@
 """PTX text -> a program: parameters in order, basic blocks of statements, where each branch goes.
 
-A block ends where a warp may go elsewhere or must wait: at branches, `ret` and barriers.
+A block ends where a warp may go elsewhere or must wait, and where others may go on: at branches, `ret` and barriers.
 """
 
 import re
 from typing import NamedTuple
 
-ENDS = ("bra", "ret", "exit", "brx.idx", "bar.sync", "barrier.sync", "trap")
+ENDS = ("bra", "ret", "exit", "brx.idx", "bar.sync", "barrier.sync", "mbarrier.arrive", "trap")
 
 
 class Statement(NamedTuple):

@@ -18,7 +18,7 @@ from ptx_machine.asynchronous import Barrier, Events, Groups, TensorMap
 from ptx_machine.instructions import END, Instructions
 from ptx_machine.memory import Fault, GlobalMemory, SharedMemory
 
-INTERRUPTED = 0.2  # chance after each block
+INTERRUPTED = 0.3  # chance after each block
 
 
 class Kernel:
