@@ -43,7 +43,7 @@ class Launch(NamedTuple):
 SPECIALISED: dict[str, dict[int, tuple[Launch, ...]]] = {
     "forward": {
         64: (Launch(128, 128, 12, 2), Launch(128, 128, 12, 3)),
-        128: (Launch(128, 128, 12, 2), Launch(128, 64, 12, 3)),
+        128: (Launch(128, 64, 12, 3), Launch(128, 64, 12, 4)),
     },
     "backward_query": {
         64: (Launch(128, 64, 12, 3), Launch(128, 64, 12, 4)),

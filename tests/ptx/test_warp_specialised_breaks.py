@@ -19,8 +19,8 @@ from transfusion.kernels.tuning import SPECIALISED
 
 Changes = list[tuple[str, str]]
 FENCE = "fence_async_shared()  # the copies signal what these instructions wrote\n    "
-ACC_AWAITED = "acc = warpgroup_mma_wait(0, deps=[acc])\n    "
-VALUES_FREED = "mbarrier.arrive(v_bars.index(STAGES + (n - 1) % STAGES))\n    "
+VALUES_AWAITED = "next_scores, acc = warpgroup_mma_wait(0, deps=[next_scores, acc])\n    "
+VALUES_FREED = "mbarrier.arrive(v_bars.index(STAGES + n % STAGES))\n    "
 FORWARD: dict[str, Changes] = {
     "no fence": [(FENCE + "rings", "rings")],
     "keys are overwritten": [("mbarrier.wait(k_bars.index(STAGES + at), free)", "pass")],
@@ -29,14 +29,22 @@ FORWARD: dict[str, Changes] = {
     "keys are read early": [("mbarrier.wait(k_bars.index(n % STAGES), n // STAGES & 1)", "pass")],
     "values are read early": [("mbarrier.wait(v_bars.index(n % STAGES), n // STAGES & 1)", "pass")],
     "queries are read early": [("mbarrier.wait(q_bars.index(0), taken & 1)", "pass")],
-    "scores are used early": [("warpgroup_mma_wait(1, deps=[scores])", "warpgroup_mma_wait(2, deps=[scores])")],
-    "acc is used early": [(ACC_AWAITED, ACC_AWAITED.replace("(0", "(1"))],
+    "a step uses products early": [(VALUES_AWAITED, VALUES_AWAITED.replace("(0", "(1"))],
+    "the first scores are used early": [("wait(0, deps=[_scores", "wait(1, deps=[_scores")],
+    "the last acc is used early": [("mma_wait(0, deps=[acc])", "mma_wait(1, deps=[acc])")],
     "keys are never freed": [("mbarrier.arrive(k_bars.index(STAGES + n % STAGES))", "pass")],
     "queries are never freed": [("mbarrier.arrive(q_bars.index(1))", "pass")],
-    "values are freed early": [(ACC_AWAITED + VALUES_FREED, VALUES_FREED + ACC_AWAITED)],
+    "queries are freed early": [
+        ("mbarrier.arrive(q_bars.index(1))", "pass"),
+        ("pairs = (tiles - 1) // 2", "pairs = (tiles - 1) // 2\n    mbarrier.arrive(q_bars.index(1))"),
+    ],
+    "values are never freed": [(VALUES_FREED + "return acc, l, m, next", "return acc, l, m, next")],
+    "the last values are never freed": [(VALUES_FREED + "return acc, l, m\n", "return acc, l, m\n")],
+    "values are freed early": [(VALUES_AWAITED + VALUES_FREED, VALUES_FREED + VALUES_AWAITED)],
     "one consumer frees for both": [("k_bars.index(STAGES + at), count=2", "k_bars.index(STAGES + at), count=1")],
     "the parity is wrong": [("n // STAGES & 1 ^ 1", "n // STAGES & 1")],
     "too few bytes": [("V_BYTES + 8 * BLOCK_K", "V_BYTES")],
+    "n is not counted on": [("n += tiles", "n += tiles - 1")],
     "masked tiles of the first block for all": [("if masked_tiles + tiles > 0:", "if tiles > 0:")],
 }
 BOTH: dict[str, Changes] = {

@@ -4,13 +4,13 @@ One warp, the producer, has the tensor memory accelerator bring tiles of keys wi
 rings of STAGES places in shared memory. Two groups of four warps, the consumers, take 64 rows each of a block of
 queries, and keep the tensor cores at work while they exponentiate:
 
-    scores_t  =  q k_tᵀ                     issued, and behind it
-    acc      +=  p_{t-1} v_{t-1}            issued: this runs while
-    p_t       =  exp2(scale·scores_t - m)   is computed; then acc is awaited, and decays by what m has grown
+    scores_{t+1}  =  q k_{t+1}ᵀ                 issued: this runs while
+    p_t           =  exp2(scale·scores_t - m)   is computed, and acc decays by what m has grown
+    acc          +=  p_t v_t                    issued and awaited, with the scores
 
-A program stays on its multiprocessor and takes block after block: the producer fetches the next one while the
-consumers write the last. A place of a ring has two barriers: `full`, its bytes have arrived, and `free`, both
-consumers are done with them. The n-th use of a place is awaited by the parity of n.
+What the other consumer has issued runs meanwhile. A program stays on its multiprocessor and takes block after block:
+the producer fetches the next one while the consumers write the last. A place of a ring has two barriers: `full`, its
+bytes have arrived, and `free`, both consumers are done with them. The n-th use of a place is awaited by n's parity.
 
 Numbers are those of `online_softmax.py` in 16 bits, operation by operation; that file has the derivation.
 """
@@ -121,34 +121,78 @@ def _exponentiated(scores, l, m, n, i_ring, k_bars, queries, scale, S: gl.conste
 
 
 @gluon.jit
-def _step(
-    acc,
-    l,
-    m,
-    p,
-    n,
-    q_rows,
-    rings,
-    k_bars,
-    v_bars,
-    queries,
-    scale,
-    S: gl.constexpr,
-    P: gl.constexpr,
-    MASKED: gl.constexpr,
+def _absorbed(
+    acc, l, m, scores, n, rings, k_bars, v_bars, queries, scale, S: gl.constexpr, P: gl.constexpr, MASKED: gl.constexpr
 ):
-    """The n-th tile's scores and probabilities, beside the products of the one before with its values."""
-    _, k_ring, v_ring, i_ring = rings
-    STAGES: gl.constexpr = v_ring.shape[0]
-    scores = _scores(n, q_rows, k_ring, k_bars, S)
-    acc = _weighted(acc, p, n - 1, v_ring, v_bars)
-    scores = warpgroup_mma_wait(1, deps=[scores])
-    p_new, l, m, decay = _exponentiated(scores, l, m, n, i_ring, k_bars, queries, scale, S, MASKED)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(v_bars.index(STAGES + (n - 1) % STAGES))
+    """acc, l, m with the n-th tile, of which the scores are here; the product with its values is issued."""
+    _, _, v_ring, i_ring = rings
     O: gl.constexpr = P.parent
+    p, l, m, decay = _exponentiated(scores, l, m, n, i_ring, k_bars, queries, scale, S, MASKED)
     acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, O)), 1)
-    return acc, l, m, gl.convert_layout(p_new.to(p.dtype), P), n + 1
+    return _weighted(acc, gl.convert_layout(p.to(v_ring.dtype), P), n, v_ring, v_bars), l, m
+
+
+@gluon.jit
+def _step(
+    acc, l, m, scores, n, q_rows, rings, k_bars, v_bars, queries, scale,
+    S: gl.constexpr, P: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """The n-th tile, beside the next one's scores.
+
+    The product that takes p is issued before the only wait: a wait alone ptxas moves up, above all exponentials.
+    """
+    _, k_ring, v_ring, _ = rings
+    STAGES: gl.constexpr = v_ring.shape[0]
+    next_scores = _scores(n + 1, q_rows, k_ring, k_bars, S)
+    acc, l, m = _absorbed(acc, l, m, scores, n, rings, k_bars, v_bars, queries, scale, S, P, MASKED)
+    next_scores, acc = warpgroup_mma_wait(0, deps=[next_scores, acc])
+    mbarrier.arrive(v_bars.index(STAGES + n % STAGES))
+    return acc, l, m, next_scores, n + 1
+
+
+@gluon.jit
+def _two_steps(
+    acc, l, m, scores, n, q_rows, rings, k_bars, v_bars, queries, scale,
+    S: gl.constexpr, P: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """What loops are over: registers of next and present scores change places. In a loop over one all are copied."""
+    acc, l, m, others, n = _step(acc, l, m, scores, n, q_rows, rings, k_bars, v_bars, queries, scale, S, P, MASKED)
+    return _step(acc, l, m, others, n, q_rows, rings, k_bars, v_bars, queries, scale, S, P, MASKED)
+
+
+@gluon.jit
+def _attended(
+    n, masked_tiles, tiles, q_rows, rings, q_bars, k_bars, v_bars, queries, scale, S: gl.constexpr, O: gl.constexpr
+):
+    """acc, l, m of a block that sees tiles from the n-th on, masked ones before full ones.
+
+    Full ones that make a pair with a masked one, or come last, are masked too: right for every tile.
+    """
+    _, k_ring, v_ring, _ = rings
+    STAGES: gl.constexpr = v_ring.shape[0]
+    BLOCK_D: gl.constexpr = k_ring.shape[2]
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
+    l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
+    m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+    scores = warpgroup_mma_wait(0, deps=[_scores(n, q_rows, k_ring, k_bars, S)])
+    pairs = (tiles - 1) // 2
+    masked_pairs = gl.minimum((masked_tiles + 1) // 2, pairs)
+    for _ in range(masked_pairs):
+        acc, l, m, scores, n = _two_steps(
+            acc, l, m, scores, n, q_rows, rings, k_bars, v_bars, queries, scale, S, P, True
+        )
+    for _ in range(masked_pairs, pairs):
+        acc, l, m, scores, n = _two_steps(
+            acc, l, m, scores, n, q_rows, rings, k_bars, v_bars, queries, scale, S, P, False
+        )
+    if tiles % 2 == 0:
+        acc, l, m, scores, n = _step(acc, l, m, scores, n, q_rows, rings, k_bars, v_bars, queries, scale, S, P, True)
+    mbarrier.arrive(q_bars.index(1))
+    acc, l, m = _absorbed(acc, l, m, scores, n, rings, k_bars, v_bars, queries, scale, S, P, True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(v_bars.index(STAGES + n % STAGES))
+    return acc, l, m
 
 
 @gluon.jit
@@ -156,15 +200,13 @@ def _consume(
     rings, q_bars, k_bars, v_bars, work, results, num_queries, scale, HALF: gl.constexpr, HEAD_DIM: gl.constexpr
 ):
     """out and lse of one half of each block's rows."""
-    q_tile, k_ring, v_ring, i_ring = rings
+    q_tile, k_ring, _, _ = rings
     items, heads, _order, _lines = work
     p_out, p_lse, out_b, out_h, out_n = results
-    STAGES: gl.constexpr = k_ring.shape[0]
     BLOCK_K: gl.constexpr = k_ring.shape[1]
     BLOCK_D: gl.constexpr = k_ring.shape[2]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     dtype: gl.constexpr = k_ring.dtype
     q_rows = q_tile.slice(HALF * ROWS, ROWS, 0)
     n = 0
@@ -183,18 +225,8 @@ def _consume(
         if masked_tiles + tiles > 0:
             mbarrier.wait(q_bars.index(0), taken & 1)
             taken += 1
-            scores = warpgroup_mma_wait(0, deps=[_scores(n, q_rows, k_ring, k_bars, S)])
-            # masked whatever it is: right for every tile
-            p, l, m, _ = _exponentiated(scores, l, m, n, i_ring, k_bars, queries, scale, S, True)
-            p = gl.convert_layout(p.to(dtype), P)
-            n += 1
-            for _ in range(1, masked_tiles):
-                acc, l, m, p, n = _step(acc, l, m, p, n, q_rows, rings, k_bars, v_bars, queries, scale, S, P, True)
-            for _ in range(gl.maximum(masked_tiles, 1), tiles):
-                acc, l, m, p, n = _step(acc, l, m, p, n, q_rows, rings, k_bars, v_bars, queries, scale, S, P, False)
-            mbarrier.arrive(q_bars.index(1))
-            acc = warpgroup_mma_wait(0, deps=[_weighted(acc, p, n - 1, v_ring, v_bars)])
-            mbarrier.arrive(v_bars.index(STAGES + (n - 1) % STAGES))
+            acc, l, m = _attended(n, masked_tiles, tiles, q_rows, rings, q_bars, k_bars, v_bars, queries, scale, S, O)
+            n += tiles
         some = l > 0
         total = gl.where(some, l, 1.0)
         lse = gl.where(some, m * LN_2 + gl.log(total), float("-inf"))
@@ -210,7 +242,7 @@ def specialised_forward_kernel(
     batch, heads, group, num_queries, scale, section,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """out and lse of every block of rows. Grid: as many programs as stay on the device, or one a block of a head.
+    """out and lse of every block of rows, with two places or more. Grid: as many programs as stay on the device, at most.
 
     The descriptors are `describe`'s: blocks (1, 1, BLOCK_Q or BLOCK_K, BLOCK_D) of q, k and v, and (1, 2·BLOCK_K) of
     the intervals; own_mask is 1 where each row of the batch has its own, else 0.
