@@ -242,7 +242,7 @@ def specialised_forward_kernel(
     batch, heads, group, num_queries, scale, section,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """out and lse of every block of rows, with two places or more. Grid: as many programs as stay on the device, at most.
+    """out and lse of every block of rows, with two places or more. Grid: as many programs as stay on the device.
 
     The descriptors are `describe`'s: blocks (1, 1, BLOCK_Q or BLOCK_K, BLOCK_D) of q, k and v, and (1, 2·BLOCK_K) of
     the intervals; own_mask is 1 where each row of the batch has its own, else 0.
