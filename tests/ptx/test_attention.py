@@ -22,8 +22,8 @@ HEAD_DIMS = (16, 24, 32, 64, 80, 128, 160, 256)
 SHIPPED = [(90, dtype, dim) for dtype in (torch.bfloat16, torch.float16, torch.float32) for dim in HEAD_DIMS]
 SHIPPED += [(80, dtype, dim) for dtype in (torch.bfloat16, torch.float32) for dim in HEAD_DIMS]
 USUAL = [(90, torch.bfloat16, 64), (90, torch.bfloat16, 128), (90, torch.float32, 64), (80, torch.bfloat16, 64)]
-# Compiling them all takes minutes: the usual ones and two others, unless the environment asks for every one.
-CHOSEN = SHIPPED if os.environ.get("PTX_ALL") == "1" else [*USUAL, None, None]
+# Compiling them all takes minutes: the usual ones and another, unless the environment asks for every one.
+CHOSEN = SHIPPED if os.environ.get("PTX_ALL") == "1" else [*USUAL, None]
 
 
 def packed(length: int) -> IntervalMask:
@@ -56,13 +56,12 @@ def test_shipped_launches(launch: Any, seed: int) -> None:
     assert launched >= {"forward", "delta", "backward_key", "backward_query"}
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_unsplit(head_dim: int, seed: int) -> None:
+def test_unsplit(seed: int) -> None:
     """As with more programs than multiprocessors; a row of its own mask for each element of the batch."""
     rng = random.Random(seed)
     mask = IntervalMask.stack([random_layout(rng, LONG).mask() for _ in range(2)])
     with playing(90, seed, processors=1):
-        judge(make_case(mask, torch.bfloat16, seed, head_dim=head_dim, heads=(2, 2)))
+        judge(make_case(mask, torch.bfloat16, seed, head_dim=rng.choice([64, 128]), heads=(2, 2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -144,7 +143,7 @@ BREAKS = {
 
 @pytest.mark.parametrize("what", BREAKS)
 def test_a_broken_kernel_is_noticed(device: None, what: str, seed: int) -> None:
-    """All occurrences in the forward at once: some seed of four shows it."""
+    """All occurrences in the forward at once: one of ten orders shows it."""
     case = make_case(packed(200), torch.bfloat16, seed, head_dim=64, heads=(1, 1))
     right = check.run(case, "triton")
     pattern, replacement = BREAKS[what]
@@ -156,7 +155,7 @@ def test_a_broken_kernel_is_noticed(device: None, what: str, seed: int) -> None:
         assert count, f"no {pattern} in {name}"
         return changed
 
-    for order in range(4):
+    for order in range(10):
         try:
             if not torch.equal(run_apart(case, seed + order, edit)[0], right[0]):
                 return

@@ -14,15 +14,20 @@ from ptx_machine.memory import Fault, SharedMemory
 
 
 class Events:
-    """What was issued and has not happened; those of one `line` happen in the order of their issue."""
+    """What was issued and has not happened; those of one `line` happen in the order of their issue.
+
+    Of a third of the programs all happen at once, of a third as late as can be, of a third at any time: `early` is the
+    chance that one happens when it is issued, `between` that one does before the next warp goes on.
+    """
 
     def __init__(self, generator: random.Random) -> None:
         self.generator = generator
+        self.early, self.between = generator.choice([(1.0, 0.0), (0.0, 0.0), (0.3, 0.1)])
         self.lines: dict[Any, list[Callable[[], None]]] = {}
 
-    def issue(self, line: Any, happen: Callable[[], None], early: float = 0.3) -> None:
+    def issue(self, line: Any, happen: Callable[[], None]) -> None:
         self.lines.setdefault(line, []).append(happen)
-        if self.generator.random() < early:
+        if self.generator.random() < self.early:
             self.happen(line)
 
     def happen(self, line: Any, left: int = 0) -> None:

@@ -101,7 +101,7 @@ class Block:
             lines = list(self.events.lines)
             if not ready and not lines:
                 break
-            if lines and (not ready or choose.random() < 0.1):
+            if lines and (not ready or choose.random() < self.events.between):
                 self.events.happen_one(choose.choice(lines))
                 continue
             team = choose.choice(ready)
