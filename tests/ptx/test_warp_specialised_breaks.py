@@ -45,7 +45,6 @@ FORWARD: dict[str, Changes] = {
     "the parity is wrong": [("n // STAGES & 1 ^ 1", "n // STAGES & 1")],
     "too few bytes": [("V_BYTES + 8 * BLOCK_K", "V_BYTES")],
     "n is not counted on": [("n += tiles", "n += tiles - 1")],
-    "masked tiles of the first block for all": [("if masked_tiles + tiles > 0:", "if tiles > 0:")],
 }
 BOTH: dict[str, Changes] = {
     "no fence": [(FENCE + "return", "return")],
