@@ -1,5 +1,6 @@
 """Warp-specialised attention for sm_90, which `tune` may choose: exact whatever the order of events, and it ends."""
 
+import copy
 import math
 import os
 import random
@@ -139,7 +140,7 @@ def test_the_order_of_events_does_not_show(stage: str, seed: int) -> None:
 
 def test_the_op_runs_what_the_table_says(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Forward and backward, by the public function; a negative scale too."""
-    monkeypatch.setattr(tuning, "_TABLES", {name: _copied(table) for name, table in tuning._TABLES.items()})
+    monkeypatch.setattr(tuning, "_TABLES", copy.deepcopy(tuning._TABLES))
     for stage in MODULES:
         tuning.set_launch("attention", stage, "sm_90", torch.bfloat16, 64, SPECIALISED[stage][64][0])
     mask = random_layout(random.Random(seed), 300).mask()
@@ -151,7 +152,3 @@ def test_the_op_runs_what_the_table_says(monkeypatch: pytest.MonkeyPatch, seed: 
         q, k, v = case[:3]
         negative = transfusion_attention(q, k, v, mask, scale=-0.1, impl="triton")
         assert torch.equal(negative, transfusion_attention(-q, k, v, mask, scale=0.1, impl="triton"))
-
-
-def _copied(table: Any) -> Any:
-    return {key: _copied(value) for key, value in table.items()} if isinstance(table, dict) else list(table)

@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 ENDS = ("bra", "ret", "exit", "brx.idx", "bar.sync", "barrier.sync", "mbarrier.arrive", "trap")
 
+PREFIXES = {".pred": "%p", ".b16": "%rs", ".b32": "%r", ".f32": "%r", ".b64": "%rd"}  # of registers of a kernel
+
 
 class Statement(NamedTuple):
-    """`@[!]guard opcode operands`. Names of an inline block's own scope carry its number."""
+    """`@[!]guard opcode operands`. What an inline block declares for itself has a name of its own in the kernel."""
 
     guard: str | None
     negated: bool
@@ -32,7 +34,6 @@ class Program(NamedTuple):
     blocks: tuple[tuple[Statement, ...], ...]
     labels: dict[str, int]
     tables: dict[str, tuple[str, ...]]
-    scopes: frozenset[str]
 
 
 def parse(text: str) -> Program:
@@ -53,30 +54,27 @@ def parse(text: str) -> Program:
         tuple(map(tuple, reader.blocks)),
         reader.labels,
         reader.tables,
-        frozenset(reader.scopes),
     )
 
 
 class _Reader:
-    """Lines -> blocks. `{` opens a scope whose declared registers and labels are its own."""
+    """Lines -> blocks. `{` opens a scope: registers and labels that it declares get names that the kernel has not."""
 
     def __init__(self, first_line: int) -> None:
         self.first_line = first_line
         self.blocks: list[list[Statement]] = [[]]
         self.labels: dict[str, int] = {}
         self.tables: dict[str, tuple[str, ...]] = {}
-        self.scopes: set[str] = set()
-        self.scope: int | None = None
-        self.own: set[str] = set()
+        self.own: dict[str, str] | None = None  # in a scope: its names, and what they are called outside
         self.pending = ""
         self.count = 0
 
     def take(self, line: str, number: int) -> None:
         if line == "{":
             self.count += 1
-            self.scope, self.own = self.count, set()
+            self.own = {}
         elif line == "}":
-            self.scope = None
+            self.own = None
         elif line and not line.startswith((".loc", ".file", ".section")):
             self.pending += " " + line
             while True:
@@ -95,12 +93,12 @@ class _Reader:
     def _label(self, name: str) -> None:
         if self.blocks[-1]:
             self.blocks.append([])
-        if self.scope is not None:
-            self.own.add(name)
-        self.labels[self._scoped(name)] = len(self.blocks) - 1
+        if self.own is not None:
+            self.own[name] = f"{name}_{self.count}"
+        self.labels[self._outside(name)] = len(self.blocks) - 1
 
-    def _scoped(self, name: str) -> str:
-        return f"{name}_{self.scope}" if self.scope is not None and name in self.own else name
+    def _outside(self, name: str) -> str:
+        return (self.own or {}).get(name, name)
 
     def _statement(self, text: str, line: int) -> None:
         if text.startswith(".branchtargets"):
@@ -108,17 +106,18 @@ class _Reader:
             self.tables[name] = tuple(targets)
             return
         if text.startswith(".reg"):
-            if self.scope is not None:
-                self.own |= set(re.findall(r"[\w$]+", text.split(None, 2)[2]))
-                self.scopes |= {self._scoped(name) for name in self.own}
+            if self.own is not None:
+                _, kind, names = text.split(None, 2)
+                for index, name in enumerate(re.findall(r"[\w$]+", names)):
+                    self.own[name] = f"{PREFIXES[kind]}{10**6 * self.count + index}"
             return
         if text.startswith((".pragma", ".local", ".shared")):
             assert not text.startswith((".local", ".shared")), f"line {line}: {text}"
             return
         match = re.match(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", text, re.DOTALL)
         assert match, f"line {line}: what is {text!r}?"
-        words = re.sub(r"(?<![%\w$])[A-Za-z_$][\w$]*", lambda word: self._scoped(word[0]), match[4])
-        guard = self._scoped(match[2]) if match[2] else None
+        words = re.sub(r"(?<![%\w$])[A-Za-z_$][\w$]*", lambda word: self._outside(word[0]), match[4])
+        guard = self._outside(match[2]) if match[2] else None
         opcode = match[3]
         self.blocks[-1].append(Statement(guard, bool(match[1]), opcode, _operands(words), line))
         if opcode.startswith(ENDS):

@@ -57,7 +57,6 @@ class GlobalMemory:
                 regions[begin] = (begin, end, Memory(_bytes(tensor, low, high)))
         self.regions = [regions[begin] for begin in sorted(regions)]
         self.begins = [region[0] for region in self.regions]
-        self.last = 0
 
     def find(self, address: int, size: int) -> tuple[int, int, Memory]:
         """The region that holds `size` bytes at `address`."""
@@ -69,10 +68,9 @@ class GlobalMemory:
 
     def split(self, address: Any, size: int, mask: Any) -> Any:
         """(region, offsets from its begin, the lanes that touch it) for each region; most often there is one."""
-        if (address[mask] if mask is not None else address).__mod__(size).any():
-            raise Fault(
-                f"global memory: {address[mask] if mask is not None else address} not multiples of {size} bytes"
-            )
+        touched = address if mask is None else address[mask]
+        if (touched % np.uint64(size)).any():
+            raise Fault(f"global memory: {touched} not multiples of {size} bytes")
         left = np.ones(address.shape, bool) if mask is None else mask.copy()
         while left.any():
             begin, end, memory = self.find(int(address[left.argmax()]), size)
@@ -105,7 +103,7 @@ def _bytes(tensor: Tensor, low: int, high: int) -> Any:
 class SharedMemory(Memory):
     """A program's own, full of ones at first (NaN, -1). Bytes that ordinary stores wrote must be fenced before the
     asynchronous proxy (wgmma, tensor copies) reads them. Of what cp.async wrote that is not asked: Triton 3.6 fences
-    none of it, 3.7 most (its pull request 9610), and compilers that the two come with keep the order all the same."""
+    none of it, 3.7 most (its pull request 9610)."""
 
     BASE = 1024
 

@@ -338,13 +338,12 @@ _POISON = {
     "%rs": (0xFFFF, np.uint16),
     "%r": (0xFFFFFFFF, np.uint32),
     "%rd": (0xFFFFFFFFFFFFFFFF, np.uint64),
-    "complete_": (0, bool),
 }
 
 
 def _registers(statement: Statement) -> set[str]:
     text = " ".join([statement.guard or "", *statement.operands])
-    return set(re.findall(r"%[a-z]+\d+|\bcomplete_\d+", text))
+    return set(re.findall(r"%[a-z]+\d+", text))
 
 
 def _together(active: Any) -> None:

@@ -34,7 +34,7 @@ class Writer:
     # -- registers
 
     def bits(self, register: str) -> int:
-        return {"%p": 1, "%rs": 16, "%r": 32, "%rd": 64}.get(register.rstrip("0123456789"), 1)
+        return {"%p": 1, "%rs": 16, "%r": 32, "%rd": 64}[register.rstrip("0123456789")]
 
     def constant(self, value: Any) -> str:
         name = f"K{len(self.constants)}"
