@@ -62,7 +62,7 @@ def formula(case: Case, wide: torch.dtype, compute: torch.dtype) -> list[Tensor]
 
 
 def eager_orders(case: Case, count: int = 64) -> list[list[Tensor]]:
-    """The formula in the inputs' own precision, `count` times with head dimension and keys, so every sum, reordered.
+    """The formula in the inputs' own precision, `count` times with head dimension and keys, so their sums, reordered.
 
     lse is rounded once, for a whole row of probabilities: one order of keys may round it exactly, by luck. Backward
     sums its scores in an order of its own, as kernels do: with the forward's, their errors would cancel those of lse.

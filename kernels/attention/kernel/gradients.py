@@ -116,11 +116,15 @@ def _key_runs(
 ):  # fmt: skip
     """dv += Pᵀ dout, dk += dSᵀ q over the query tiles of all runs of one kind; scores are (BLOCK_K, BLOCK_Q).
 
+    In float32 the last queries come first, and full tiles before masked ones: the first queries see few keys and weigh
+    each the most, and a large sum rounds what is added to it. In 16 bits the result is rounded far more than that.
     A tile with queries past the end is a masked one. Offsets of rows are computed anew for each tile, unlike elsewhere:
     the two accumulators leave no registers to keep them in.
     """
     for run in range(runs):
-        for tile in range(tl.load(p_runs + 2 * run), tl.load(p_runs + 2 * run + 1)):
+        first, last = tl.load(p_runs + 2 * run), tl.load(p_runs + 2 * run + 1)
+        for number in range(first, last):
+            tile = first + last - 1 - number if PRECISION == "ieee" else number
             queries = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
             inside, rows = queries < num_queries, queries.to(tl.int64)
             q = load_rows(p_q, rows * stride_q, inside, HEAD_DIM, BLOCK_D, MASKED)
@@ -160,6 +164,7 @@ def backward_key_kernel(
     p_tiles += b * tiles_b + tile * tiles_n
     masked_runs, full_runs = tl.load(p_tiles), tl.load(p_tiles + 1)
 
+    TURN_OF_MASKED: tl.constexpr = 1 if PRECISION == "ieee" else 0
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     p_q += b * q_b + kv * group * q_h
@@ -167,14 +172,13 @@ def backward_key_kernel(
     p_lse += row * group * num_queries
     p_delta += row * group * num_queries
     for _ in range(group):
-        dk, dv = _key_runs(
-            dk, dv, k, v, start, end, masked_runs, p_tiles + MASKED_RUNS, p_q, p_grad_out, p_lse, p_delta,
-            q_n, go_n, num_queries, scale, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION, True,
-        )  # fmt: skip
-        dk, dv = _key_runs(
-            dk, dv, k, v, start, end, full_runs, p_tiles + FULL_RUNS, p_q, p_grad_out, p_lse, p_delta,
-            q_n, go_n, num_queries, scale, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION, False,
-        )  # fmt: skip
+        for kind in tl.static_range(2):
+            runs = masked_runs if kind == TURN_OF_MASKED else full_runs
+            p_runs = p_tiles + (MASKED_RUNS if kind == TURN_OF_MASKED else FULL_RUNS)
+            dk, dv = _key_runs(
+                dk, dv, k, v, start, end, runs, p_runs, p_q, p_grad_out, p_lse, p_delta, q_n, go_n, num_queries, scale,
+                HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION, kind == TURN_OF_MASKED,
+            )  # fmt: skip
         p_q += q_h
         p_grad_out += go_h
         p_lse += num_queries
