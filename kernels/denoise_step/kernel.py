@@ -45,19 +45,19 @@ def denoise_step_kernel(
             unconditional, tiles, image, first_pixel, channel, token, feature, stride_ui, stride_un, stride_uf, P
         )
         base = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-        guided = base + tl.load(guidance + image) * (guided - base)
+        guided = tl.fma(tl.load(guidance + image), guided - base, base)
     first = first_pixel * C + channel * num_pixels + start
     data = latent_tile(
         latents, tiles, image, first, channel, y, x, mask, stride_i, stride_c, stride_y, stride_x, BLOCK_S
     )
     limit = tl.load(coefficients + 6)
-    estimate = tl.load(coefficients + 4) * data + tl.load(coefficients + 5) * guided
+    estimate = tl.fma(tl.load(coefficients + 5), guided, tl.load(coefficients + 4) * data)
     estimate = tl.minimum(tl.maximum(estimate, -limit), limit)
-    following = tl.load(coefficients) * data + tl.load(coefficients + 1) * guided
-    following += tl.load(coefficients + 2) * estimate
+    following = tl.fma(tl.load(coefficients + 1), guided, tl.load(coefficients) * data)
+    following = tl.fma(tl.load(coefficients + 2), estimate, following)
     if noise is not None or seed is not None:
         drawn = noise_tile(noise, seed, first, mask, BLOCK_C, BLOCK_S, ALIGN % 4 == 0)
-        following += tl.load(coefficients + 3) * drawn
+        following = tl.fma(tl.load(coefficients + 3), drawn, following)
     pointers = result + first[:, None] + tl.arange(0, BLOCK_S)[None, :]
     tl.store(pointers, following.to(result.dtype.element_ty), mask=mask)
 

@@ -28,12 +28,16 @@ def box_muller(u1, u2):
 
     tl.cos and tl.sin carry a double-precision branch for huge angles. Here the angle is u2 turns: quarter turns are
     counted off exactly, and the remaining eighth of a turn either way is Cephes' sinf and cosf polynomials, one ulp.
+
+    Here and in what else this noise enters every fused product is written out: left to the compiler, which products of
+    a sum it fuses depends on what stands around them, and kernels would differ in the last bit.
     """
     quarter = (4.0 * u2 + 0.5).to(tl.int32)
     x = (4.0 * u2 - quarter) * 1.5707963267948966
     z = x * x
-    sin = x + x * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
-    cos = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    sin = tl.fma(x * z, tl.fma(z, tl.fma(z, -1.9515295891e-4, 8.3321608736e-3), -1.6666654611e-1), x)
+    cos = tl.fma(z, tl.fma(z, 2.443315711809948e-5, -1.388731625493765e-3), 4.166664568298827e-2)
+    cos = tl.fma(z * z, cos, tl.fma(z, -0.5, 1.0))
     odd = (quarter & 1) != 0
     cosine, sine = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
     cosine = tl.where(((quarter + 1) & 2) != 0, -cosine, cosine)
@@ -133,7 +137,7 @@ def noised_tile(
         latents, tiles, image, first, channel, y, x, mask, stride_i, stride_c, stride_y, stride_x, BLOCK_S
     )
     drawn = noise_tile(noise, seed, first, mask, BLOCK_C, BLOCK_S, ALIGN % 4 == 0)
-    return tl.load(data_weight + image) * data + tl.load(noise_weight + image) * drawn
+    return tl.fma(tl.load(noise_weight + image), drawn, tl.load(data_weight + image) * data)
 
 
 @triton.jit

@@ -2,11 +2,13 @@
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from transfusion.kernels import verify
+from transfusion.kernels import RaggedLatents, denoise_step, diffusion_loss, patchify_noise, verify
 
 OPS = [op for op in verify.CHECKS if op != "transfusion_attention"]
 
@@ -26,3 +28,29 @@ def test_cases_in_another_dtype(device: None, op: str, seed: int) -> None:
     cases = verify.CHECKS[op](torch.device("cpu"), dtype, torch.Generator().manual_seed(seed))
     for case, verdicts in itertools.islice(cases, 6):
         assert all(verdict.passed for verdict in verdicts.values()), (dtype, case, verdicts)
+
+
+def test_ragged_images_are_a_loop_of_dense_ones(device: None, seed: int) -> None:
+    """Bit for bit, of two kernels that are compiled apart: neither fuses a product that the other does not."""
+    generator = torch.Generator().manual_seed(seed)
+    images, noise = ([torch.randn(3, *size, generator=generator) for size in ((4, 6), (8, 2))] for _ in range(2))
+    ragged, drawn = RaggedLatents.pack(images), torch.cat([each.flatten() for each in noise])
+    alpha, sigma = torch.rand(2, 2, generator=generator)
+    coefficients = torch.randn(7, generator=generator)
+    prediction = torch.randn(ragged.values.numel() // 12, 12, generator=generator, requires_grad=True)
+
+    def calls(prediction: Tensor, latents: Any, alpha: Tensor, sigma: Tensor, noise: Tensor) -> list[Tensor]:
+        loss = diffusion_loss(prediction, latents, alpha, sigma, 2, noise=noise, impl="triton")
+        grad = torch.autograd.grad(loss.sum(), prediction)[0]
+        tokens = patchify_noise(latents, alpha, sigma, 2, noise=noise, impl="triton")
+        after = denoise_step(prediction.detach(), latents, coefficients, 2, noise=noise, impl="triton")
+        return [tokens, grad, after.values if isinstance(after, RaggedLatents) else after]
+
+    together = calls(prediction, ragged, alpha, sigma, drawn)
+    counts = [image.numel() // 12 for image in images]
+    alone = [
+        calls(part[None], image[None], alpha[i : i + 1], sigma[i : i + 1], z[None])
+        for i, (part, image, z) in enumerate(zip(prediction.split(counts), images, noise, strict=True))
+    ]
+    for whole, *parts in zip(together, *alone, strict=True):
+        assert torch.equal(whole.flatten(), torch.cat([part.flatten() for part in parts]))
