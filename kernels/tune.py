@@ -4,8 +4,8 @@
     python -m transfusion.kernels.tune --stage forward --head-dim 128 --seconds 120
 
 Candidates are compiled and checked by several processes, the ones nearest to the present launch first; then they are
-timed one by one. What does not compile (too much shared memory), or misses its bound, is never timed. Every figure is
-a line of `--rows`; the table keeps the choice. A GPU without a table gets one. Nothing is tuned at run time.
+timed one by one. What does not compile (too much shared memory), misses its bound or does not end is never timed. Every
+figure is a line of `--rows`; the table keeps the choice. A GPU without a table gets one. Nothing is tuned at run time.
 """
 
 import argparse
@@ -16,8 +16,9 @@ import os
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
@@ -35,6 +36,7 @@ from transfusion.kernels.interval_mask import IntervalMask
 from transfusion.kernels.tuning import SPECIALISED, Launch
 
 STAGES = ("forward", "backward_query", "backward_key", "decode")
+GRACE_SECONDS = 60.0  # for checks that are under way when their time is up
 RESULTS = {"forward": ("out", "lse"), "decode": ("out", "lse"), "backward_query": ("dq",), "backward_key": ("dk", "dv")}
 
 
@@ -170,14 +172,56 @@ def why_not(stage: str, dtype: torch.dtype, head_dim: int, launch: Launch) -> st
     return ""
 
 
-def tune(stage: str, dtype: torch.dtype, head_dim: int, until: float, pool: Executor | None = None) -> Iterator[Trial]:
-    """A trial of each candidate, until the clock says so; with a pool, all are checked before the first is timed."""
+class Checkers:
+    """So many workers of `make_pool` that check candidates. Where a launch hangs they are killed and made anew."""
+
+    def __init__(self, jobs: int, make_pool: Callable[[int], Executor]) -> None:
+        self.jobs, self.make_pool = jobs, make_pool
+
+    def __enter__(self) -> "Checkers":
+        self.pool = self.make_pool(self.jobs)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown()
+
+    def reasons(self, ask: Callable[[Launch], str], launches: Sequence[Launch], seconds: float) -> list[str]:
+        """`ask` of each launch; of one that there was no time for, or that does not end, that it is so."""
+        end = time.monotonic() + seconds
+        answers = ["no time was left to check it"] * len(launches)
+        running: dict[Future[str], int] = {}
+        left = deque(range(len(launches)))
+        while True:
+            while left and len(running) < self.jobs and time.monotonic() < end:
+                number = left.popleft()
+                running[self.pool.submit(ask, launches[number])] = number
+            done, _ = wait(running, max(end - time.monotonic(), 0.0) + GRACE_SECONDS, FIRST_COMPLETED)
+            if not done:
+                break
+            for future in done:
+                answers[running.pop(future)] = future.result()
+        for number in running.values():
+            answers[number] = "its check does not end"
+        if running:
+            self.pool.shutdown(wait=False)
+            for process in multiprocessing.active_children():
+                process.kill()
+            self.pool = self.make_pool(self.jobs)
+        return answers
+
+
+def tune(
+    stage: str, dtype: torch.dtype, head_dim: int, until: float, checkers: Checkers | None = None
+) -> Iterator[Trial]:
+    """A trial of each candidate, until the clock says so; checkers are done, or stopped, before the first is timed."""
     if time.monotonic() > until:
         return
     current = tuning.launch("attention", stage, tuning.table_name(torch.device("cuda")), dtype, head_dim)
     launches = candidates(stage, head_dim, current, specialised_launches(stage, dtype, head_dim))
     ask, name = partial(why_not, stage, dtype, head_dim), str(dtype).removeprefix("torch.")
-    reasons: Iterable[str] = map(ask, launches) if pool is None else list(pool.map(ask, launches))
+    reasons: Iterable[str] = map(ask, launches)
+    if checkers is not None:
+        reasons = checkers.reasons(ask, launches, 0.75 * (until - time.monotonic()))
     for launch, reason in zip(launches, reasons, strict=True):
         if time.monotonic() > until:
             return
@@ -214,18 +258,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     tuning.add_table(table)
     plan = list(product(options.head_dim or (128, 64), options.stage or STAGES))
     spawn = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
-    with ProcessPoolExecutor(options.jobs, spawn) if options.jobs > 1 else nullcontext() as pool:
-        _tune_all(plan, dtype, options, pool)
+    pools = partial(ProcessPoolExecutor, mp_context=spawn)
+    with Checkers(options.jobs, pools) if options.jobs > 1 else nullcontext() as checkers:
+        _tune_all(plan, dtype, options, checkers)
     return 0
 
 
-def _tune_all(plan: Sequence[tuple[int, str]], dtype: torch.dtype, options: Any, pool: Executor | None) -> None:
+def _tune_all(plan: Sequence[tuple[int, str]], dtype: torch.dtype, options: Any, checkers: Checkers | None) -> None:
     table = tuning.architecture(torch.device("cuda"))
     end = time.monotonic() + options.seconds
     for index, (head_dim, stage) in enumerate(plan):
         share = (end - time.monotonic()) / (len(plan) - index)  # what is left is divided anew
         trials = []
-        for trial in tune(stage, dtype, head_dim, time.monotonic() + share, pool):
+        for trial in tune(stage, dtype, head_dim, time.monotonic() + share, checkers):
             trials.append(trial)
             print(_line(trial), flush=True)
             if options.rows:

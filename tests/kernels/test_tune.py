@@ -1,9 +1,10 @@
 """The tune command: what fails its check is never timed, the fastest launch wins, and what is written is read."""
 
 import json
+import multiprocessing
 import pickle
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from transfusion.kernels import tune, tuning
-from transfusion.kernels.tune import STAGES, Trial, candidates, fastest
+from transfusion.kernels.tune import STAGES, Checkers, Trial, candidates, fastest
 from transfusion.kernels.tuning import SPECIALISED, Launch
 
 GPU = "sm_120"  # has no table of its own
@@ -111,8 +112,8 @@ def test_a_candidate_that_fails_is_out_and_the_next_is_tried(machine: Path, monk
 
     monkeypatch.setattr(tune, "passes", passes)
     monkeypatch.setattr(tune, "median_milliseconds", clock)
-    with ThreadPoolExecutor(1) as pool:
-        trials = list(tune.tune("forward", torch.bfloat16, 64, time.monotonic() + 60, pool))
+    with Checkers(1, ThreadPoolExecutor) as checkers:
+        trials = list(tune.tune("forward", torch.bfloat16, 64, time.monotonic() + 60, checkers))
     assert [trial.launch for trial in trials] == judged == candidates("forward", 64, before)
     for trial in trials:
         failed = trial.launch.num_warps == 8
@@ -120,6 +121,17 @@ def test_a_candidate_that_fails_is_out_and_the_next_is_tried(machine: Path, monk
         assert trial.milliseconds == (None if failed else float(trial.launch.block_q))
     assert in_table("forward") == before
     pickle.loads(pickle.dumps(partial(tune.why_not, "forward", torch.bfloat16, 64)))  # as processes are sent it
+
+
+def test_a_launch_that_hangs_is_out_and_the_others_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`time.sleep` for the check: it ends with None, after as long as the launch says."""
+    monkeypatch.setattr(tune, "GRACE_SECONDS", 0.5)
+    with Checkers(2, partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))) as checkers:
+        began = time.monotonic()
+        reasons = checkers.reasons(time.sleep, [0.0, 600.0, 0.0, 600.0, 0.0], 10.0)
+        assert reasons == [None, hung := "its check does not end", None, hung, "no time was left to check it"]
+        assert checkers.reasons(time.sleep, [0.0], 60.0) == [None]
+        assert time.monotonic() - began < 90
 
 
 def test_the_nearest_candidates_come_first() -> None:
