@@ -151,7 +151,7 @@ def test_a_wrong_kernel_fails(
     for check in (patchify_noise_check, diffusion_loss_check):
         monkeypatch.setattr(check, "SHAPES", patchify_noise_check.SHAPES[:1])
     junit = tmp_path / "verify.xml"
-    assert main(["--op", op, "--junit", str(junit)]) == 1
+    assert main(["--op", op, "--junit", str(junit), "--jobs", "1"]) == 1
     output = capsys.readouterr().out
     rows = len(re.findall("FAIL", output))
     assert rows >= 4, output  # two dtypes, two sources of noise

@@ -19,7 +19,7 @@ WIDER = dataclasses.replace(CONFIG, dim=64)  # heads of 32
 
 
 def results(model: Transfusion, batch: Batch, impl: str) -> list[Tensor]:
-    """The loss of each image and every gradient. The mean of the losses is one number, whose error may be none by luck."""
+    """The loss of each image and every gradient. Their mean is one number, whose error may be none by luck."""
     model.zero_grad()
     losses = model(batch, impl)
     losses.total.backward()

@@ -72,6 +72,16 @@ def fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
     return (np.multiply(a, b, dtype=np.float64) + c).astype(np.float32)
 
 
+def parts(register: Lanes, dtype: Any) -> Lanes:
+    """The two halves of 32 bits as numbers of 16, side by side."""
+    return np.atleast_1d(register)[:, None].view(dtype)
+
+
+def whole(numbers: Lanes) -> Lanes:
+    """Back to 32 bits."""
+    return np.ascontiguousarray(numbers).view(np.uint32)[:, 0]
+
+
 def quotient(a: Lanes, b: Lanes) -> Lanes:
     """Towards zero; what an inactive lane divides by is anything."""
     b = np.where(b == 0, b.dtype.type(1), b) if isinstance(b, np.ndarray) else b

@@ -27,8 +27,10 @@ class Instructions(Writer):
         special = getattr(self, "_" + words[0], None)
         if special is not None:
             special(statement, words, operands)
-            return
-        self._arithmetic(statement, words, operands)
+        elif words[-1].endswith("x2"):
+            self._packed(statement, words, operands)
+        else:
+            self._arithmetic(statement, words, operands)
 
     def _arithmetic(self, statement: Statement, words: Words, operands: Operands) -> None:
         bits, kind = _type(words[-1])
@@ -61,6 +63,13 @@ class Instructions(Writer):
         if words[0] == "popc":
             names["T"], kind = "np.uint32", "u"
         self.define(target, kind, template.format(*sources, **names), statement)
+
+    def _packed(self, statement: Statement, words: Words, operands: Operands) -> None:
+        """Two numbers of 16 bits in one register."""
+        bits, kind = _type(words[-1].removesuffix("x2"))
+        template = BINARY.get(words[0]) or (FLOAT if kind == "f" else INTEGER)[words[0]]
+        sources = [f"parts({self.use(each, 'u', 32)}, {self.dtype(bits, kind)})" for each in operands[1:]]
+        self.define(operands[0], "u", f"whole({template.format(*sources)})", statement)
 
     def _shift(self, operand: str, bits: int, kind: str) -> str:
         if NUMBER.match(operand):
