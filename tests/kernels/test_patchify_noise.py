@@ -7,6 +7,7 @@ import pytest
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from transfusion.kernels import RaggedLatents
 from transfusion.kernels.patchify_noise import kernel, op, reference
@@ -239,7 +240,7 @@ def test_compiles_without_graph_breaks(impl: str) -> None:
 
 
 def test_recompiles_at_most_once_over_image_counts() -> None:
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(patchify_noise, fullgraph=True, backend=counter)
     for images in range(2, 8):
         case = make_case((images, 3, 4, 4), 2)

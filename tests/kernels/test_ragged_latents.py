@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from transfusion.kernels import RaggedLatents, denoise_step, diffusion_loss, patchify_noise, ragged_latents
 from transfusion.kernels.patchify_noise import kernel
@@ -155,7 +156,7 @@ def test_opcheck(impl: str) -> None:
 
 
 def test_one_compilation_serves_every_layout() -> None:
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def step(ragged: RaggedLatents, alpha: Tensor, sigma: Tensor, seed: Tensor) -> Tensor:
         tokens = patchify_noise(ragged, alpha, sigma, 2, seed=seed)

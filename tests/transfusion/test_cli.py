@@ -94,6 +94,7 @@ def test_eval_refuses_a_file_without_features_before_it_measures(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    pytest.importorskip("torchmetrics")
     monkeypatch.setattr(Run, "evaluate", None)
     capsys.readouterr()
     assert cli.main(["eval", "--run", str(run), "--features", str(folder / name)]) == 2
