@@ -1,5 +1,5 @@
 """The ops on image latents under pytest-benchmark: the cases and checks of `python -m benchmarks --suite ops`, and what
-that suite leaves out: images of different sizes, and what a call costs the host."""
+that suite leaves out: images of different sizes."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from benchmarks import ops
 from benchmarks.cases import DEVICE, DTYPE, RAGGED_SIZES
 from benchmarks.clock import synchronized
 from benchmarks.gate import failures
-from transfusion.kernels import RaggedLatents, denoise_step, diffusion_loss, patchify_noise
+from transfusion.kernels import RaggedLatents, patchify_noise
 
 ON_GPU = DEVICE == "cuda"
 
@@ -52,20 +52,3 @@ def test_images_of_different_sizes(benchmark: Any, form: str) -> None:
         return [patchify_noise(x, *w, 2, seed=seed, dtype=DTYPE) for x, w in zip(groups, weights, strict=True)]
 
     benchmark.pedantic(synchronized(call), warmup_rounds=2, rounds=10)
-
-
-@pytest.mark.skipif(not ON_GPU, reason="without a device to queue work for, a call's time is its computation")
-@pytest.mark.parametrize("op", ["patchify_noise", "diffusion_loss", "denoise_step"])
-def test_host_overhead(benchmark: Any, op: str) -> None:
-    """Seconds in which the host has queued one call, on images so small that the device is never behind."""
-    latents = torch.randn(2, 8, 8, 8, device=DEVICE)
-    first, second = torch.rand(2, 2, device=DEVICE)
-    seed, tokens = torch.tensor(5, device=DEVICE), torch.randn(2, 16, 32, device=DEVICE, dtype=DTYPE)
-    coefficients = torch.rand(7, device=DEVICE)
-    calls = {
-        "patchify_noise": lambda: patchify_noise(latents, first, second, 2, seed=seed, dtype=DTYPE),
-        "diffusion_loss": lambda: diffusion_loss(tokens, latents, first, second, 2, seed=seed),
-        "denoise_step": lambda: denoise_step(tokens, latents, coefficients, 2, seed=seed),
-    }
-    benchmark.group = "host overhead of a call"
-    benchmark.pedantic(calls[op], setup=torch.cuda.synchronize, warmup_rounds=20, rounds=200)

@@ -114,7 +114,7 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         """Function, element type, what it is specialised on, warps and stages: unique among the cases of a target."""
-        hidden = re.compile("BLOCK_D|PRECISION|stride_")
+        hidden = re.compile("BLOCK_D|PRECISION|stride_|gl_")
         parts = [f"{key}={value}" for key, value in self.constants.items() if not hidden.match(key)]
         return " ".join([self.function, self.dtype, *parts, f"warps={self.num_warps}", f"stages={self.num_stages}"])
 
@@ -306,12 +306,17 @@ def compile_all(numbers: Sequence[tuple[str, int]], jobs: int) -> Iterator[tuple
 
 
 def _keep(lines: Sequence[str]) -> None:
-    """Writes the lines of some targets, or of all, into the table; other targets' lines stay."""
+    """Writes lines into the table, in the place of those of the same launches; those that ship no more are left out."""
     before = GOLDEN.read_text().splitlines()[3:] if GOLDEN.exists() else []
-    new = {line.split()[0] for line in lines}
-    every = [*lines, *(line for line in before if line.split()[0] not in new)]
-    targets = list(TARGETS)
-    GOLDEN.write_text("\n".join([header(), *sorted(every, key=lambda line: targets.index(line.split()[0])), ""]))
+    kept = {_launch_of(line): line for line in (*before, *lines)}
+    shipped = [(target, case.name) for target in TARGETS for case in all_cases(target)]
+    GOLDEN.write_text("\n".join([header(), *(kept[launch] for launch in shipped if launch in kept), ""]))
+
+
+def _launch_of(line: str) -> tuple[str, str]:
+    """Target and name of a line of the table."""
+    target, *numbers_and_name = line.split()
+    return target, " ".join(numbers_and_name[7:])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -319,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile the shipped kernels without a GPU and check their limits.")
     parser.add_argument("--all", action="store_true", help="every launch that ships (minutes), not a part")
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; default: every target")
+    parser.add_argument("--function", action="append", help="as the table names it; may be repeated; default: all")
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
     parser.add_argument("--write", action="store_true", help=f"keep the table of --all in {GOLDEN.name}")
@@ -329,8 +335,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         (target, index)
         for target in options.target or TARGETS
         for index, case in enumerate(all_cases(target))
-        if options.all or representative(case, target)
+        if (options.all or representative(case, target)) and case.function in (options.function or [case.function])
     ]
+    if not numbers:
+        parser.error(f"no launch is of {' or '.join(options.function)}")
     as_table = options.format == "table"
     if as_table:
         print(header(), flush=True)

@@ -1,7 +1,8 @@
 """`define(...)` -> an op in torch's dispatcher: what autograd, fake tensors, `torch.compile` and checkpointing see.
 
 It is `torch.library.custom_op` without what that does in Python at each call (defaults filled in from the schema,
-outputs compared with inputs): small calls wait for the host.
+outputs compared with inputs), and where nothing but autograd looks at a call, autograd is asked at once instead of
+through the dispatcher: small calls wait for the host.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._compile import _disable_dynamo as disable_dynamo  # torch.compiler.disable would import dynamo here
 
 _LIBRARY = torch.library.Library("transfusion", "FRAGMENT")
@@ -23,7 +25,7 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Any:
-    """The op `transfusion::name`, which writes to none of its arguments and returns none of them.
+    """-> a function that calls the op `transfusion::name`, which writes to no argument and returns none.
 
     Args:
         schema: "(Tensor q, ...) -> Tensor", in torch's language, without defaults.
@@ -34,11 +36,27 @@ def define(
     """
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.transfusion, name).default
-    # Where a graph breaks, dynamo would look into what the dispatcher calls.
-    _LIBRARY.impl(name, disable_dynamo(run), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _out_of_sight(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"transfusion::{name}", fake, lib=_LIBRARY)
-    _LIBRARY.impl(name, _autograd(name, op, setup_context, backward), "Autograd")
-    return op
+    autograd = _autograd(name, op, setup_context, backward)
+    _LIBRARY.impl(name, autograd, "Autograd")
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return op(*inputs)
+        return autograd(*inputs)
+
+    return call
+
+
+def _out_of_sight(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` where dynamo does not look: after a break in a graph it would into what the dispatcher calls."""
+    hidden = disable_dynamo(run)
+
+    def call(*inputs: Any) -> Any:
+        return run(*inputs) if get_eval_frame_callback() is None else hidden(*inputs)
+
+    return call
 
 
 def _autograd(
@@ -64,8 +82,10 @@ def _autograd(
     def call(*inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(f"transfusion::{name} under torch.func.grad or vjp: use torch.autograd instead")
-        if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in inputs):
-            return Node.apply(*inputs)
+        if torch.is_grad_enabled():
+            for each in inputs:
+                if isinstance(each, Tensor) and each.requires_grad:
+                    return Node.apply(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)
 

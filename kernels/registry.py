@@ -150,7 +150,7 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
 
     torch drops the tangent of a custom op silently (zeros), so the op must look for it itself.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
         return
     for tensor in tensors:
         if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
@@ -160,6 +160,10 @@ def installed(stage: str, dtype: torch.dtype, head_dim: int, launch: Launch) -> 
         tuning.set_launch("attention", stage, table, dtype, head_dim, current)
 
 
+class FaultError(RuntimeError):
+    """A launch after which its process can use the GPU no more: every later call there would fail like it."""
+
+
 def why_not(stage: str, dtype: torch.dtype, head_dim: int, launch: Launch) -> str:
     """Why a candidate is not timed, or nothing. Leaves what will be timed compiled, in Triton's cache on the disk."""
     with installed(stage, dtype, head_dim, launch):
@@ -167,13 +171,23 @@ def why_not(stage: str, dtype: torch.dtype, head_dim: int, launch: Launch) -> st
             if not passes(stage, dtype, head_dim):
                 return "misses its bound"
             make_call(stage, dtype, head_dim)()
+            torch.cuda.synchronize()
         except Exception as error:  # a compiler's, a launch's: the candidate is out, and the next is tried
-            return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                raise FaultError(reason) from None
+            return reason
     return ""
 
 
 class Checkers:
-    """So many workers of `make_pool` that check candidates. Where a launch hangs they are killed and made anew."""
+    """So many workers of `make_pool` that check candidates.
+
+    Where a launch hangs, faults or ends its process, all are made anew. What fell with it is checked again, alone, for
+    it may have been another's doing.
+    """
 
     def __init__(self, jobs: int, make_pool: Callable[[int], Executor]) -> None:
         self.jobs, self.make_pool = jobs, make_pool
@@ -187,27 +201,54 @@ class Checkers:
 
     def reasons(self, ask: Callable[[Launch], str], launches: Sequence[Launch], seconds: float) -> list[str]:
         """`ask` of each launch; of one that there was no time for, or that does not end, that it is so."""
-        end = time.monotonic() + seconds
-        answers = ["no time was left to check it"] * len(launches)
-        running: dict[Future[str], int] = {}
-        left = deque(range(len(launches)))
+        self.ask, self.launches, self.end = ask, launches, time.monotonic() + seconds
+        self.answers = ["no time was left to check it"] * len(launches)
+        self.left, self.alone, self.running = deque(range(len(launches))), set[int](), dict[Future[str], int]()
+        self.broken = False
         while True:
-            while left and len(running) < self.jobs and time.monotonic() < end:
-                number = left.popleft()
-                running[self.pool.submit(ask, launches[number])] = number
-            done, _ = wait(running, max(end - time.monotonic(), 0.0) + GRACE_SECONDS, FIRST_COMPLETED)
-            if not done:
-                break
+            if self.broken and not self.running:
+                self._renew()
+            self._submit()
+            done, _ = wait(self.running, max(self.end - time.monotonic(), 0.0) + GRACE_SECONDS, FIRST_COMPLETED)
             for future in done:
-                answers[running.pop(future)] = future.result()
-        for number in running.values():
-            answers[number] = "its check does not end"
-        if running:
-            self.pool.shutdown(wait=False)
-            for process in multiprocessing.active_children():
-                process.kill()
-            self.pool = self.make_pool(self.jobs)
-        return answers
+                self._settle(future)
+            if not done and not self.broken:
+                break
+        for number in self.running.values():
+            self.answers[number] = "its check does not end"
+        if self.running:
+            self._renew()
+        return self.answers
+
+    def _submit(self) -> None:
+        while self.left and not self.broken and time.monotonic() < self.end:
+            number = self.left[0]
+            if len(self.running) >= (1 if number in self.alone else self.jobs):
+                return
+            try:
+                future = self.pool.submit(self.ask, self.launches[number])
+            except BrokenExecutor:  # since the last look at it
+                self.broken = True
+            else:
+                self.running[future] = self.left.popleft()
+
+    def _settle(self, future: Future[str]) -> None:
+        number = self.running.pop(future)
+        try:
+            self.answers[number] = future.result()
+        except (FaultError, BrokenExecutor) as error:
+            self.broken = True
+            if number in self.alone:
+                self.answers[number] = str(error)
+            else:
+                self.alone.add(number)
+                self.left.append(number)
+
+    def _renew(self) -> None:
+        self.pool.shutdown(wait=False)
+        for process in multiprocessing.active_children():
+            process.kill()
+        self.pool, self.broken = self.make_pool(self.jobs), False
 
 
 def tune(

@@ -56,8 +56,22 @@ SPECIALISED: dict[str, dict[int, tuple[Launch, ...]]] = {
 }
 
 
+Table = dict[str, dict[str, dict[int, dict[int, Launch]]]]
+
+
+def _parse(text: str) -> Table:
+    return {
+        op: {
+            stage: {int(size): {int(dim): Launch(*row) for dim, row in dims.items()} for size, dims in sizes.items()}
+            for stage, sizes in stages.items()
+        }
+        for op, stages in json.loads(text).items()
+    }
+
+
 _FOLDER = Path(__file__).parent / "tables"
-_TABLES = {path.stem: json.loads(path.read_text()) for path in _FOLDER.glob("*.json")}
+_TABLES = {path.stem: _parse(path.read_text()) for path in _FOLDER.glob("*.json")}
+_DEVICES: dict[torch.device, tuple[str, int]] = {}  # what torch says of each, at a cost of microseconds a question
 
 
 def table_name(device: torch.device) -> str:
@@ -70,17 +84,28 @@ def table_name(device: torch.device) -> str:
 
 def architecture(device: torch.device) -> str:
     """The name that a table of this GPU has: "sm_90", "gfx942"."""
-    if torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"sm_{major}{minor}"
-    return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return _gpu(device)[0]
 
 
 def processors(device: torch.device) -> int:
     """Multiprocessors of `device`; for the interpreter a few, so that splits occur."""
     if TRITON_INTERPRET or device.type != "cuda":
         return 8
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return _gpu(device)[1]
+
+
+def _gpu(device: torch.device) -> tuple[str, int]:
+    """Architecture and multiprocessors. Not kept of "cuda" alone, which may be another GPU the next time."""
+    if not torch.compiler.is_compiling() and device in _DEVICES:
+        return _DEVICES[device]
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is None:
+        name = f"sm_{properties.major}{properties.minor}"
+    else:
+        name = properties.gcnArchName.split(":")[0]
+    if not torch.compiler.is_compiling() and device.index is not None:
+        _DEVICES[device] = name, properties.multi_processor_count
+    return name, properties.multi_processor_count
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -90,16 +115,16 @@ def padded_head_dim(head_dim: int) -> int:
 
 def launch(op: str, stage: str, table: str, dtype: torch.dtype, head_dim: int) -> Launch:
     """The launch of `stage` of `op` for this dtype and head dimension from the named table."""
-    return Launch(*_TABLES[table][op][stage][str(dtype.itemsize)][str(padded_head_dim(head_dim))])
+    return _TABLES[table][op][stage][dtype.itemsize][padded_head_dim(head_dim)]
 
 
 def launches(table: str, op: str) -> list[tuple[str, int, int, Launch]]:
     """Every (stage, bytes per element, padded head dim, launch) of one op in one table: what ships."""
     return [
-        (stage, int(size), int(dim), Launch(*row))
+        (stage, size, dim, launch)
         for stage, sizes in _TABLES[table][op].items()
         for size, dims in sizes.items()
-        for dim, row in dims.items()
+        for dim, launch in dims.items()
     ]
 
 
@@ -110,7 +135,7 @@ def add_table(name: str) -> None:
 
 def set_launch(op: str, stage: str, table: str, dtype: torch.dtype, head_dim: int, launch: Launch) -> None:
     """Puts a launch into a table, in this process; `save` writes it. What masks keep of the old one is not used."""
-    _TABLES[table][op][stage][str(dtype.itemsize)][str(padded_head_dim(head_dim))] = list(launch)
+    _TABLES[table][op][stage][dtype.itemsize][padded_head_dim(head_dim)] = launch
 
 
 def save(table: str) -> Path:

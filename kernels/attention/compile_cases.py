@@ -52,7 +52,8 @@ def compile_cases(table: str) -> Iterator[CompileCase]:
                 for split in (False, True)[: 2 if head_dim == padded else 1]:
                     alone = constants | {"PACKED": False, "SPLIT": split, "packed": 1}
                     yield _specialise(forward_kernel, alone, *options)
-                yield _specialise(delta_kernel, delta_constexprs(head_dim), dtype, 4, 3)
+                silent = dict.fromkeys(("p_grad_lse", "gl_b", "gl_h", "gl_n"))
+                yield _specialise(delta_kernel, delta_constexprs(head_dim) | silent, dtype, 4, 3)
                 yield _specialise(combine_kernel, combine_constexprs(head_dim, SPLITS), dtype, 4, 3)
             elif stage == "decode":
                 yield _specialise(forward_kernel, constants | {"PACKED": True, "SPLIT": True}, *options)

@@ -184,7 +184,7 @@ _FORWARD = (
     " Tensor? key_tiles, float scale, str impl) -> (Tensor, Tensor)"
 )
 _BACKWARD = (
-    "(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor intervals, "
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor intervals, "
     "Tensor? query_tiles, Tensor? key_tiles, float scale, str impl) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -221,10 +221,14 @@ def _new_lse(q: Tensor) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, intervals, _, query_tiles, key_tiles, ctx.scale, ctx.impl = inputs
     ctx.save_for_backward(q, k, v, *output, intervals, query_tiles, key_tiles)
+    ctx.set_materialize_grads(False)  # lse seldom has a gradient: zeros would be filled and read for nothing
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _attention_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale, ctx.impl)
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(saved[3])
+    grads = _attention_backward(grad_out, grad_lse, *saved, ctx.scale, ctx.impl)
     return (*grads, *[None] * 6)
 
 
@@ -251,5 +255,5 @@ def _refuse_vmap(*call: Any) -> Any:
     )
 
 
-for _op in (_attention, _attention_backward):
-    torch.library.register_vmap(_op, _refuse_vmap)
+for _name in ("attention", "attention_backward"):
+    torch.library.register_vmap(f"transfusion::{_name}", _refuse_vmap)

@@ -34,7 +34,7 @@ def forward(
 
 def backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -44,15 +44,17 @@ def backward(
     scale: float,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> gradients like q, k, v, from the forward's results."""
+    """-> gradients like q, k, v, from the forward's results. Without grad_lse nothing depends on lse."""
     dtype = compute_dtype or _wide(q.dtype)
     heads = (k.shape[1], q.shape[1] // k.shape[1])
-    query, d_out, d_lse, result = (t.to(dtype).unflatten(1, heads) for t in (q, grad_out, grad_lse, out))
+    query, d_out, result = (t.to(dtype).unflatten(1, heads) for t in (q, grad_out, out))
     key, value = k[:, :, None].to(dtype), v[:, :, None].to(dtype)
     scores, visible = _scores(q, k, intervals, scale, dtype)
     logarithm = lse.unflatten(1, heads)[..., None]  # never in 16 bits, as the forward keeps it
     probabilities = (scores - logarithm).exp().masked_fill(~visible, 0).to(dtype)
-    delta = (d_out * result).sum(-1) - d_lse
+    delta = (d_out * result).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse.to(dtype).unflatten(1, heads)
     d_scores = probabilities * (d_out @ value.mT - delta[..., None])
     results = (
         (d_scores @ key * scale).flatten(1, 2),

@@ -6,11 +6,11 @@ written along pixels.
 
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from transfusion.kernels.launching import launch
 from transfusion.kernels.patchify_noise.kernel import (
     COMPILE_SHAPES,
     CompileCase,
@@ -80,18 +80,14 @@ def forward(
         return result
     if layout is not None:
         latents = latents.contiguous()
-    stride_pi, stride_pn, stride_pf = token_strides(prediction, layout).values()
-    stride_ui, stride_un, stride_uf = token_strides(
-        prediction if unconditional is None else unconditional, layout
-    ).values()
-    with torch.cuda.device_of(latents):
-        denoise_step_kernel[(grid.programs,)](
-            prediction, latents, coefficients.contiguous(), unconditional,
-            None if guidance is None else guidance.contiguous(), None if noise is None else noise.contiguous(), seed,
-            result, stride_pi=stride_pi, stride_pn=stride_pn, stride_pf=stride_pf, stride_ui=stride_ui,
-            stride_un=stride_un, stride_uf=stride_uf, **grid.arguments, **latent_strides(latents, layout),
-            **grid.constants,
-        )  # fmt: skip
+    launch(
+        denoise_step_kernel, grid.programs,
+        prediction, latents, coefficients.contiguous(), unconditional,
+        None if guidance is None else guidance.contiguous(), None if noise is None else noise.contiguous(), seed,
+        result, *grid.where, *grid.sizes, *token_strides(prediction, layout),
+        *token_strides(prediction if unconditional is None else unconditional, layout),
+        *latent_strides(latents, layout), **grid.constants,
+    )  # fmt: skip
     return result
 
 

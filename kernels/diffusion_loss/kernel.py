@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from transfusion.kernels.launching import launch
 from transfusion.kernels.patchify_noise.kernel import (
     COMPILE_SHAPES,
     CompileCase,
@@ -116,11 +117,11 @@ def forward(
     weight = None if weight is None else weight.contiguous()
     _launch(prediction, latents, data_weight, noise_weight, noise, seed, None, None, partial, patch_size, layout)
     tile = {name: grid.constants[name] for name in ("C", "BLOCK_C", "BLOCK_S")}
-    with torch.cuda.device_of(latents):
-        mean_of_tiles_kernel[(loss.shape[0],)](
-            partial, weight, grid.arguments["planes"], loss, _elements(latents, layout), grid.programs_per_image,
-            **tile, BLOCK=_PARTIALS, num_warps=1,
-        )  # fmt: skip
+    launch(
+        mean_of_tiles_kernel, loss.shape[0],
+        partial, weight, grid.where[0], loss, _elements(latents, layout), grid.programs_per_image,
+        **tile, BLOCK=_PARTIALS, num_warps=1,
+    )  # fmt: skip
     return loss
 
 
@@ -164,14 +165,13 @@ def _launch(
     grid = grid_of(latents.shape, patch_size, layout)
     if layout is not None:
         latents = latents.contiguous()
-    stride_pi, stride_pn, stride_pf = token_strides(prediction, layout).values()
-    with torch.cuda.device_of(latents):
-        diffusion_loss_kernel[(grid.programs,)](
-            prediction, latents, data_weight.contiguous(), noise_weight.contiguous(),
-            None if noise is None else noise.contiguous(), seed, None if weight is None else weight.contiguous(),
-            grad_loss, result, elements=_elements(latents, layout), stride_pi=stride_pi, stride_pn=stride_pn,
-            stride_pf=stride_pf, **grid.arguments, **latent_strides(latents, layout), **grid.constants,
-        )  # fmt: skip
+    launch(
+        diffusion_loss_kernel, grid.programs,
+        prediction, latents, data_weight.contiguous(), noise_weight.contiguous(),
+        None if noise is None else noise.contiguous(), seed, None if weight is None else weight.contiguous(),
+        grad_loss, result, *grid.where, _elements(latents, layout), *grid.sizes,
+        *token_strides(prediction, layout), *latent_strides(latents, layout), **grid.constants,
+    )  # fmt: skip
 
 
 def compile_cases() -> Iterator[CompileCase]:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from transfusion.kernels.launching import launch
 from transfusion.kernels.mask_tiles.reference import FEW, HEADER, RUNS, WIDTH
 
 _RUNS, _HEADER, _FEW = tl.constexpr(RUNS), tl.constexpr(HEADER), tl.constexpr(FEW)
@@ -128,27 +129,27 @@ def key_tiles_kernel(p_intervals, p_tiles, num_queries, num_keys, tiles, BLOCK_Q
 def query_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
     """(B, ceil(N / block_q), WIDTH) int32; places without a run hold anything."""
     batch, num_keys, _ = intervals.shape
-    lines, tiles = triton.cdiv(num_queries, block_q), triton.cdiv(num_keys, block_k)
+    lines, tiles = -(-num_queries // block_q), -(-num_keys // block_k)
     extremes = torch.empty(batch, 4, tiles, dtype=torch.int32, device=intervals.device)
     result = torch.empty(batch, lines, WIDTH, dtype=torch.int32, device=intervals.device)
-    with torch.cuda.device_of(intervals):
-        key_extremes_kernel[(batch * tiles,)](
-            intervals, extremes, num_queries, num_keys, tiles, BLOCK_K=block_k, num_warps=1
-        )
-        query_tiles_kernel[(batch * lines,)](
-            extremes, result, num_queries, lines, tiles, BLOCK_Q=block_q, CHUNK=CHUNK, num_warps=1
-        )
+    launch(
+        key_extremes_kernel, batch * tiles, intervals, extremes, num_queries, num_keys, tiles,
+        BLOCK_K=block_k, num_warps=1,
+    )  # fmt: skip
+    launch(
+        query_tiles_kernel, batch * lines, extremes, result, num_queries, lines, tiles,
+        BLOCK_Q=block_q, CHUNK=CHUNK, num_warps=1,
+    )  # fmt: skip
     return result
 
 
 def key_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
     """(B, ceil(M / block_k), WIDTH) int32; places without a run hold anything."""
     batch, num_keys, _ = intervals.shape
-    tiles = triton.cdiv(num_keys, block_k)
+    tiles = -(-num_keys // block_k)
     result = torch.empty(batch, tiles, WIDTH, dtype=torch.int32, device=intervals.device)
-    with torch.cuda.device_of(intervals):
-        key_tiles_kernel[(batch * tiles,)](
-            intervals, result, num_queries, num_keys, tiles,
-            BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=1,
-        )  # fmt: skip
+    launch(
+        key_tiles_kernel, batch * tiles, intervals, result, num_queries, num_keys, tiles,
+        BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=1,
+    )  # fmt: skip
     return result

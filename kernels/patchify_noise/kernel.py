@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from transfusion.kernels.launching import launch
 from transfusion.kernels.patchify_noise.contract import token_shape
 from transfusion.kernels.ragged_latents import Layout, tile_shape
 
@@ -194,7 +195,8 @@ class Grid(NamedTuple):
 
     programs: int
     programs_per_image: int
-    arguments: dict[str, Any]
+    where: tuple[Tensor | None, Tensor | None]
+    sizes: tuple[int | None, int | None]
     constants: dict[str, int]
 
 
@@ -202,27 +204,26 @@ def grid_of(shape: Sequence[int], patch_size: int, layout: Layout | None) -> Gri
     """For latents of `shape`, (I, C, h, w), or (E,) with their layout."""
     channels = shape[1] if layout is None else layout.channels
     block_c, block_s = tile_shape(channels)
-    blocks = triton.cdiv(channels, block_c)
+    blocks = -(-channels // block_c)
     constants = {"P": patch_size, "C": channels, "BLOCK_C": block_c, "BLOCK_S": block_s, "num_warps": 4}
     if layout is None:
         images, _, height, width = shape
         num_pixels = height * width
-        each = blocks * triton.cdiv(num_pixels, block_s)
-        arguments = {"planes": None, "tiles": None, "width": width, "num_pixels": num_pixels}
-        return Grid(images * each, each, arguments, constants | {"ALIGN": math.gcd(num_pixels, 16)})
-    where = {"planes": layout.planes, "tiles": layout.tiles, "width": None, "num_pixels": None}
-    return Grid(layout.tiles.shape[0] * blocks, 0, where, constants | {"ALIGN": layout.alignment})
+        each = blocks * -(-num_pixels // block_s)
+        constants["ALIGN"] = math.gcd(num_pixels, 16)
+        return Grid(images * each, each, (None, None), (width, num_pixels), constants)
+    constants["ALIGN"] = layout.alignment
+    return Grid(layout.tiles.shape[0] * blocks, 0, (layout.planes, layout.tiles), (None, None), constants)
 
 
-def latent_strides(latents: Tensor, layout: Layout | None) -> dict[str, int | None]:
-    """By which a dense batch is read; ragged values are contiguous."""
-    names = ("stride_i", "stride_c", "stride_y", "stride_x")
-    return dict(zip(names, latents.stride() if layout is None else (None,) * 4, strict=True))
+def latent_strides(latents: Tensor, layout: Layout | None) -> tuple[int | None, ...]:
+    """Of image, channel, y and x, by which a dense batch is read; ragged values are contiguous."""
+    return latents.stride() if layout is None else (None,) * 4
 
 
-def token_strides(tokens: Tensor, layout: Layout | None) -> dict[str, int | None]:
-    """Of tokens (I, n, P·P·C), or (T, P·P·C) of ragged latents."""
-    return dict(zip(("stride_i", "stride_n", "stride_f"), (*[None] * (3 - tokens.ndim), *tokens.stride()), strict=True))
+def token_strides(tokens: Tensor, layout: Layout | None) -> tuple[int | None, ...]:
+    """Of image, token and feature of tokens (I, n, P·P·C); (T, P·P·C) of ragged latents have none of an image."""
+    return tokens.stride() if layout is None else (None, *tokens.stride())
 
 
 def forward(
@@ -244,11 +245,11 @@ def forward(
         return tokens
     if layout is not None:
         latents = latents.contiguous()
-    with torch.cuda.device_of(latents):
-        patchify_noise_kernel[(grid.programs,)](
-            latents, alpha.contiguous(), sigma.contiguous(), None if noise is None else noise.contiguous(), seed,
-            tokens=tokens, **grid.arguments, **latent_strides(latents, layout), **grid.constants,
-        )  # fmt: skip
+    launch(
+        patchify_noise_kernel, grid.programs,
+        latents, alpha.contiguous(), sigma.contiguous(), None if noise is None else noise.contiguous(), seed,
+        *grid.where, tokens, *grid.sizes, *latent_strides(latents, layout), **grid.constants,
+    )  # fmt: skip
     return tokens
 
 
@@ -265,11 +266,11 @@ def backward(
     grid = grid_of(latents_shape, patch_size, layout)
     if not grid.programs:
         return grad_latents
-    with torch.cuda.device_of(grad_tokens):
-        patchify_noise_backward_kernel[(grid.programs,)](
-            grad_tokens, alpha.contiguous(), grad_latents=grad_latents, **grid.arguments,
-            **token_strides(grad_tokens, layout), **grid.constants,
-        )  # fmt: skip
+    launch(
+        patchify_noise_backward_kernel, grid.programs,
+        grad_tokens, alpha.contiguous(), *grid.where, grad_latents, *grid.sizes, *token_strides(grad_tokens, layout),
+        **grid.constants,
+    )  # fmt: skip
     return grad_latents
 
 

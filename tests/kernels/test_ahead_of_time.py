@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,6 +108,17 @@ def test_every_warp_specialised_launch_is_compiled() -> None:
         compiled = {tuple(case.constants[key] for key in keys) for case in cases}
         own = SPECIALISED[stage]
         assert compiled == {(dim, *launch[:2], launch.num_stages) for dim in own for launch in own[dim]}
+
+
+def test_lines_of_a_part_replace_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = GOLDEN.read_text()
+    table = tmp_path / "table.txt"
+    monkeypatch.setattr(ahead_of_time, "GOLDEN", table)
+    table.write_text(before)
+    lines = before.splitlines()[3:]
+    changed = {line: line.replace("  0     0 ", "  7     7 ", 1) for line in lines if " delta bf16 " in line}
+    ahead_of_time._keep([*reversed(changed.values()), lines[0].replace("HEAD_DIM=", "GONE=")])
+    assert table.read_text().splitlines()[3:] == [changed.get(line, line) for line in lines]
 
 
 def test_the_kept_table_has_a_line_for_each_shipped_launch() -> None:

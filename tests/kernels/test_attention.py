@@ -101,6 +101,26 @@ def test_other_implementations(name: str) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_gradients_of_one_result(impl: str) -> None:
+    """What nothing depends on is as if its gradient were 0, though no zeros are made for lse."""
+    case = make_case(LAYOUTS["document_boundary_in_tile"].mask(), torch.float32, heads=(4, 2))
+    leaves = [t.detach().requires_grad_() for t in case[:3]]
+
+    def grads(out_grad: Tensor | None, lse_grad: Tensor | None) -> tuple[Tensor, ...]:
+        results = transfusion_attention(*leaves, case.mask, return_lse=True, impl=impl)
+        given = [(t, g) for t, g in zip(results, (out_grad, lse_grad), strict=True) if g is not None]
+        return torch.autograd.grad([t for t, _ in given], leaves, [g for _, g in given])
+
+    zeros = torch.zeros_like(case.grad_out), torch.zeros_like(case.grad_lse)
+    for alone, beside in (
+        ((case.grad_out, None), (case.grad_out, zeros[1])),
+        ((None, case.grad_lse), (zeros[0], case.grad_lse)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(grads(*alone), grads(*beside), strict=True))
+
+
+@pytest.mark.usefixtures("poisoned")
 def test_strides() -> None:
     """BNHD views, slices of a fused projection, an expanded gradient: no assumption on strides."""
     mask = LAYOUTS["odd_length"].mask()

@@ -30,7 +30,7 @@ def make_case(mask: IntervalMask, **shape: Any) -> Case:
 def test_opcheck(impl: str) -> None:
     case = make_case(LAYOUTS["adjacent_images"].mask())
     calls: list[tuple] = []  # type: ignore[type-arg]
-    original = op._attention
+    original = torch.ops.transfusion.attention.default
 
     class Recorder:
         def __call__(self, *args: object) -> object:

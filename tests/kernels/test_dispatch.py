@@ -62,8 +62,9 @@ def test_what_needs_no_gradient_has_none() -> None:
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(SCALED, (torch.randn(3, 4, requires_grad=True), 2.0))
-    torch.library.opcheck(PLAIN, (torch.randn(3, 4),))
+    ops = torch.ops.transfusion
+    torch.library.opcheck(ops.scaled_squares_of_tests.default, (torch.randn(3, 4, requires_grad=True), 2.0))
+    torch.library.opcheck(ops.plain_squares_of_tests.default, (torch.randn(3, 4),))
 
 
 def test_derivatives_that_are_not_there_are_refused() -> None:

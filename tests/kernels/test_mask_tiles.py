@@ -109,7 +109,7 @@ def test_kernel_equals_reference(blocks: tuple[int, int], monkeypatch: pytest.Mo
 
 def test_opcheck() -> None:
     mask = LAYOUTS["hidden_image"].mask(DEVICE)
-    for each in (op.query_tiles, op.key_tiles):
+    for each in (torch.ops.transfusion.query_tiles.default, torch.ops.transfusion.key_tiles.default):
         arguments = (mask.intervals, mask.num_queries, 32, 16)
         # what a place without a run holds is not defined, so results of two calls need not agree there
         torch.library.opcheck(each, arguments, test_utils=("test_schema", "test_faketensor"))

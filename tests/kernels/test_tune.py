@@ -1,7 +1,9 @@
 """The tune command: what fails its check is never timed, the fastest launch wins, and what is written is read."""
 
+import copy
 import json
 import multiprocessing
+import os
 import pickle
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -22,10 +24,11 @@ GPU = "sm_120"  # has no table of its own
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A GPU whose every launch takes as many milliseconds as its tile has queries; tables are written to a folder."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "stand-in")
     monkeypatch.setattr(tuning, "architecture", lambda device: GPU)
     monkeypatch.setattr(tuning, "table_name", lambda device: GPU)
-    monkeypatch.setattr(tuning, "_TABLES", json.loads(json.dumps(tuning._TABLES)))
+    monkeypatch.setattr(tuning, "_TABLES", copy.deepcopy(tuning._TABLES))
     monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
     monkeypatch.setattr(tune, "make_call", lambda stage, dtype, dim: lambda: stage)
     return tmp_path
@@ -49,7 +52,8 @@ def test_the_fastest_launch_is_written(machine: Path, monkeypatch: pytest.Monkey
     assert timed and all(launch.num_stages != 2 for launch in timed), "what fails its check is never timed"
     written = json.loads((machine / f"{GPU}.json").read_text())
     assert written["attention"]["forward"]["2"]["64"] == [64, 32, 4, 3]
-    assert written["attention"]["forward"]["2"]["128"] == tuning._TABLES["default"]["attention"]["forward"]["2"]["128"]
+    default = tuning.launch("attention", "forward", "default", torch.bfloat16, 128)
+    assert written["attention"]["forward"]["2"]["128"] == list(default)
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
     assert {line["reason"] for line in lines} == {"", "misses its bound"}
     assert all((line["milliseconds"] is None) == bool(line["reason"]) for line in lines)
@@ -132,6 +136,38 @@ def test_a_launch_that_hangs_is_out_and_the_others_are_judged(monkeypatch: pytes
         assert reasons == [None, hung := "its check does not end", None, hung, "no time was left to check it"]
         assert checkers.reasons(time.sleep, [0.0], 60.0) == [None]
         assert time.monotonic() - began < 90
+
+
+def judge(kind: str) -> str:
+    """A check by a process that a fault leaves useless, and that some launch ends."""
+    if kind == "dies":
+        os._exit(1)
+    if kind == "faults" or hasattr(judge, "useless"):
+        judge.useless = True  # type: ignore[attr-defined]
+        raise tune.FaultError(f"{kind}: illegal address")
+    time.sleep(0.2)  # so that others are under way when a process dies
+    return "" if kind == "good" else "misses its bound"
+
+
+def test_a_launch_that_faults_or_ends_its_process_is_out_alone() -> None:
+    kinds = ["good", "faults", "dies", "bad"]
+    with Checkers(2, partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))) as checkers:
+        reasons = checkers.reasons(judge, kinds, 300.0)  # type: ignore[arg-type]
+    answer = {"good": "", "bad": "misses its bound", "faults": "faults: illegal address"}
+    for kind, reason in zip(kinds, reasons, strict=True):
+        assert "terminated abruptly" in reason if kind == "dies" else reason == answer[kind]
+
+
+def test_a_fault_is_told_from_a_failure(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*call: object) -> bool:
+        raise RuntimeError("an error\nand more")
+
+    monkeypatch.setattr(tune, "passes", fails)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert tune.why_not("forward", torch.bfloat16, 64, in_table("forward", table="default")) == "RuntimeError: an error"
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    with pytest.raises(tune.FaultError, match=r"RuntimeError: an error$"):
+        tune.why_not("forward", torch.bfloat16, 64, in_table("forward", table="default"))
 
 
 def test_the_nearest_candidates_come_first() -> None:

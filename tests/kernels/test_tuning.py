@@ -49,15 +49,21 @@ def test_padded_head_dim(head_dim: int, padded: int) -> None:
 def test_table_of_a_cuda_device(capability: tuple[int, int], table: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "TRITON_INTERPRET", False)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    properties = SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=132)
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or properties)
+    monkeypatch.setattr(tuning, "_DEVICES", {})
     assert tuning.table_name(torch.device("cuda")) == table
+    numbered = torch.device("cuda", 1)
+    assert {tuning.table_name(numbered) for _ in range(3)} == {table} and tuning.processors(numbered) == 132
+    assert asked == [torch.device("cuda"), numbered], "a numbered GPU is asked about once"
 
 
 @pytest.mark.parametrize(("architecture", "table"), [("gfx942:sramecc+:xnack-", "gfx942"), ("gfx1100", "default")])
 def test_table_of_a_hip_device(architecture: str, table: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "TRITON_INTERPRET", False)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    properties = SimpleNamespace(gcnArchName=architecture)
+    properties = SimpleNamespace(gcnArchName=architecture, multi_processor_count=304)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert tuning.table_name(torch.device("cuda")) == table
 

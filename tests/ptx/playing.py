@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 from ptx_machine import Device
 
-from transfusion.kernels import tuning
+from transfusion.kernels import launching, tuning
 from transfusion.kernels.mask_tiles import kernel as mask_tiles_kernel
 from transfusion.kernels.testing import poison_empty
 
@@ -31,5 +31,6 @@ def playing(capability: int, seed: int, together: bool = True, processors: int =
         change(mask_tiles_op, "_module", lambda intervals: mask_tiles_kernel)
         change(attention_op, "triton_reasons", lambda **call: [])
         change(contract, "triton_reasons", lambda **call: [])
+        change(launching, "_KNOWN", {})  # of this GPU: the device of a tensor says "cpu" of each that is played
         poison_empty(change)
         yield patches.enter_context(Device(seed, capability, together))

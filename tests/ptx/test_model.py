@@ -19,11 +19,17 @@ WIDER = dataclasses.replace(CONFIG, dim=64)  # heads of 32
 
 
 def results(model: Transfusion, batch: Batch, impl: str) -> list[Tensor]:
-    """The loss of each image and every gradient. Their mean is one number, whose error may be none by luck."""
+    """What text is told from, the loss of each image, and every gradient.
+
+    A mean loss is one number, whose error may be none by luck.
+    """
     model.zero_grad()
-    losses = model(batch, impl)
+    hidden: list[Tensor] = []
+    with model.transformer.register_forward_hook(lambda _, given, result: hidden.append(result.detach())):
+        losses = model(batch, impl)
     losses.total.backward()
-    return [losses.per_image.detach(), *(weight.grad for weight in model.parameters())]
+    of_text = hidden[0].flatten(0, 1)[batch.text_rows]
+    return [of_text, losses.per_image.detach(), *(weight.grad for weight in model.parameters())]
 
 
 def test_training_step_in_bfloat16(device: None, seed: int) -> None:
@@ -35,7 +41,7 @@ def test_training_step_in_bfloat16(device: None, seed: int) -> None:
     model = Transfusion(WIDER).bfloat16()
     gold = results(copy.deepcopy(model).double(), batch, "reference")
     found, eager = results(model, batch, "triton"), results(copy.deepcopy(model), batch, "reference")
-    for name, *each in zip(["per_image", *dict(model.named_parameters())], found, eager, gold, strict=True):
+    for name, *each in zip(["of_text", "per_image", *dict(model.named_parameters())], found, eager, gold, strict=True):
         verdict = judge(*each)
         assert verdict.passed, (name, verdict)
 

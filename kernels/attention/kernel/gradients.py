@@ -23,6 +23,7 @@ from transfusion.kernels.attention.kernel.blocks import (
     store_rows,
 )
 from transfusion.kernels.attention.plan import plan_backward
+from transfusion.kernels.launching import launch
 
 
 @triton.jit
@@ -31,7 +32,7 @@ def delta_kernel(
     out_b, out_h, out_n, go_b, go_h, go_n, gl_b, gl_h, gl_n, heads, num_queries,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """delta_i = grad_out_i·out_i - grad_lse_i, float32."""
+    """delta_i = grad_out_i·out_i - grad_lse_i, float32; without p_grad_lse where nothing depends on lse."""
     tiles = tl.cdiv(num_queries, BLOCK_Q)
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -40,8 +41,9 @@ def delta_kernel(
     inside = queries < num_queries
     out = load_rows(p_out + b * out_b + h * out_h, queries * out_n, inside, HEAD_DIM, BLOCK_D, True)
     grad_out = load_rows(p_grad_out + b * go_b + h * go_h, queries * go_n, inside, HEAD_DIM, BLOCK_D, True)
-    grad_lse = tl.load(p_grad_lse + b * gl_b + h * gl_h + queries * gl_n, mask=inside, other=0.0)
-    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1) - grad_lse
+    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
+    if p_grad_lse is not None:
+        delta -= tl.load(p_grad_lse + b * gl_b + h * gl_h + queries * gl_n, mask=inside, other=0.0)
     tl.store(p_delta + row * num_queries + queries, delta, mask=inside)
 
 
@@ -189,7 +191,7 @@ def backward_key_kernel(
 
 def backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -207,14 +209,14 @@ def backward(
     batch, heads, num_queries, head_dim = q.shape
     delta = torch.empty_like(lse)
     inputs = (q, k, v, grad_out, lse, delta)
-    with torch.cuda.device_of(q):
-        meta = delta_constexprs(head_dim)
-        delta_kernel[(triton.cdiv(num_queries, meta["BLOCK_Q"]) * batch * heads,)](
-            out, grad_out, grad_lse, delta, *out.stride()[:3], *grad_out.stride()[:3], *grad_lse.stride(),
-            heads, num_queries, **meta,
-        )  # fmt: skip
-        _backward_key(*inputs, dk, dv, intervals, key_tiles, scale)
-        _backward_query(*inputs, dq, intervals, query_tiles, scale)
+    meta = delta_constexprs(head_dim)
+    launch(
+        delta_kernel, -(-num_queries // meta["BLOCK_Q"]) * batch * heads,
+        out, grad_out, grad_lse, delta, *out.stride()[:3], *grad_out.stride()[:3],
+        *((None,) * 3 if grad_lse is None else grad_lse.stride()), heads, num_queries, **meta,
+    )  # fmt: skip
+    _backward_key(*inputs, dk, dv, intervals, key_tiles, scale)
+    _backward_query(*inputs, dq, intervals, query_tiles, scale)
     return dq, dk, dv
 
 
@@ -223,18 +225,19 @@ def _backward_key(
     intervals: Tensor, tiles: Tensor, scale: float,
 ) -> None:  # fmt: skip
     (batch, heads, num_queries, head_dim), (kv_heads, num_keys) = q.shape, k.shape[1:3]
-    launch = plan_backward(q.device, q.dtype, "key", num_queries, num_keys, head_dim)
-    lines = _lines(num_keys, launch.block_k, tiles)
-    if launch.specialised:
+    chosen = plan_backward(q.device, q.dtype, "key", num_queries, num_keys, head_dim)
+    lines = _lines(num_keys, chosen.block_k, tiles)
+    if chosen.specialised:
         from transfusion.kernels.attention.kernel import warp_specialised_key  # Gluon: loaded where a table asks for it
 
-        warp_specialised_key.backward_key(q, k, v, grad_out, lse, delta, dk, dv, intervals, tiles, scale, launch)
+        warp_specialised_key.backward_key(q, k, v, grad_out, lse, delta, dk, dv, intervals, tiles, scale, chosen)
         return
-    backward_key_kernel[(lines * batch * kv_heads,)](
+    launch(
+        backward_key_kernel, lines * batch * kv_heads,
         q, k, v, grad_out, lse, delta, dk, dv, intervals, tiles,
         *(stride for tensor in (q, k, v, grad_out, dk, dv) for stride in tensor.stride()[:3]),
         *row_strides(intervals, tiles), tiles.stride(1), kv_heads, heads // kv_heads, num_queries, num_keys, scale,
-        **launch_options(launch, head_dim, q.dtype),
+        **launch_options(chosen, head_dim, q.dtype),
     )  # fmt: skip
 
 
@@ -243,23 +246,24 @@ def _backward_query(
     intervals: Tensor, tiles: Tensor, scale: float,
 ) -> None:  # fmt: skip
     (batch, heads, num_queries, head_dim), (kv_heads, num_keys) = q.shape, k.shape[1:3]
-    launch = plan_backward(q.device, q.dtype, "query", num_queries, num_keys, head_dim)
-    lines = _lines(num_queries, launch.block_q, tiles)
-    if launch.specialised:
+    chosen = plan_backward(q.device, q.dtype, "query", num_queries, num_keys, head_dim)
+    lines = _lines(num_queries, chosen.block_q, tiles)
+    if chosen.specialised:
         from transfusion.kernels.attention.kernel import warp_specialised_query
 
-        warp_specialised_query.backward_query(q, k, v, grad_out, lse, delta, dq, intervals, tiles, scale, launch)
+        warp_specialised_query.backward_query(q, k, v, grad_out, lse, delta, dq, intervals, tiles, scale, chosen)
         return
-    backward_query_kernel[(lines * batch * heads,)](
+    launch(
+        backward_query_kernel, lines * batch * heads,
         q, k, v, grad_out, lse, delta, dq, intervals, tiles,
         *(stride for tensor in (q, k, v, grad_out, dq) for stride in tensor.stride()[:3]),
         *row_strides(intervals, tiles), tiles.stride(1), heads, heads // kv_heads, num_queries, num_keys, scale,
-        **launch_options(launch, head_dim, q.dtype),
+        **launch_options(chosen, head_dim, q.dtype),
     )  # fmt: skip
 
 
 def _lines(length: int, block: int, tiles: Tensor) -> int:
-    count = triton.cdiv(length, block)
+    count = -(-length // block)
     assert tiles.shape[1] == count, f"{tiles.shape[1]} lines of tiles, the launch has {count}"
     return count
 

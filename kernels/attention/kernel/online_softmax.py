@@ -27,6 +27,7 @@ from transfusion.kernels.attention.kernel.blocks import (
     store_rows,
 )
 from transfusion.kernels.attention.plan import plan_forward
+from transfusion.kernels.launching import launch
 
 
 @triton.jit
@@ -174,34 +175,34 @@ def forward(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, tiles: Tensor, s
     if scale <= 0:  # the kernel takes the largest product for the largest score
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     kv_heads, num_keys = k.shape[1:3]
-    launch, packed, blocks, splits = plan_forward(
+    chosen, packed, blocks, splits = plan_forward(
         q.device, q.dtype, batch, heads, kv_heads, num_queries, num_keys, head_dim
     )
     assert tiles.shape[1] == (1 if packed > 1 else blocks), f"{tiles.shape[1]} lines of tiles for {blocks} blocks"
     scale = softmax_scale(scale, q.dtype)
-    if launch.specialised:
+    if chosen.specialised:
         from transfusion.kernels.attention.kernel import warp_specialised  # Gluon: loaded where a table asks for it
 
-        with torch.cuda.device_of(q):
-            warp_specialised.forward(q, k, v, intervals, tiles, scale, launch, out, lse)
+        warp_specialised.forward(q, k, v, intervals, tiles, scale, chosen, out, lse)
         return out, lse
     parts, part_lse = out, lse
     if splits > 1:
         parts = torch.empty(splits * batch, *q.shape[1:], dtype=torch.float32, device=q.device)
         part_lse = torch.empty(splits * batch, *lse.shape[1:], dtype=torch.float32, device=q.device)
-    with torch.cuda.device_of(q):
-        forward_kernel[(blocks * batch * heads // packed * splits,)](
-            q, k, v, parts, part_lse, intervals, tiles,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *parts.stride()[:3],
-            *row_strides(intervals, tiles), 0 if packed > 1 else tiles.stride(1),
-            batch, heads, heads // kv_heads, packed, num_queries, num_keys, scale, splits,
-            PACKED=packed > 1, SPLIT=splits > 1, **launch_options(launch, head_dim, q.dtype),
+    launch(
+        forward_kernel, blocks * batch * heads // packed * splits,
+        q, k, v, parts, part_lse, intervals, tiles,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *parts.stride()[:3],
+        *row_strides(intervals, tiles), 0 if packed > 1 else tiles.stride(1),
+        batch, heads, heads // kv_heads, packed, num_queries, num_keys, scale, splits,
+        PACKED=packed > 1, SPLIT=splits > 1, **launch_options(chosen, head_dim, q.dtype),
+    )  # fmt: skip
+    if splits > 1:
+        launch(
+            combine_kernel, batch * heads * num_queries,
+            out, lse, parts, part_lse, *out.stride()[:3], heads, num_queries, batch * heads * num_queries, splits,
+            **combine_constexprs(head_dim, splits),
         )  # fmt: skip
-        if splits > 1:
-            combine_kernel[(batch * heads * num_queries,)](
-                out, lse, parts, part_lse, *out.stride()[:3], heads, num_queries, batch * heads * num_queries, splits,
-                **combine_constexprs(head_dim, splits),
-            )  # fmt: skip
     return out, lse
 
 
@@ -215,5 +216,5 @@ def combine_constexprs(head_dim: int, splits: int) -> dict[str, int]:
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": tuning.padded_head_dim(head_dim),
-        "BLOCK_S": triton.next_power_of_2(splits),
+        "BLOCK_S": 1 << (splits - 1).bit_length(),
     }

@@ -40,6 +40,7 @@ from transfusion.kernels.attention.kernel.specialised_blocks import (
     products,
     store_rows,
 )
+from transfusion.kernels.launching import launch
 
 
 @gluon.jit
@@ -282,7 +283,7 @@ def specialised_forward_kernel(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, tiles: Tensor, scale: float, launch: tuning.Launch,
+    q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, tiles: Tensor, scale: float, chosen: tuning.Launch,
     out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     """Fills out and lse (B, H, N), contiguous. q, k, v of 16 bits, D a multiple of 8; scale > 0, for exponents of 2."""
@@ -290,10 +291,11 @@ def forward(
     kv_heads, num_keys = k.shape[1:3]
     heads_of_a_section = SECTION_BYTES * (heads // kv_heads) // (4 * num_keys * head_dim)
     programs = min(tiles.shape[1] * batch * heads, tuning.processors(q.device))
-    specialised_forward_kernel[(programs,)](
-        describe(q, launch.block_q), *(describe(tensor, launch.block_k) for tensor in (k, v)),
-        describe_numbers(intervals.flatten(1), 2 * launch.block_k),
+    launch(
+        specialised_forward_kernel, programs,
+        describe(q, chosen.block_q), *(describe(tensor, chosen.block_k) for tensor in (k, v)),
+        describe_numbers(intervals.flatten(1), 2 * chosen.block_k),
         out, lse, tiles, *out.stride()[:3], int(intervals.shape[0] > 1), row_strides(intervals, tiles)[1],
         tiles.stride(1), batch, heads, heads // kv_heads, num_queries, scale, max(1, heads_of_a_section),
-        **constexprs(launch, head_dim), num_warps=4,
+        **constexprs(chosen, head_dim), num_warps=4,
     )  # fmt: skip

@@ -33,6 +33,7 @@ from transfusion.kernels.attention.kernel.specialised_blocks import (
     products,
     store_rows,
 )
+from transfusion.kernels.launching import launch
 
 
 @gluon.jit
@@ -145,7 +146,7 @@ def specialised_key_kernel(
 
 def backward_key(
     q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
-    intervals: Tensor, tiles: Tensor, scale: float, launch: tuning.Launch,
+    intervals: Tensor, tiles: Tensor, scale: float, chosen: tuning.Launch,
 ) -> None:  # fmt: skip
     """Fills dk, dv. q, k, v, grad_out of 16 bits, D a multiple of 8; lse and delta (B, H, N), contiguous."""
     batch, heads, num_queries, head_dim = q.shape
@@ -153,11 +154,12 @@ def backward_key(
     group = heads // kv_heads
     heads_of_a_section = SECTION_BYTES // (4 * num_queries * head_dim * group)
     programs = min(tiles.shape[1] * batch * kv_heads, tuning.processors(q.device))
-    specialised_key_kernel[(programs,)](
-        *(describe(tensor, launch.block_k) for tensor in (k, v)),
-        *(describe(tensor, launch.block_q) for tensor in (q, grad_out)),
-        *(describe_numbers(tensor, launch.block_q) for tensor in (lse, delta)),
+    launch(
+        specialised_key_kernel, programs,
+        *(describe(tensor, chosen.block_k) for tensor in (k, v)),
+        *(describe(tensor, chosen.block_q) for tensor in (q, grad_out)),
+        *(describe_numbers(tensor, chosen.block_q) for tensor in (lse, delta)),
         dk, dv, intervals, tiles, *dk.stride()[:3], *dv.stride()[:3], *row_strides(intervals, tiles), tiles.stride(1),
         batch, kv_heads, group, num_keys, scale, max(1, heads_of_a_section),
-        **constexprs(launch, head_dim), num_warps=4,
+        **constexprs(chosen, head_dim), num_warps=4,
     )  # fmt: skip

@@ -32,6 +32,7 @@ from transfusion.kernels.attention.kernel.specialised_blocks import (
     products,
     store_rows,
 )
+from transfusion.kernels.launching import launch
 
 
 @gluon.jit
@@ -181,18 +182,19 @@ def specialised_query_kernel(
 
 def backward_query(
     q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, intervals: Tensor,
-    tiles: Tensor, scale: float, launch: tuning.Launch,
+    tiles: Tensor, scale: float, chosen: tuning.Launch,
 ) -> None:  # fmt: skip
     """Fills dq. q, k, v, grad_out of 16 bits, D a multiple of 8; lse and delta (B, H, N), contiguous."""
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     heads_of_a_section = SECTION_BYTES * (heads // kv_heads) // (4 * num_keys * head_dim)
     programs = min(tiles.shape[1] * batch * heads, tuning.processors(q.device))
-    specialised_query_kernel[(programs,)](
-        *(describe(tensor, launch.block_q) for tensor in (q, grad_out)),
-        *(describe(tensor, launch.block_k) for tensor in (k, v)),
-        describe_numbers(intervals.flatten(1), 2 * launch.block_k),
+    launch(
+        specialised_query_kernel, programs,
+        *(describe(tensor, chosen.block_q) for tensor in (q, grad_out)),
+        *(describe(tensor, chosen.block_k) for tensor in (k, v)),
+        describe_numbers(intervals.flatten(1), 2 * chosen.block_k),
         dq, lse, delta, tiles, *dq.stride()[:3], int(intervals.shape[0] > 1), row_strides(intervals, tiles)[1],
         tiles.stride(1), batch, heads, heads // kv_heads, num_queries, scale, max(1, heads_of_a_section),
-        **constexprs(launch, head_dim), num_warps=4,
+        **constexprs(chosen, head_dim), num_warps=4,
     )  # fmt: skip

@@ -1,13 +1,13 @@
 """The machine in the place of Triton's CUDA driver: launches compile for sm_90, and what was compiled is executed."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+from triton.compiler import CompiledKernel
 
 from ptx_machine.assembly import parse
 from ptx_machine.asynchronous import TensorMap
@@ -44,6 +44,12 @@ class _Driver:
         return torch.device("cpu")
 
 
+def _load(compiled: CompiledKernel) -> None:
+    """In the place of loading a binary: whichever way leads to a launch, it comes to the device that is entered."""
+    compiled.module = compiled.function = compiled
+    compiled._run = lambda *call: Device.entered.launch(*call)
+
+
 class Device:
     """Launches of Triton and Gluon kernels on CPU tensors run on the machine while this context is entered.
 
@@ -51,38 +57,32 @@ class Device:
     `edit` may change PTX before it is executed; `launched`: kernels' names, in order.
     """
 
+    entered: ClassVar["Device"]
+
     def __init__(self, seed: int, capability: int = 90, together: bool = True) -> None:
         self.seed, self.capability, self.together = seed, capability, together
         self.edit: Callable[[str, str], str] = lambda name, ptx: ptx
         self.launched: list[str] = []
         self.kernels: dict[int, Kernel] = {}
-        self.compiled: list[Any] = []  # kept, for their ids
+        self.compiled: list[CompiledKernel] = []  # kept, for their ids
 
     def __enter__(self) -> "Device":
-        self.before = triton.runtime.driver._active
+        self.before = triton.runtime.driver._active, CompiledKernel._init_handles
         triton.runtime.driver.set_active(_Driver(self.capability))
-        self.run = JITFunction.run
-        device = self
-
-        def run(function: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-            compiled = device.run(function, *args, grid=grid, warmup=True, **options)
-            device.launch(function, compiled, args, options, grid)
-            return compiled
-
-        JITFunction.run = run
+        CompiledKernel._init_handles = _load
+        Device.entered = self
         return self
 
     def __exit__(self, *error: object) -> None:
-        JITFunction.run = self.run
-        triton.runtime.driver._active = self.before
+        triton.runtime.driver._active, CompiledKernel._init_handles = self.before
 
-    def launch(self, function: Any, compiled: Any, args: Any, options: dict[str, Any], grid: Any) -> None:
-        """Executes what was compiled."""
-        bound, specialization, _ = function.device_caches[self.capability][4](*args, **options)
+    def launch(self, *call: Any) -> None:
+        """Executes what was compiled: call is the grid, stream, what was compiled, four things more, arguments."""
+        grid, compiled, arguments = call[:3], call[4], call[9:]
         maps = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
         flat: list[Any] = []
         tensors: list[torch.Tensor] = []
-        for value, (kind, *_) in zip(bound.values(), specialization, strict=True):
+        for value, kind in zip(arguments, compiled.src.signature.values(), strict=True):
             if kind == "constexpr":
                 continue
             if isinstance(value, torch.Tensor):
@@ -94,15 +94,14 @@ class Device:
                 flat.append(int(np.float32(value).view(np.uint32)))
             else:
                 flat.append(int(value))
+        name = compiled.src.fn.__name__
         kernel = self.kernels.get(id(compiled))
         if kernel is None:
-            ptx = self.edit(function.__name__, compiled.asm["ptx"])
-            kernel = Kernel(parse(ptx), self.together)
+            kernel = Kernel(parse(self.edit(name, compiled.asm["ptx"])), self.together)
             self.compiled.append(compiled)
             self.kernels[id(compiled)] = kernel
-        shape = tuple(grid(bound) if callable(grid) else grid)
         flat += [0] * (len(kernel.program.parameters) - len(flat))  # scratch memory, of which there is none
         assert compiled.metadata.global_scratch_size == 0
-        self.launched.append(function.__name__)
-        memory = GlobalMemory(tensors)
-        kernel.launch((*shape, 1, 1)[:3], flat, memory, compiled.metadata.shared, self.seed)
+        assert compiled.metadata.shared <= SHARED_BYTES[self.capability]
+        self.launched.append(name)
+        kernel.launch(grid, flat, GlobalMemory(tensors), compiled.metadata.shared, self.seed)
