@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from transfusion.kernels import IntervalMask
-from transfusion.kernels.mask_tiles import kernel, op, reference
+from transfusion.kernels.mask_tiles import kernel, reference
 from transfusion.kernels.mask_tiles.reference import EMPTY, FULL, HEADER, MASKED, RUNS, WIDTH
 from transfusion.kernels.registry import TRITON_INTERPRET
 from transfusion.kernels.testing import LAYOUTS, random_layout
