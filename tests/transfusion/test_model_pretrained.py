@@ -44,6 +44,16 @@ def test_shards_hold_what_the_index_says(tmp_path: Path) -> None:
     assert same(Transfusion.from_pretrained(tmp_path), model)
 
 
+def test_weights_lie_as_those_of_a_new_model_do_and_need_the_file_no_more(tmp_path: Path) -> None:
+    """Mapped from the file they would begin anywhere, and products of them round otherwise."""
+    model = tiny.model()
+    model.save_pretrained(tmp_path)
+    loaded = Transfusion.from_pretrained(tmp_path)
+    assert all(weight.data_ptr() % 64 == 0 for weight in loaded.parameters())
+    os.truncate(tmp_path / "model.safetensors", 0)
+    assert same(loaded, model)
+
+
 def test_shards_are_those_that_huggingface_hub_plans(tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
     state = tiny.model().state_dict()

@@ -127,7 +127,10 @@ def _read_file(path: Path, device: torch.device | str) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is not a saved model: it has no {path.name}")
     try:
-        return load_file(path, device=str(device))
+        weights = load_file(path, device=str(device))
+        # On a CPU these are places in the mapped file, at any address, where products round otherwise than they did for
+        # the model that was saved. Memory of their own also outlives the file.
+        return {name: weight.clone() if weight.device.type == "cpu" else weight for name, weight in weights.items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated, or no safetensors file: {error}") from error
 
