@@ -5,6 +5,8 @@ heads of a row of the batch; their order: blocks of a head, heads of the batch, 
 tiles, with their strides of the batch and of lines.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -200,10 +202,14 @@ def describe(tensor: Tensor, rows: int) -> TensorDescriptor:
         pairs = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
         return [*(stride if size > 1 else 8 for size, stride in pairs), 1]
 
-    if tensor.data_ptr() % 16 or any(stride % 8 or stride <= 0 for stride in strides(tensor)[:3]):
+    aligned = tensor.data_ptr() % 16 == 0
+    known = _DESCRIBED.get((tensor.shape, tensor.stride(), tensor.dtype, rows)) if aligned else None
+    if known is not None:
+        return _of(tensor, known)
+    if not aligned or any(stride % 8 or stride <= 0 for stride in strides(tensor)[:3]):
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     block = [1, 1, rows, tuning.padded_head_dim(tensor.shape[3])]
-    return TensorDescriptor(tensor, list(tensor.shape), strides(tensor), block, SWIZZLED_BLOCK)
+    return _new(tensor, rows, strides(tensor), block, SWIZZLED_BLOCK)
 
 
 def describe_numbers(tensor: Tensor, count: int) -> TensorDescriptor:
@@ -214,4 +220,25 @@ def describe_numbers(tensor: Tensor, count: int) -> TensorDescriptor:
     rows = tensor.flatten(0, -2).contiguous()
     if rows.shape[1] % 4 or rows.data_ptr() % 16:
         rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4))
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [1, count], FLAT)
+    known = _DESCRIBED.get((rows.shape, rows.stride(), rows.dtype, count))
+    return _of(rows, known) if known is not None else _new(rows, count, list(rows.stride()), [1, count], FLAT)
+
+
+# Descriptors of no tensor, by shape, strides, dtype and rows: what a new one asks of each takes longer than a launch.
+_DESCRIBED: dict[tuple[Any, ...], TensorDescriptor] = {}
+_LIMIT = 4096
+
+
+def _new(tensor: Tensor, rows: int, strides: list[int], block: list[int], layout: Any) -> TensorDescriptor:
+    descriptor = TensorDescriptor(tensor, list(tensor.shape), strides, block, layout)
+    if len(_DESCRIBED) >= _LIMIT:
+        _DESCRIBED.clear()
+    _DESCRIBED[tensor.shape, tensor.stride(), tensor.dtype, rows] = _of(None, descriptor)
+    return descriptor
+
+
+def _of(tensor: Tensor | None, known: TensorDescriptor) -> TensorDescriptor:
+    """`known` of another tensor, which must be aligned as that was."""
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(vars(known), base=tensor)
+    return descriptor
