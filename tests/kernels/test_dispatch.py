@@ -1,8 +1,11 @@
 """`define`: an op with and without a derivative, under autograd, torch.compile and opcheck."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from transfusion.kernels import IntervalMask, transfusion_attention
 from transfusion.kernels.dispatch import define
@@ -59,6 +62,25 @@ def test_what_needs_no_gradient_has_none() -> None:
     assert not any(each.requires_grad for each in SCALED(leaf.detach(), 1.0))
     with torch.inference_mode():
         assert SCALED(leaf, 1.0)[0].is_inference()
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_modes_see_the_op_and_nothing_within(differentiated: bool) -> None:
+    """Counters, checkpointing policies and profilers, though eager calls reach autograd without the dispatcher."""
+    seen: list[object] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x, op = torch.randn(3, 4, requires_grad=differentiated), torch.ops.transfusion.scaled_squares_of_tests.default
+    with Watch():
+        SCALED(x, 2.0)
+    assert seen == [op]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        SCALED(x, 2.0)
+    assert [event.count for event in profile.key_averages() if event.key == op.name()] == [1]
 
 
 def test_opcheck() -> None:
