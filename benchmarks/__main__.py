@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import rows
 from benchmarks.clock import QUICK, Effort
 
-SUITES = ("attention", "ops", "tiles", "train", "denoise", "generation")
+SUITES = ("attention", "ops", "host", "tiles", "train", "denoise", "generation")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

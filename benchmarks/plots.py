@@ -142,6 +142,10 @@ def _step(axes: Any, found: list[Row]) -> None:
     _bars(axes, found, lambda row: row["p50"] * 1e3, f"ms a step of {found[0]['suite']}")
 
 
+def _host(axes: Any, found: list[Row]) -> None:
+    _bars(axes, found, lambda row: row["p50"] * 1e6, "µs in which the host has queued a call")
+
+
 def _breakdown(axes: Any, found: list[Row]) -> None:
     """Where a step's time goes, by the profiler."""
     names = [f"{row['case']}, {row['baseline']}" for row in found]
@@ -168,6 +172,7 @@ _PLOTS: dict[str, tuple[Plot, ...]] = {
         ("forward", lambda row: row["measure"] == "forward", _bandwidth),
         ("backward", lambda row: row["measure"] == "backward", _bandwidth),
     ),
+    "host": (("call", lambda row: True, _host),),
     "tiles": (("overhead", lambda row: row["measure"] == "forward", _overhead),),
     "train": (
         ("step", lambda row: True, _step),

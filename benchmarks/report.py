@@ -167,9 +167,16 @@ def _denoise(found: list[Row]) -> str:
     return "Milliseconds of a denoising step, median.\n\n" + _pivot(found, lambda row: f"{row['p50'] * 1e3:.4g}")
 
 
+def _host(found: list[Row]) -> str:
+    return "Microseconds in which the host has queued a call, median.\n\n" + _pivot(
+        found, lambda row: f"{row['p50'] * 1e6:.3g}"
+    )
+
+
 _TABLES: dict[str, Callable[[list[Row]], str]] = {
     "attention": _attention,
     "ops": _ops,
+    "host": _host,
     "tiles": _tiles,
     "train": _train,
     "denoise": _denoise,

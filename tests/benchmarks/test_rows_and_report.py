@@ -109,6 +109,9 @@ def test_every_suite_has_its_plots(tmp_path):
     assert len(plots.draw(tiles.run("causal", "head dim 64"), tmp_path)) == 1
     step = timed(suite="train", breakdown={"attention": 0.1, "other": 0.2})
     assert len(plots.draw([step], tmp_path)) == 2
+    assert len(plots.draw([timed(suite="host", measure="call")], tmp_path)) == 1
+    rows.append([timed("one", suite="host", measure="call", p50=1.234e-5)], rows.path("host", tmp_path))
+    assert "| one | call | 12.3 |" in report.table("host", "cpu", tmp_path)
     assert plots.draw([timed(suite="train", status="skipped")], tmp_path) == []
 
 
@@ -160,7 +163,7 @@ def test_comparison_leaves_out_baselines_that_are_not_named(monkeypatch):
     asked = []
     monkeypatch.setattr(compare, "main", lambda reference, suites, options: asked.append(suites) or 0)
     assert command.main(["--compare", "HEAD"]) == 0
-    assert asked == [["attention", "ops", "train", "denoise", "generation"]]
+    assert asked == [["attention", "ops", "host", "train", "denoise", "generation"]]
 
     def chosen(*options):
         return command._work(command._parser().parse_args(["--ours", *options]))
