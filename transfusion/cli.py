@@ -1,6 +1,7 @@
 """transfusion train | sample | demo-ui | eval | ...: each command's options are the fields of one dataclass."""
 
 import argparse
+import io
 import json
 import sys
 import traceback
@@ -53,17 +54,14 @@ def pick_device(name: str) -> str:
     """
     import torch
 
+    from transfusion.model.pretrained import check_device
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        module = torch.get_device_module(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name!r} is unknown; give auto, cpu, cuda or cuda:N") from error
-    count = module.device_count() if module.is_available() else 0
-    if (device.index or 0) >= count:
-        found = f"torch finds {count} {device.type} device(s) here" if count else f"torch finds no {device.type} here"
-        raise ValueError(f"--device {name!r}: {found}; give auto or another one (`transfusion doctor` lists them)")
+        check_device(name)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
     return name
 
 
@@ -204,6 +202,9 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. A user's mistake ends with its message and status 2, without a traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a caption that its encoding cannot say is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     if not given or given[0] in ("-h", "--help"):
         print(COMMANDS)
         return 0

@@ -34,6 +34,7 @@ from transfusion.data.config import absolute, check_sources
 from transfusion.data.documents import caption_image_length
 from transfusion.data.sources import SampleError, Split
 from transfusion.data.transforms import check_image_size
+from transfusion.diffusion.sampler import default_steps
 from transfusion.evaluation import image_distances, image_figures, load_features, read_images, sheets, text_figures
 from transfusion.generation import TransfusionPipeline
 from transfusion.generation.pipeline import CONFIG as PIPELINE
@@ -248,7 +249,8 @@ class Run:
         prompts = [caption for caption in spread if len(self.tokenizer.encode(caption)) <= longest]
         if not prompts:
             return None
-        return lambda model: sheets.contact_sheet(self.pipeline(model).images(prompts, steps=20).cpu())
+        steps = default_steps(self.config.model.schedule, about=20)
+        return lambda model: sheets.contact_sheet(self.pipeline(model).images(prompts, steps=steps).cpu())
 
     def model(self, device: torch.device | str = "cpu") -> Transfusion:
         """The trained model; of a run that has not finished, and says so, the averaged weights of its last checkpoint.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transfusion.generation import TransfusionPipeline
     from transfusion.generation.inputs import PipelineOutput
 
-DEFAULT_MODEL = Path("emoji-32")
+DEFAULT_MODEL = "emoji-32"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ def with_model(options: SampleOptions) -> SampleOptions:
     if options.run is not None or options.model is not None:
         return options
     print(f"neither --run nor --model: {DEFAULT_MODEL}, which comes with the package", file=sys.stderr)
-    return replace(options, model=DEFAULT_MODEL)
+    from transfusion import recipes
+
+    return replace(options, model=recipes.trained()[DEFAULT_MODEL])  # and no folder here of that name
 
 
 def open_pipeline(options: SampleOptions) -> "TransfusionPipeline":

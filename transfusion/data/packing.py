@@ -1,5 +1,6 @@
 """Documents into rows of one length: each document whole, in one row, and the rows as full as best fit makes them."""
 
+import operator
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from torch import Tensor
 
 def seeded(*key: int | str) -> torch.Generator:
     """A generator whose state is a hash of `key`, the same on every machine and independent of any other key."""
-    digest = sha256(repr(key).encode()).digest()
+    # of whole numbers of any kind, whose repr may say which: numpy's, or a tensor
+    plain = tuple(each if isinstance(each, str) else operator.index(each) for each in key)
+    digest = sha256(repr(plain).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
+
 from transfusion.data.optional import require
 
 if TYPE_CHECKING:
@@ -215,6 +217,8 @@ def upright_rgb(image: "Image.Image") -> "Image.Image":
     """RGB, turned as its EXIF data say, on white where it is transparent: how training and sampling see an image."""
     image_module = require("PIL.Image")
     upright: Image.Image = require("PIL.ImageOps").exif_transpose(image)
+    if upright.mode.startswith("I;16"):  # levels up to 65535, which PIL would hold to 255
+        return image_module.fromarray((np.asarray(upright) // 257).astype(np.uint8)).convert("RGB")
     if "A" not in upright.getbands() and "transparency" not in upright.info:
         return upright.convert("RGB")
     rgba = upright.convert("RGBA")

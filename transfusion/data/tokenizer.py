@@ -32,6 +32,10 @@ class Tokenizer:
         backend.encode_special_tokens = True
         self._backend = backend
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Its JSON, read as a file is: a backend that is pickled by itself takes "<eos>" in a text for the token."""
+        return _from_json, (self._backend.to_str(),)
+
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """The BPE of `texts` with at most `vocab_size` tokens; the same texts give the same tokenizer."""
@@ -80,10 +84,18 @@ class Tokenizer:
         return int(self._backend.get_vocab_size())
 
     def encode(self, text: str) -> Tensor:
-        """-> (n,) int64, without BOS or EOS."""
+        """-> (n,) int64, without BOS or EOS. Raises `ValueError` for what is no Unicode: half of a surrogate pair."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text {text!r} is no valid Unicode: {error}") from error
         return torch.tensor(self._backend.encode(text).ids, dtype=torch.int64)
 
     def decode(self, token_ids: Tensor | Sequence[int]) -> str:
         """-> the text; special tokens say nothing."""
         ids = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
         return str(self._backend.decode(ids, skip_special_tokens=True))
+
+
+def _from_json(text: str) -> Tokenizer:
+    return Tokenizer(require("tokenizers").Tokenizer.from_str(text))

@@ -28,17 +28,21 @@ def crop(image: "Image.Image", size: int | Size) -> np.ndarray:
         raise ValueError(f"size must be a positive number of pixels, got {size}")
     if image.mode == "RGB" and image.size == (width, height):
         return np.array(image)
-    # the larger of the two scales covers the target; what sticks out is cut on both sides alike
-    scale = min(image.width / width, image.height / height)
-    left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
-    if height == width:  # whole pixels, as a square cut has them
-        left, top = float(int(left)), float(int(top))
     resized = image.convert("RGB").resize(
-        (width, height),
-        resample=require("PIL.Image").Resampling.LANCZOS,
-        box=(left, top, min(left + width * scale, image.width), min(top + height * scale, image.height)),
+        (width, height), resample=require("PIL.Image").Resampling.LANCZOS, box=window(image.size, (height, width))
     )
     return np.array(resized)
+
+
+def window(shown: tuple[int, int], size: Size) -> tuple[float, float, float, float]:
+    """Of a picture (width, height) the largest centred part of the shape of `size`: left, top, right, bottom."""
+    height, width = size
+    # the larger of the two scales covers the target; what sticks out is cut on both sides alike
+    scale = min(shown[0] / width, shown[1] / height)
+    left, top = (shown[0] - width * scale) / 2, (shown[1] - height * scale) / 2
+    if height == width:  # whole pixels, as a square cut has them
+        left, top = float(int(left)), float(int(top))
+    return left, top, min(left + width * scale, shown[0]), min(top + height * scale, shown[1])
 
 
 def from_levels(levels: np.ndarray) -> Tensor:

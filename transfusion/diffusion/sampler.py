@@ -9,6 +9,7 @@ transformers or text.
 
 import copy
 import inspect
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, SupportsIndex
@@ -67,9 +68,24 @@ def scheduler_name(schedule: NoiseSchedule, name: str = "fast") -> str:
     return found
 
 
-def default_steps(schedule: NoiseSchedule, name: str = "fast") -> int:
-    """The usual number of steps of the scheduler that `name` stands for. Raises as `scheduler_name` does."""
-    return SCHEDULERS[scheduler_name(schedule, name)].steps
+def default_steps(schedule: NoiseSchedule, scheduler: Any = "fast", about: int | None = None) -> int:
+    """A number of steps that the scheduler takes, nearest to `about`, by default to its usual number.
+
+    scheduler: a name as `scheduler_name` takes it, or a scheduler, whose class tells its usual number. Raises as
+    `scheduler_name` does.
+    """
+    if isinstance(scheduler, str):
+        kind = SCHEDULERS[scheduler_name(schedule, scheduler)]
+    else:
+        fast = SCHEDULERS[scheduler_name(schedule)]
+        kind = next((each for each in SCHEDULERS.values() if each.class_name == type(scheduler).__name__), fast)
+    wanted, total = about or kind.steps, schedule.num_train_timesteps
+    if kind.path == "trigflow":
+        return wanted
+    if not kind.clips:
+        return min(wanted, total)
+    divisors = (each for each in range(1, total + 1) if total % each == 0)  # it goes by total // steps
+    return min(divisors, key=lambda steps: abs(math.log(steps / wanted)))
 
 
 def can_clip(schedule: NoiseSchedule, name: str = "fast") -> bool:
@@ -112,11 +128,17 @@ def make_scheduler(schedule: NoiseSchedule, name: str = "fast", clip_sample: boo
 
 def check_scheduler(scheduler: Any, schedule: NoiseSchedule) -> None:
     """Raises `ValueError` where the scheduler's config or alphas say that it steps along another path than that of
-    `schedule`, and `TypeError` where it is none. One without a config is judged by its timesteps alone."""
+    `schedule`, or where `step` must be told more than `sample` knows to tell, and `TypeError` where it is none. One
+    without a config is judged by its timesteps alone."""
     if isinstance(scheduler, type) or not (hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")):
         raise TypeError(
             f"{scheduler!r} is no scheduler: it must have diffusers' set_timesteps and step; "
             "take make_scheduler(model.config.schedule), or a scheduler object of diffusers"
+        )
+    if "prev_timestep" in inspect.signature(scheduler.step).parameters:
+        raise ValueError(
+            f"{type(scheduler).__name__} must be told the next timestep at each step, or it takes the one below; "
+            "take make_scheduler(model.config.schedule)"
         )
     config = getattr(scheduler, "config", {})
     for key, value in _wanted(config, schedule).items():
@@ -157,7 +179,8 @@ def _wanted(config: Any, schedule: NoiseSchedule) -> dict[str, Any]:
 
 
 def timesteps(scheduler: Any, schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Sets the scheduler to `steps` steps -> the timesteps (at least `steps` of them) at which it asks the network.
+    """Sets the scheduler to `steps` steps -> the timesteps at which it asks the network: so many, more where it asks
+    twice in a step, a few less where it cuts an end of the path off.
 
     Raises `ValueError` where steps is not in 1 .. T, or does not divide T for a scheduler that goes by T // steps, and
     where the timesteps do not go down within those that the network was trained at; `TypeError` for no whole number.
@@ -186,6 +209,8 @@ def timesteps(scheduler: Any, schedule: NoiseSchedule, steps: int) -> Tensor:
         scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
     else:
         scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "set_begin_index"):  # or it looks for its first timestep, and of equal ones takes the second
+        scheduler.set_begin_index(0)
     # TrigFlow's list ends with t = 0, where there is nothing left to ask
     moments: Tensor = scheduler.timesteps[:-1] if schedule.path == "trigflow" else scheduler.timesteps
     _check_timesteps(scheduler, schedule, moments.cpu())
@@ -241,6 +266,8 @@ def sample(
         FloatingPointError: a prediction that is not finite, naming the step.
     """
     check_scheduler(scheduler, schedule)
+    if known is not None:
+        _check_can_noise(scheduler)
     scheduler = copy.deepcopy(scheduler)
     moments = timesteps(scheduler, schedule, steps)
     # diffusers gives TrigFlow's prediction the unit of the latents; Lu & Song's network has unit variance.
@@ -260,6 +287,13 @@ def sample(
         latents = scheduler.step(unit * prediction, moment, latents, **options, return_dict=False)[0]
         latents = latents if on_step_end is None else on_step_end(step, moment, latents)
     return latents if known is None else torch.where(known.unknown, latents, known.latents.float())
+
+
+def _check_can_noise(scheduler: Any) -> None:
+    """Raises `ValueError` for the schedulers whose `add_noise` adds other noise than their latents have."""
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    if name.startswith("KDPM2") or (name == "SASolverScheduler" and config.get("use_flow_sigmas")):
+        raise ValueError(f"{name} cannot inpaint: its add_noise is not that of its path; take another scheduler")
 
 
 def _noised(latents: Tensor, noise: Tensor, moment: Tensor, scheduler: Any, schedule: NoiseSchedule) -> Tensor:

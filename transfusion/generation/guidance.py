@@ -5,10 +5,13 @@ caption dropout leaves in training: BOS, then the image.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from transfusion.generation.arguments import real
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Guidance:
 
     Raises:
         ValueError: a number out of range.
+        TypeError: what is no number.
     """
 
     scale: float = 1.0
@@ -31,6 +35,12 @@ class Guidance:
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
+        real("guidance scale", self.scale)
+        real("guidance rescale", self.rescale)
+        if not isinstance(self.interval, Sequence) or isinstance(self.interval, str):
+            raise TypeError(f"guidance interval={self.interval!r} must be two times, (low, high)")
+        for time in self.interval:
+            real("a time of the guidance interval", time)
         if not (math.isfinite(self.scale) and self.scale >= 0):
             raise ValueError(f"guidance scale={self.scale} must be a number >= 0; 1 turns guidance off")
         if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:

@@ -1,6 +1,5 @@
 """What a call of the pipeline is given, row by row, and what it gives back."""
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from transfusion.data import Tokenizer
+from transfusion.generation.arguments import seed_of_64_bits
 
 _OUTPUTS = ("image", "text", "both")
 _LARGEST_SEED = 2**62
@@ -49,7 +49,7 @@ def rows_of(prompt: Any, image: Any, mask_image: Any, output: Any) -> list[Row]:
     Raises `ValueError` where the lists differ in length, where a row has nothing to go on from, or an empty prompt.
     """
     given = {"prompt": prompt, "image": image, "mask_image": mask_image, "output": output}
-    lengths = {name: len(value) for name, value in given.items() if isinstance(value, list | tuple)}
+    lengths = {name: len(value) for name, value in given.items() if _is_column(value)}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"lists of different lengths, {lengths}; give one entry for each row")
     count = next(iter(lengths.values()), 1)
@@ -57,6 +57,10 @@ def rows_of(prompt: Any, image: Any, mask_image: Any, output: Any) -> list[Row]:
         raise ValueError(f"{' and '.join(lengths)} is an empty list: give at least one prompt or image")
     columns = [value if name in lengths else [value] * count for name, value in given.items()]
     return [_row(index, *row) for index, row in enumerate(zip(*columns, strict=True))]
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _row(index: int, prompt: str | None, image: Any, mask_image: Any, output: str | None) -> Row:
@@ -83,26 +87,18 @@ def seeds_of(seed: Any, generator: Any, rows: int) -> list[int]:
     `TypeError` for what is no whole number.
     """
     if generator is not None:
-        own = [generator] * rows if isinstance(generator, torch.Generator) else list(generator)
+        many = isinstance(generator, Sequence)
+        own = list(generator) if many else [generator] * rows
+        wrong = next((each for each in own if not isinstance(each, torch.Generator)), None)
+        if wrong is not None or (many and None in own):
+            raise TypeError(f"generator={wrong!r} must be a torch.Generator, or a list with one for each row")
         _check_count("generators", len(own), rows)
         return [int(torch.randint(_LARGEST_SEED, (), generator=each, device=each.device)) for each in own]
     if hasattr(seed, "__len__") and not isinstance(seed, str) and getattr(seed, "ndim", 1) != 0:
         _check_count("seeds", len(seed), rows)
-        return [_seed(each) for each in seed]
-    first = _seed(seed)
-    return [_seed(first + index) for index in range(rows)]
-
-
-def _seed(given: Any) -> int:
-    try:
-        seed = operator.index(given)
-    except TypeError as error:
-        raise TypeError(
-            f"seed={given!r} must be a whole number, or a list with one for each row, got {type(given).__name__}"
-        ) from error
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed={seed} must be of 64 bits: within {-(2**63)}..{2**63 - 1}")
-    return seed
+        return [seed_of_64_bits(each) for each in seed]
+    first = seed_of_64_bits(seed)
+    return [seed_of_64_bits(first + index) for index in range(rows)]
 
 
 def _check_count(name: str, count: int, rows: int) -> None:
@@ -111,9 +107,16 @@ def _check_count(name: str, count: int, rows: int) -> None:
 
 
 class StopStrings:
-    """Where a text ends. Raises `ValueError` for an empty string, at which every text would."""
+    """Where a text ends: at a string, or at the first of several.
 
-    def __init__(self, tokenizer: Tokenizer, strings: tuple[str, ...]) -> None:
+    Raises `ValueError` for an empty one, at which every text would, and `TypeError` for what is no string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str]) -> None:
+        given: tuple[Any, ...] = tuple(stop) if _is_column(stop) else (stop,)
+        if not all(isinstance(each, str) for each in given):
+            raise TypeError(f"stop={stop!r} must be a string or a list of strings; () is none")
+        strings: tuple[str, ...] = given
         if not all(strings):
             raise ValueError("a stop string is empty; every text would end at it")
         self._tokenizer, self.strings = tokenizer, strings

@@ -77,7 +77,8 @@ class _Row:
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.room -= 1
-        if token == special.boi:
+        stops = token in plan.sampling.stop_tokens
+        if token == special.boi and not stops:
             self.wants_image = self.images < self.request.max_images
             self.finish = "" if self.wants_image else "images"
             self._check_image_fits()
@@ -86,7 +87,7 @@ class _Row:
         self.length += 1
         if token == special.eos:
             self.finish = "eos"
-        elif token in plan.sampling.stop_tokens or (plan.stop is not None and plan.stop(self._run)):
+        elif stops or (plan.stop is not None and plan.stop(self._run)):
             self.finish = "stop"
         else:
             self._check_room()
@@ -167,7 +168,7 @@ def generate(
         ValueError, TypeError: an argument that does not fit, named with the fix.
         FloatingPointError: logits or a prediction that are not finite.
     """
-    shape = tuple(latent_shape)
+    shape, requests = tuple(latent_shape), list(requests)
     plan = _Plan(model, shape, scheduler, steps, guidance, sampling, stop, max_length, on_step_end, impl, progress)
     check_requests(model, requests, shape, max_length)
     if any(request.max_images for request in requests):

@@ -1,14 +1,17 @@
 """Pictures of any kind a user has, to and from what an autoencoder reads: PIL, files, tensors; and masks."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from transfusion.data.optional import require
 from transfusion.data.sources import decoding, upright_rgb
-from transfusion.data.transforms import to_image, to_tensor
+from transfusion.data.transforms import to_image, to_tensor, window
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,12 +35,13 @@ def to_pixels(picture: Any, size: tuple[int, int]) -> Tensor:
             raise ValueError(
                 f"an image tensor must lie in [0, 1], got {float(picture.min())} .. {float(picture.max())}"
             )
-        return picture.float() * 2 - 1
+        return picture.float().cpu() * 2 - 1
     return to_tensor(upright_rgb(_opened(picture)), size[0] if size[0] == size[1] else size)
 
 
 def to_unknown(mask: Any, picture: Any, size: tuple[int, int], latent_size: tuple[int, int]) -> Tensor:
-    """A mask, white or 1 where to paint -> (1, h, w) bool. A latent is painted where any of its pixels is to be.
+    """A mask, white or 1 where to paint -> (1, h, w) bool. A latent is painted where any pixel of it is to be, however
+    small in a large mask.
 
     mask: a PIL image or a file of the size of `picture`, whatever that is, and cropped with it; or a tensor (H, W) in
     [0, 1] of the model's `size`, in which what is left of the picture is meant. Raises `ValueError` for another size.
@@ -45,7 +49,9 @@ def to_unknown(mask: Any, picture: Any, size: tuple[int, int], latent_size: tupl
     if isinstance(mask, Tensor):
         if tuple(mask.shape) != size:
             raise ValueError(f"a mask tensor must be ({size[0]}, {size[1]}) for this model, got {tuple(mask.shape)}")
-        white = mask.float()[None]
+        if not (mask.isfinite().all() and mask.min() >= 0 and mask.max() <= 1):
+            raise ValueError(f"a mask tensor must lie in [0, 1], got {float(mask.min())} .. {float(mask.max())}")
+        white = mask.float().cpu()[None]
     else:
         upright = _upright(mask)
         shown = size[::-1] if isinstance(picture, Tensor) else _upright(picture).size
@@ -54,8 +60,9 @@ def to_unknown(mask: Any, picture: Any, size: tuple[int, int], latent_size: tupl
                 f"the mask is {_by(upright.size)} pixels and its image {_by(shown)}, both upright; what it marks would "
                 "not be what is painted: give a mask of the image's size"
             )
-        pixels = to_tensor(upright.convert("L").convert("RGB"), size[0] if size[0] == size[1] else size)
-        white = (pixels[:1] + 1) / 2
+        left, top, right, bottom = window(upright.size, size)
+        marked = torch.from_numpy(np.array(upright.convert("L"))).float()[None] / 255
+        white = marked[:, math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)]
     return functional.adaptive_max_pool2d(white, latent_size) >= 0.5
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transfusion import config as configs
 from transfusion.data import Autoencoder, DiffusersAutoencoder, PixelAutoencoder, Tokenizer
 from transfusion.diffusion.sampler import Known, OnStepEnd, can_clip, default_steps, make_scheduler
+from transfusion.generation.arguments import whole
 from transfusion.generation.guidance import Guidance
 from transfusion.generation.inputs import PipelineOutput, Row, StopStrings, rows_of, seeds_of
 from transfusion.generation.interleaved import generate
@@ -31,7 +32,7 @@ from transfusion.generation.score import score
 from transfusion.generation.text import TextSampling
 from transfusion.model import Transfusion
 from transfusion.model.pretrained import local_folder
-from transfusion.sequence import Image, Text
+from transfusion.sequence import Image, Text, document_length
 
 CONFIG, TOKENIZER, VAE = "pipeline.toml", "tokenizer.json", "vae"
 Callback = Callable[["TransfusionPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -88,12 +89,21 @@ class TransfusionPipeline:
         max_length: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.autoencoder = model, tokenizer, autoencoder
-        self.latent_shape, self.max_length = latent_shape, max_length
+        channels, height, width = (whole("a side of latent_shape", side) for side in latent_shape)
+        self.latent_shape, self.max_length = (channels, height, width), max_length
 
     # ---------------------------------------------------------------- the folder
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes the folder `path`: the model's files, tokenizer.json, vae/ where there is one, and pipeline.toml."""
+        """Writes the folder `path`: the model's files, tokenizer.json, vae/ where there is one, and pipeline.toml.
+
+        Raises `TypeError` for an autoencoder of a kind that no folder holds, before anything is written.
+        """
+        if type(self.autoencoder) not in (PixelAutoencoder, DiffusersAutoencoder):
+            raise TypeError(
+                f"an autoencoder of type {type(self.autoencoder).__name__} cannot be saved, only PixelAutoencoder and "
+                "DiffusersAutoencoder; save the model and the tokenizer by themselves"
+            )
         folder = Path(path)
         self.model.save_pretrained(folder)
         self.tokenizer.save(folder / TOKENIZER)
@@ -163,7 +173,7 @@ class TransfusionPipeline:
         pairs = zip(rows, seeds, strict=True)
         requests = [self._request(row, own, max_new_tokens, max_images) for row, own in pairs]
         chosen, steps = self._scheduler(scheduler, num_inference_steps)
-        stops = StopStrings(self.tokenizer, (stop,) if isinstance(stop, str) else tuple(stop))
+        stops = StopStrings(self.tokenizer, stop)
         done = generate(
             self.model,
             requests,
@@ -201,8 +211,7 @@ class TransfusionPipeline:
     def _scheduler(self, scheduler: str | Any, steps: int | None) -> tuple[Any, int]:
         """A diffusers scheduler, and how many steps it takes. A model of pixels has its estimate clipped to theirs."""
         schedule = self.model.config.schedule
-        name = scheduler if isinstance(scheduler, str) else "fast"
-        count = default_steps(schedule, name) if steps is None else steps
+        count = default_steps(schedule, scheduler) if steps is None else steps
         if not isinstance(scheduler, str):
             return scheduler, count
         clips = isinstance(self.autoencoder, PixelAutoencoder) and can_clip(schedule, scheduler)
@@ -213,16 +222,25 @@ class TransfusionPipeline:
             return None
 
         def on_step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
-            changed = callback(self, step, timestep, {"latents": latents}) or {}
-            return changed.get("latents", latents)
+            given = callback(self, step, timestep, {"latents": latents})
+            if given is not None and not isinstance(given, dict):
+                raise TypeError(f"callback_on_step_end must give a dict or None, got {type(given).__name__}")
+            changed = (given or {}).get("latents", latents)
+            if not isinstance(changed, Tensor) or changed.shape != latents.shape:
+                found = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+                raise ValueError(f"callback_on_step_end gave latents {found}; they must be {tuple(latents.shape)}")
+            return changed
 
         return on_step_end
 
     def _output(self, done: Sequence[Generation], stops: StopStrings, output_type: str) -> PipelineOutput:
         latents = [latent for each in done for latent in each.images]
         images: Any = torch.stack(latents) if latents else torch.zeros(0, *self.latent_shape)
-        if output_type != "latent":
-            images = from_pixels(self.autoencoder.decode(images), output_type) if latents else []
+        if output_type != "latent" and latents:
+            images = from_pixels(self.autoencoder.decode(images), output_type)
+        elif output_type != "latent":
+            sides = (side * self.autoencoder.downscale for side in self.latent_shape[1:])
+            images = [] if output_type == "pil" else torch.zeros(0, 3, *sides)
         documents, count = [], 0
         for each in done:
             document: list[str | int] = []
@@ -277,10 +295,23 @@ class TransfusionPipeline:
         return self(texts, output="text", max_new_tokens=max_new_tokens, temperature=temperature, seed=seed).text
 
     def score(self, images: Sequence[Any], texts: Sequence[str]) -> Tensor:
-        """log p(text | image), EOS included, (I,) float32: how well each caption fits its image, in nats."""
+        """log p(text | image), EOS included, (I,) float32: how well each caption fits its image, in nats.
+
+        Raises `ValueError` for a caption with which the document is longer than `max_length`, and for another number of
+        them than images; `TypeError` for one string in the place of a list.
+        """
+        if isinstance(texts, str):
+            raise TypeError(f"texts={texts!r} must be a list, one for each image")
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts; give one of each")
         contexts = [self._request(Row(None, image, None, "text"), 0, 1, 0).context for image in images]
         end = torch.tensor([self.tokenizer.special.eos])
         targets = [torch.cat([self.tokenizer.encode(text), end]) for text in texts]
+        for index, (context, target) in enumerate(zip(contexts, targets, strict=True)):
+            length = document_length(context, self.model.config.patch_size) + len(target)
+            if self.max_length is not None and length > self.max_length:
+                raise ValueError(
+                    f"image {index} and its text have {length} tokens, more than max_length={self.max_length}, the "
+                    "longest document of the model; give a shorter text"
+                )
         return torch.stack([each.sum() for each in score(self.model, contexts, targets)])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from transfusion.diffusion.sampler import Known
+from transfusion.generation.arguments import check_token_ids, seed_of_64_bits, whole
 from transfusion.model import Transfusion
 from transfusion.sequence import Document, Image, Text, document_length, image_tokens
 
@@ -28,11 +29,12 @@ class Request:
         max_new_tokens: tokens of text to draw at most, each BOI counted.
         max_images: images to draw at most; a BOI beyond them ends the document.
         image_next: begin with an image, as if BOI had been drawn.
-        seed: of all that is drawn for this document.
+        seed: of all that is drawn for this document, of 64 bits.
         known: inpainting: what of the first image is given, latents (C, h, w) and unknown (1, h, w).
 
     Raises:
         ValueError: numbers that ask for nothing.
+        TypeError: what is no whole number.
     """
 
     context: Document
@@ -43,6 +45,9 @@ class Request:
     known: Known | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", seed_of_64_bits(self.seed))
+        for name in ("max_new_tokens", "max_images"):
+            whole(name, getattr(self, name))
         if self.max_new_tokens < 0 or self.max_images < 0:
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} and max_images={self.max_images} must be at least 0"
@@ -104,6 +109,9 @@ def check_contexts(model: Transfusion, contexts: Sequence[Document]) -> None:
     if not len(contexts):
         raise ValueError("no contexts are given: generation needs at least one, such as (Text(torch.tensor([bos])),)")
     for index, context in enumerate(contexts):
+        for segment in context:
+            if isinstance(segment, Text):
+                check_token_ids(f"the text of context {index}", segment.token_ids)
         first = context[0] if len(context) else None
         if not isinstance(first, Text) or not len(first.token_ids) or first.token_ids[0] != config.special.bos:
             raise ValueError(

@@ -5,6 +5,7 @@
 A token that was evaluated once is not evaluated again: its keys and values are in the cache.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,18 +21,33 @@ from transfusion.model.transformer import one_image_on_grid
 from transfusion.model.unet_codec import Skips
 from transfusion.sequence import Document, Image, collate, document_length, image_tokens
 
+_LOCK = threading.Lock()
+_RUNNING: dict[Transfusion, tuple[int, list[tuple[torch.nn.Module, bool]]]] = {}  # calls under way, and modes before
+
 
 @contextmanager
 def inference(model: Transfusion) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's own mode is restored afterwards, after an error too."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Evaluation mode without gradients; each module's own mode is restored afterwards, after an error too.
+
+    Of calls in several threads the first one in and the last one out see to the mode.
+    """
+    with _LOCK:
+        count, modes = _RUNNING.get(model, (0, []))
+        if not count:
+            modes = [(module, module.training) for module in model.modules()]
+            model.eval()
+        _RUNNING[model] = count + 1, modes
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with _LOCK:
+            count, modes = _RUNNING[model]
+            _RUNNING[model] = count - 1, modes
+            if count == 1:
+                del _RUNNING[model]
+                for module, training in modes:
+                    module.training = training
 
 
 def patches_of(model: Transfusion, latents: Tensor | Sequence[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from transfusion.generation.arguments import check_token_ids
 from transfusion.generation.requests import check_contexts
 from transfusion.generation.rows import full_hidden, inference
 from transfusion.model import Transfusion
@@ -26,14 +27,15 @@ def score(
         impl: of the kernels.
 
     Raises:
-        ValueError: an argument that does not fit, named with the fix.
+        ValueError, TypeError: an argument that does not fit, named with the fix.
         FloatingPointError: log-probabilities that are not finite.
     """
     if len(targets) != len(contexts):
         raise ValueError(f"{len(targets)} targets for {len(contexts)} contexts; give one of each")
     for index, target in enumerate(targets):
-        if target.ndim != 1 or not len(target):
-            raise ValueError(f"target {index} has shape {tuple(target.shape)}; it must be (T,) with at least one token")
+        check_token_ids(f"target {index}", target)
+        if not len(target):
+            raise ValueError(f"target {index} is empty; it must be (T,) with at least one token")
     documents = [(*context, Text(target)) for context, target in zip(contexts, targets, strict=True)]
     check_contexts(model, documents)
     with inference(model):

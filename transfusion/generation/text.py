@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transfusion.generation.arguments import real, whole
+
 
 @dataclass(frozen=True)
 class TextSampling:
@@ -22,6 +24,7 @@ class TextSampling:
 
     Raises:
         ValueError: a number out of range.
+        TypeError: what is no number.
     """
 
     temperature: float = 0.0
@@ -31,6 +34,12 @@ class TextSampling:
     stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        real("temperature", self.temperature)
+        for name in ("top_p", "min_p"):
+            if getattr(self, name) is not None:
+                real(name, getattr(self, name))
+        if self.top_k is not None:
+            whole("top_k", self.top_k)
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature={self.temperature} must be a number >= 0; 0 is greedy")
         if self.top_k is not None and self.top_k < 1:
@@ -80,7 +89,8 @@ def token_probabilities(logits: Tensor, sampling: TextSampling) -> Tensor:
     The likeliest token is always left. Of tokens equally likely only so many are left that top_k are. The sums
     start at the unlikely end, where added from the other one they would vanish beside 1, and top_p=1 would cut them.
     """
-    scaled = logits.double() / sampling.temperature
+    # from the likeliest down: of the smallest temperatures the others are -inf, and none is inf
+    scaled = (logits.double() - logits.double().amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is None and sampling.top_p is None:
         return _drop_unlikely(scaled.softmax(-1), sampling.min_p)
     kept = scaled.shape[-1] if sampling.top_k is None else min(sampling.top_k, scaled.shape[-1])

@@ -83,10 +83,14 @@ def _write_shards(state: Mapping[str, Tensor], shards: Mapping[str, list[str]], 
 def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> "Transfusion":
     """The model that `local_folder` finds, on `device`; its weights in `dtype`, None keeps the file's.
 
-    Raises `FileNotFoundError` or `ValueError` naming the file at fault.
+    Raises `FileNotFoundError` or `ValueError` naming the file at fault, or a device that is not here; `TypeError` for
+    another dtype than torch's.
     """
     from transfusion.model.transfusion import Transfusion
 
+    check_device(device)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype={dtype!r} must be one of torch's, such as torch.bfloat16")
     folder = local_folder(path)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} is not a saved model: it has no {CONFIG}")
@@ -98,6 +102,19 @@ def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
     except RuntimeError as error:
         raise ValueError(f"the weights in {folder} are not of the model in its {CONFIG}: {error}") from error
     return model if dtype is None else model.to(dtype)
+
+
+def check_device(given: torch.device | str) -> None:
+    """Raises `ValueError` where torch has no such device here, nor a module for it; "meta" holds no numbers."""
+    try:
+        device = torch.device(given)
+        module = torch.get_device_module(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {str(given)!r} is unknown; give auto, cpu, cuda or cuda:N") from error
+    count = module.device_count() if module.is_available() else 0
+    if (device.index or 0) >= count:
+        found = f"torch finds {count} {device.type} device(s) here" if count else f"torch finds no {device.type} here"
+        raise ValueError(f"device {str(given)!r}: {found}; give auto or another one (`transfusion doctor` lists them)")
 
 
 def read_weights(folder: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -59,8 +59,12 @@ def test_what_was_generated_scores_what_generation_said(seed):
     ("contexts_", "targets", "message"),
     [
         ([GOOD], [], "0 targets for 1 contexts"),
-        ([GOOD], [torch.zeros(0, dtype=torch.int64)], r"target 0 has shape \(0,\)"),
-        ([GOOD], [torch.zeros(1, 2, dtype=torch.int64)], r"target 0 has shape \(1, 2\)"),
+        ([GOOD], [torch.zeros(0, dtype=torch.int64)], "target 0 is empty"),
+        (
+            [GOOD],
+            [torch.zeros(1, 2, dtype=torch.int64)],
+            r"target 0 must have one dimension, .* \(1, 2\)",
+        ),
         ([GOOD], [torch.tensor([VOCABULARY])], "outside the vocabulary"),
         ([(Image(torch.zeros(SHAPE)),)], [torch.tensor([5])], "must begin with a Text"),
     ],

@@ -1,0 +1,42 @@
+"""Checks of what a user gives, each naming the argument, its value and what is wanted."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def whole(name: str, given: Any) -> int:
+    """`given` as an int. Raises `TypeError` for what is no whole number."""
+    try:
+        return operator.index(given)
+    except TypeError as error:
+        raise TypeError(f"{name}={given!r} must be a whole number, got {type(given).__name__}") from error
+
+
+def real(name: str, given: Any) -> float:
+    """`given` as a float. Raises `TypeError` for what is no number."""
+    try:
+        if isinstance(given, str | bytes):
+            raise TypeError
+        return float(given)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}={given!r} must be a number, got {type(given).__name__}") from error
+
+
+def seed_of_64_bits(given: Any) -> int:
+    """A seed as an int, whatever kind of whole number it is. Raises `TypeError`, or `ValueError` beyond 64 bits."""
+    seed = whole("seed", given)
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed} must be of 64 bits: within {-(2**63)}..{2**63 - 1}")
+    return seed
+
+
+def check_token_ids(name: str, given: Any) -> None:
+    """Raises `TypeError` or `ValueError` unless `given` is a tensor (n,) of whole numbers."""
+    if not isinstance(given, Tensor) or given.dtype.is_floating_point or given.dtype == torch.bool:
+        kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"{name} must be a tensor of token ids, int64, got {kind}; torch.tensor([...]) makes one")
+    if given.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, (n,), got shape {tuple(given.shape)}")
