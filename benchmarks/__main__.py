@@ -90,7 +90,7 @@ def _module(suite: str) -> ModuleType:
 def _run(work: list[tuple[str, str, str]], options: argparse.Namespace) -> int:
     began, failed, left = time.monotonic(), [], []
     files = {suite: rows.path(suite, options.rows or rows.RESULTS) for suite, _, _ in work}
-    before = {suite: {key[:3] for key in rows.done(rows.read(file))} for suite, file in files.items()}
+    before = {suite: {key[:3] for key in rows.done(rows.read(file), options.quick)} for suite, file in files.items()}
     effort = QUICK if options.quick else Effort()
     for suite, case, baseline in work:
         if options.resume and (suite, case, baseline) in before[suite]:
@@ -98,12 +98,14 @@ def _run(work: list[tuple[str, str, str]], options: argparse.Namespace) -> int:
         if options.budget is not None and time.monotonic() - began > options.budget:
             left.append((suite, case, baseline))
             continue
-        # one at a time and at once on disk: a run that is killed loses what it was measuring, and nothing else
+        measured = []
         for row in _module(suite).run(case, baseline, *([] if suite == "tiles" else [effort])):
-            rows.append([row | {"quick": options.quick}], files[suite])
+            measured.append(row | {"quick": options.quick})
             print(_line(row), flush=True)
             if row["status"] == "failed":
                 failed.append(row)
+        # a pair at a time and at once on disk: a run that is killed loses the pair it was measuring, and nothing else
+        rows.append(measured, files[suite])
     if left:
         print(f"\nthe budget is spent; {len(left)} left, --resume goes on with them:")
         print("\n".join("  " + "  ".join(item) for item in left))

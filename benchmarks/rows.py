@@ -102,11 +102,13 @@ def latest(rows: list[Row]) -> list[Row]:
     return list(last.values())
 
 
-def done(rows: list[Row]) -> set[tuple[str, ...]]:
-    """Keys that this commit, clean or not alike, has rows of with these versions."""
+def done(rows: list[Row], quick: bool = False) -> set[tuple[str, ...]]:
+    """Keys that this commit, clean or not alike, has rows of with these versions; rows of a quick look are so for
+    another quick look alone."""
     here = environment()
     same = ("commit", "dirty", "torch", "triton", "device")
-    return {key(line) for line in rows if all(line.get(name) == here[name] for name in same)}
+    valid = (line for line in rows if quick or not line.get("quick"))
+    return {key(line) for line in valid if all(line.get(name) == here[name] for name in same)}
 
 
 def _first_line(error: BaseException) -> str:

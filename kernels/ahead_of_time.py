@@ -329,6 +329,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
     parser.add_argument("--write", action="store_true", help=f"keep the table of --all in {GOLDEN.name}")
     options = parser.parse_args(argv)
+    if triton.knobs.runtime.interpret:
+        parser.error("kernels under Triton's interpreter are not compiled: unset TRITON_INTERPRET")
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs} must be at least 1")
     if options.write and not options.all:
         parser.error("--write keeps the table of everything: give --all")
     numbers = [

@@ -37,6 +37,10 @@ class IntervalMask:
         self.intervals = torch.stack([start, end], -1).masked_fill(empty[..., None], num_queries).to(torch.int32)
         self.num_queries = num_queries
         self._derived: dict[object, Any] = {}
+        self._in_graph = _is_capturing(self.intervals)  # a CUDA graph's own: it is computed when the graph is replayed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_derived": {}}  # a copy makes its own, and a file needs none
 
     # ---------------------------------------------------------------- makers
 
@@ -56,9 +60,10 @@ class IntervalMask:
         """
         lengths = [length] if documents is None else list(documents)
         _check_documents(length, lengths)
-        ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
-        start = torch.arange(length)
-        end = torch.repeat_interleave(ends, torch.tensor(lengths, dtype=torch.int64))
+        device = torch.get_default_device() if device is None else device
+        ends = torch.tensor(lengths, dtype=torch.int64, device="cpu").cumsum(0)
+        start = torch.arange(length, device="cpu")
+        end = torch.repeat_interleave(ends, torch.tensor(lengths, dtype=torch.int64, device="cpu"))
         _check_spans(length, images, end.tolist())
         for first, last in images:
             start[first:last] = first
@@ -80,6 +85,10 @@ class IntervalMask:
         for name, tensor in (("image_ids", image_ids), ("document_ids", document_ids), ("hidden", hidden)):
             if tensor is not None and (tensor.ndim != 2 or tensor.shape != image_ids.shape):
                 raise ValueError(f"{name} must be (B, N) = {tuple(image_ids.shape)}, got {tuple(tensor.shape)}")
+        if not image_ids.numel():
+            raise ValueError(f"image_ids of shape {tuple(image_ids.shape)} hold no token; give at least one row of one")
+        if hidden is not None and hidden.dtype != torch.bool:
+            raise TypeError(f"hidden must be bool, True for tokens of hidden images, got {hidden.dtype}")
         documents = torch.zeros_like(image_ids) if document_ids is None else document_ids
         new_document = _changes(documents)
         new_run = _changes(image_ids) | new_document
@@ -116,7 +125,7 @@ class IntervalMask:
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
         index = torch.arange(length, device=device)[None]
-        return IntervalMask(index, index + window, length)
+        return IntervalMask(index, index + min(window, length), length)
 
     @staticmethod
     def continuation(new: "IntervalMask", prefix_lengths: Tensor, num_keys: int) -> "IntervalMask":
@@ -127,10 +136,14 @@ class IntervalMask:
         prefix_lengths[b] + i as new token i, the rest by none. Needs prefix_lengths[b] + N <= M.
         """
         check_tensor("prefix_lengths", prefix_lengths, " (B,) of integers")
-        if prefix_lengths.is_floating_point():
+        if prefix_lengths.is_floating_point() or prefix_lengths.dtype == torch.bool:
             raise TypeError(f"prefix_lengths must be integers, got {prefix_lengths.dtype}")
         if prefix_lengths.ndim != 1:
             raise ValueError(f"prefix_lengths must be (B,), got shape {tuple(prefix_lengths.shape)}")
+        if new.batch_size not in (1, prefix_lengths.shape[0]):
+            raise ValueError(
+                f"{prefix_lengths.shape[0]} prefix_lengths for a mask of {new.batch_size} rows; give one for each"
+            )
         key = torch.arange(num_keys, device=new.query_start.device)[None]
         offset = key - prefix_lengths[:, None]
         inside = (offset >= 0) & (offset < new.num_keys)
@@ -235,14 +248,35 @@ class IntervalMask:
         )
 
     def once(self, key: object, make: Callable[[], Any]) -> Any:
-        """`make()` at the first call with `key`, kept with the mask."""
-        if key not in self._derived:
+        """`make()` at the first call with `key`, kept with the mask; not kept where others could not use it: stand-ins
+        of a trace, and what a CUDA graph that is being captured will compute.
+        """
+        if key in self._derived:
+            return self._derived[key]
+        if torch.compiler.is_dynamo_compiling():
             self._derived[key] = make()
-        return self._derived[key]
+            return self._derived[key]
+        if self.intervals.is_inference():
+            made = make()
+        else:
+            with torch.inference_mode(False):  # or a later call could not save it for backward
+                made = make()
+        if not is_traced() and (self._in_graph or not _is_capturing(self.intervals)):
+            self._derived[key] = made
+        return made
 
     def __repr__(self) -> str:
         sizes = f"batch_size={self.batch_size}, num_queries={self.num_queries}, num_keys={self.num_keys}"
         return f"IntervalMask({sizes}, device={str(self.device)!r})"
+
+
+def is_traced() -> bool:
+    """Whether tensors are stand-ins without numbers: in a FakeTensorMode, an export, `make_fx` of fake ones."""
+    return torch._guards.detect_fake_mode() is not None
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _block_list(tiles: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,6 +316,8 @@ def _check_vectors(start: Tensor, end: Tensor, num_queries: int) -> None:
             raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
     if start.device != end.device:
         raise ValueError(f"query_start is on {start.device}, query_end on {end.device}")
+    if num_queries >= 2**31:
+        raise ValueError(f"a mask holds 32-bit numbers: {num_queries} queries are too many, at most {2**31 - 1}")
     if num_queries < 1 or start.shape[1] < 1:
         raise ValueError(f"a mask needs at least one query and one key, got {num_queries} and {start.shape[1]}")
 

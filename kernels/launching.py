@@ -42,6 +42,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
             first.device,
             knobs.runtime.debug,
             knobs.compilation.instrumentation_mode,
+            getattr(knobs.runtime, "add_stages_inspection_hook", None),  # from Triton 3.7 on
         )
         found = known.get(key)
         if found is not None:
@@ -49,6 +50,8 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
             compiled[(programs, 1, 1)](*arguments, *rest)
             return
         compiled = kernel[(programs,)](*arguments, **constants)
+        if compiled is None:  # a hook of Triton's had it not compiled
+            return
         if len(known) >= _LIMIT:
             known.clear()
         known[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])

@@ -6,6 +6,7 @@ tensor, flat; element e has the same noise in both forms.
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -58,6 +59,7 @@ class RaggedLatents:
     """
 
     def __init__(self, values: Tensor, channels: int, sizes: Sequence[tuple[int, int]]) -> None:
+        channels = operator.index(channels)
         for height, width in sizes:
             if height < 1 or width < 1 or channels < 1:
                 raise ValueError(f"an image of {channels} channels and {height}x{width} pixels has no elements")
@@ -77,10 +79,13 @@ class RaggedLatents:
     @staticmethod
     def pack(images: Sequence[Tensor]) -> "RaggedLatents":
         """Images (C, h_i, w_i), at least one, of one dtype, device and C, copied into one buffer."""
-        channels = {image.shape[0] for image in images}
+        channels = {image.shape[0] for image in images if image.ndim == 3}
         if len(channels) != 1 or any(image.ndim != 3 for image in images):
             shapes = sorted({tuple(image.shape) for image in images})
             raise ValueError(f"images must be (channels, height, width) of one number of channels, got {shapes}")
+        dtypes = sorted({str(image.dtype) for image in images})
+        if len(dtypes) != 1:
+            raise TypeError(f"images must be of one dtype, got {' and '.join(dtypes)}; cast them to one")
         values = torch.cat([image.reshape(-1) for image in images])
         return RaggedLatents(values, channels.pop(), [(image.shape[1], image.shape[2]) for image in images])
 
@@ -122,13 +127,13 @@ class RaggedLatents:
 
 
 def _layout(sizes: Sequence[tuple[int, int]], channels: int, device: torch.device) -> Layout:
-    pixels = torch.tensor([height * width for height, width in sizes], dtype=torch.int64)
-    width = torch.tensor([width for _, width in sizes], dtype=torch.int64)
+    pixels = torch.tensor([height * width for height, width in sizes], dtype=torch.int64, device="cpu")
+    width = torch.tensor([width for _, width in sizes], dtype=torch.int64, device="cpu")
     _, block = tile_shape(channels)
     count = (pixels + block - 1) // block
     first_tile = count.cumsum(0) - count
-    image = torch.repeat_interleave(torch.arange(len(sizes)), count)
-    start = (torch.arange(image.numel()) - first_tile[image]) * block
+    image = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), count)
+    start = (torch.arange(image.numel(), device="cpu") - first_tile[image]) * block
     planes = torch.stack([pixels.cumsum(0) - pixels, pixels, width, first_tile], dim=1)
     tiles = torch.stack([image, start], dim=1).to(torch.int32)
     alignment = math.gcd(16, *(height * width for height, width in sizes))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transfusion.generation import TransfusionPipeline
     from transfusion.generation.inputs import PipelineOutput
 
-DEFAULT_MODEL = "emoji-32"
+DEFAULT_MODEL = Path("emoji-32")  # this very object: a user's own is looked for among folders first
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,7 @@ def with_model(options: SampleOptions) -> SampleOptions:
     if options.run is not None or options.model is not None:
         return options
     print(f"neither --run nor --model: {DEFAULT_MODEL}, which comes with the package", file=sys.stderr)
-    from transfusion import recipes
-
-    return replace(options, model=recipes.trained()[DEFAULT_MODEL])  # and no folder here of that name
+    return replace(options, model=DEFAULT_MODEL)
 
 
 def open_pipeline(options: SampleOptions) -> "TransfusionPipeline":
@@ -120,13 +118,16 @@ def open_pipeline(options: SampleOptions) -> "TransfusionPipeline":
     """
     import torch
 
+    from transfusion import recipes
     from transfusion.cli import pick_device
     from transfusion.generation import TransfusionPipeline
     from transfusion.run import Run
 
     device = pick_device(options.device)
     if options.model is not None:
-        return TransfusionPipeline.from_pretrained(options.model, device, torch.float32 if device == "cpu" else None)
+        is_default = options.model is DEFAULT_MODEL
+        source = recipes.trained()[str(DEFAULT_MODEL)] if is_default else options.model
+        return TransfusionPipeline.from_pretrained(source, device, torch.float32 if device == "cpu" else None)
     assert options.run is not None
     run = Run.open(options.run)
     return run.pipeline(run.model(device))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transfusion.kernels.attention import torch_paths
-from transfusion.kernels.attention.plan import plan_backward, plan_forward
+from transfusion.kernels.attention.plan import new_like, plan_backward, plan_forward
 from transfusion.kernels.dispatch import define
 from transfusion.kernels.interval_mask import IntervalMask
 from transfusion.kernels.registry import (
@@ -112,7 +112,7 @@ def transfusion_attention(
     """
     for letter, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(letter, tensor, " (B, H, N, D)")
-    if torch.is_autocast_enabled(q.device.type):
+    if _is_autocast_on(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, mask)
@@ -207,9 +207,14 @@ def _run_backward(grad_out: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]
     return grads
 
 
+def _is_autocast_on(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # which torch does not say of meta
+
+
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     """Autocast would round inside the reference's formula."""
-    if torch.is_autocast_enabled(tensor.device.type):
+    if _is_autocast_on(tensor):
         return torch.autocast(tensor.device.type, enabled=False)
     return nullcontext()
 
@@ -236,13 +241,13 @@ _attention_backward = define(
     "attention_backward",
     _BACKWARD,
     _run_backward,
-    lambda grad_out, grad_lse, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+    lambda grad_out, grad_lse, q, k, v, *rest: tuple(new_like(t) for t in (q, k, v)),
 )
 _attention = define(
     "attention",
     _FORWARD,
     _run,
-    lambda q, *rest: (torch.empty_like(q), _new_lse(q)),
+    lambda q, *rest: (new_like(q), _new_lse(q)),
     setup_context=_setup_context,
     backward=_differentiate,
 )

@@ -11,6 +11,8 @@ The formula and nothing else: O(N·M) memory. It computes in float32 (float64 fo
 import torch
 from torch import Tensor
 
+from transfusion.kernels.attention.plan import new_like
+
 
 def forward(
     q: Tensor,
@@ -27,9 +29,8 @@ def forward(
     dtype = compute_dtype or _wide(q.dtype)
     scores, visible = _scores(q, k, intervals, scale, dtype)
     probabilities = scores.softmax(-1).masked_fill(~visible, 0)
-    out = torch.empty_like(q)
-    out.copy_((probabilities @ v[:, :, None].to(dtype)).flatten(1, 2))
-    return out, scores.logsumexp(-1).flatten(1, 2).to(_wide(q.dtype))
+    out = (probabilities @ v[:, :, None].to(dtype)).flatten(1, 2)
+    return new_like(q).copy_(out), scores.logsumexp(-1).flatten(1, 2).to(_wide(q.dtype))
 
 
 def backward(
@@ -61,7 +62,7 @@ def backward(
         (d_scores.mT @ query * scale).sum(2),
         (probabilities.mT @ d_out).sum(2),
     )
-    return tuple(torch.empty_like(like).copy_(x) for like, x in zip((q, k, v), results, strict=True))  # type: ignore[return-value]
+    return tuple(new_like(like).copy_(x) for like, x in zip((q, k, v), results, strict=True))  # type: ignore[return-value]
 
 
 def _scores(q: Tensor, k: Tensor, intervals: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from transfusion.kernels.interval_mask import IntervalMask
+from transfusion.kernels.interval_mask import IntervalMask, is_traced
 
 _WORTH_CUTTING = 0.5  # of the dense mask's pairs: what is saved has to pay for the copies
 _LENGTHS = 8  # in which pieces come
@@ -42,14 +42,24 @@ def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
+    return functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible, scale=scale, enable_gqa=_is_grouped(q, k)
+    )
+
+
+def _is_grouped(q: Tensor, k: Tensor) -> bool:
+    """In a graph of symbolic sizes too, which decides here: their comparison is no bool."""
+    grouped = False
+    if q.shape[1] != k.shape[1]:
+        grouped = True
+    return grouped
 
 
 def prepare(mask: IntervalMask, q: Tensor) -> "Pieces | None":
     """What `sdpa` makes of a new batch's mask, kept with it: the pieces, or None and the dense mask."""
-    # The cut reads the mask, for which a GPU would have to wait and a graph to break.
-    if q.device.type == "cpu" and mask.batch_size == q.shape[0] and not torch.compiler.is_compiling():
+    # The cut reads the mask, for which a GPU would have to wait, a graph to break, and of which a trace has no numbers.
+    traced = torch.compiler.is_compiling() or is_traced()
+    if q.device.type == "cpu" and mask.batch_size == q.shape[0] and not traced:
         pieces = mask.once("pieces", lambda: cut(mask))
         if pieces is not None:
             return pieces
@@ -81,7 +91,7 @@ def cut(mask: IntervalMask) -> Pieces | None:
     pairs = sum(len(pieces) * length**2 for length, pieces in groups.items())
     if pairs > _WORTH_CUTTING * mask.batch_size * count**2:
         return None
-    origin = torch.empty(mask.batch_size, count, dtype=torch.int64)
+    origin = torch.empty(mask.batch_size, count, dtype=torch.int64, device="cpu")
     made, before = [], 0
     for length, pieces in groups.items():
         made.append(_group(mask, pieces, length, origin, before))
@@ -92,12 +102,12 @@ def cut(mask: IntervalMask) -> Pieces | None:
 def _group(
     mask: IntervalMask, pieces: list[tuple[int, int, int]], length: int, origin: Tensor, before: int
 ) -> tuple[Tensor, Tensor]:
-    places = torch.zeros(len(pieces), length, dtype=torch.int64)
-    visible = torch.eye(length, dtype=torch.bool).expand(len(pieces), 1, -1, -1).clone()
+    places = torch.zeros(len(pieces), length, dtype=torch.int64, device="cpu")
+    visible = torch.eye(length, dtype=torch.bool, device="cpu").expand(len(pieces), 1, -1, -1).clone()
     for number, (b, first, last) in enumerate(pieces):
-        size, query = last - first, torch.arange(first, last)
+        size, query = last - first, torch.arange(first, last, device="cpu")
         places[number, :size] = b * mask.num_queries + query
-        origin[b, first:last] = before + number * length + torch.arange(size)
+        origin[b, first:last] = before + number * length + torch.arange(size, device="cpu")
         start, end = mask.query_start[b, first:last], mask.query_end[b, first:last]
         visible[number, 0, :size, :size] = (start <= query[:, None]) & (query[:, None] < end)
     return places.flatten(), visible
@@ -141,7 +151,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> T
         v,
         block_mask=mask.once("block_mask", mask.to_block_mask),
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=_is_grouped(q, k),
     )
     return result
 

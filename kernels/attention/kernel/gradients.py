@@ -22,7 +22,7 @@ from transfusion.kernels.attention.kernel.blocks import (
     row_strides,
     store_rows,
 )
-from transfusion.kernels.attention.plan import plan_backward
+from transfusion.kernels.attention.plan import new_like, plan_backward
 from transfusion.kernels.launching import launch
 
 
@@ -203,7 +203,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients like q, k, v; bitwise the same in every run."""
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = (new_like(t) for t in (q, k, v))
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
     batch, heads, num_queries, head_dim = q.shape

@@ -26,7 +26,7 @@ from transfusion.kernels.attention.kernel.blocks import (
     row_strides,
     store_rows,
 )
-from transfusion.kernels.attention.plan import plan_forward
+from transfusion.kernels.attention.plan import new_like, plan_forward
 from transfusion.kernels.launching import launch
 
 
@@ -131,7 +131,7 @@ def forward_kernel(
         p_k, p_v, p_intervals, k_n, v_n, num_keys, scale, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION, False, SPLIT,
     )  # fmt: skip
 
-    some = l > 0
+    some = l != 0  # NaN is some
     out = acc / tl.where(some, l, 1.0)[:, None]
     natural = m if PRECISION == "ieee" else m * LN_2
     lse = tl.where(some, natural + tl.log(tl.where(some, l, 1.0)), float("-inf"))
@@ -155,7 +155,7 @@ def combine_kernel(
     base = tl.where(largest == float("-inf"), 0.0, largest)
     weight = tl.exp2((part_lse - base) * LOG2_E)
     total = tl.sum(weight, 0)
-    some = total > 0
+    some = total != 0
     parts = load_rows(p_parts, part * HEAD_DIM, split < splits, HEAD_DIM, BLOCK_D, True)
     out = tl.sum(parts * (weight / tl.where(some, total, 1.0))[:, None], 0)
     tl.store(p_lse + row, tl.where(some, base + tl.log(tl.where(some, total, 1.0)), float("-inf")))
@@ -168,12 +168,12 @@ def combine_kernel(
 def forward(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, tiles: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """-> out like q, lse (B, H, N) float32. The last stride of q, k, v is 1."""
     batch, heads, num_queries, head_dim = q.shape
-    out = torch.empty_like(q)
+    out = new_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if not out.numel():
         return out, lse
     if scale <= 0:  # the kernel takes the largest product for the largest score
-        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+        q, scale = (torch.neg(q, out=new_like(q)), -scale) if scale < 0 else (new_like(q).zero_(), 1.0)
     kv_heads, num_keys = k.shape[1:3]
     chosen, packed, blocks, splits = plan_forward(
         q.device, q.dtype, batch, heads, kv_heads, num_queries, num_keys, head_dim

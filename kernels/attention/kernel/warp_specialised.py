@@ -228,7 +228,7 @@ def _consume(
             taken += 1
             acc, l, m = _attended(n, masked_tiles, tiles, q_rows, rings, q_bars, k_bars, v_bars, queries, scale, S, O)
             n += tiles
-        some = l > 0
+        some = l != 0  # NaN is some
         total = gl.where(some, l, 1.0)
         lse = gl.where(some, m * LN_2 + gl.log(total), float("-inf"))
         gl.store(p_lse + gl.cast(head, gl.int64) * num_queries + queries, lse, mask=queries < num_queries)

@@ -1,0 +1,160 @@
+"""Calls that are legitimate and seldom made: overlapping inputs, traces, inference mode first, masks that travel."""
+
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from transfusion.kernels import IntervalMask, RaggedLatents, transfusion_attention, tuning
+from transfusion.kernels.testing import poison_empty
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CAUSAL = IntervalMask.causal(24, DEVICE)
+
+
+def overlapping(kind: str) -> Tensor:
+    """(1, 3, 24, 16), last stride 1, to which torch makes an empty one like it with another last stride."""
+    if kind == "one row for all":
+        return torch.randn(3, 16, 1, device=DEVICE).permute(2, 0, 1)[:, :, None].expand(1, 3, 24, 16)
+    return torch.randn(1, 3, 39, device=DEVICE).unfold(2, 16, 1)
+
+
+@pytest.mark.parametrize("kind", ["one row for all", "windows"])
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("scale", [0.25, -0.3, 0.0])
+def test_overlapping_inputs(kind: str, impl: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison_empty(monkeypatch.setattr)
+    inputs = [overlapping(kind), *torch.randn(2, 1, 3, 24, 16, device=DEVICE)]
+    above = torch.randn(1, 3, 24, 16, device=DEVICE)
+    for turn in range(3):
+        given = inputs[-turn:] + inputs[:-turn]  # as q, k and v
+
+        def results(*given: Tensor) -> list[Tensor]:
+            leaves = [t.detach().requires_grad_() for t in given]
+            out = transfusion_attention(*leaves, CAUSAL, impl=impl, scale=scale)
+            return [out.detach(), *torch.autograd.grad(out, leaves, above)]
+
+        for found, wanted in zip(results(*given), results(*(t.contiguous() for t in given)), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_trace_leaves_no_stand_ins_in_the_mask() -> None:
+    q, k, v = torch.randn(3, 1, 2, 24, 16)
+    wanted = transfusion_attention(q, k, v, IntervalMask.causal(24))
+    for impl in ("auto", "reference"):
+        mask = IntervalMask.causal(24)
+
+        class Layer(torch.nn.Module):
+            def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return transfusion_attention(q, k, v, mask, impl=impl)  # noqa: B023
+
+        torch.export.export(Layer(), (q, k, v), strict=False)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert isinstance(mask.to_dense(), FakeTensor)
+        found = transfusion_attention(q, k, v, mask, impl=impl)
+        assert not isinstance(found, FakeTensor)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_fake_and_meta_tensors() -> None:
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 24, 16)
+        assert transfusion_attention(q, q, q, IntervalMask.causal(24)).shape == q.shape
+    for impl in ("auto", "reference"):
+        q = torch.empty(1, 2, 24, 16, device="meta")
+        assert transfusion_attention(q, q, q, IntervalMask.causal(24, "meta"), impl=impl).is_meta
+
+
+def test_a_graph_of_symbolic_sizes() -> None:
+    compiled = torch.compile(transfusion_attention, backend="eager", dynamic=True, fullgraph=True)
+    for heads, length in ((2, 24), (4, 31)):
+        q, k, v = (torch.randn(1, h, length, 16) for h in (heads, 2, 2))
+        mask = IntervalMask.causal(length)
+        torch.testing.assert_close(compiled(q, k, v, mask), transfusion_attention(q, k, v, mask))
+
+
+def test_a_mask_seen_in_inference_mode_first_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the forward and the backward share its tiles, as they do in a GPU's table."""
+    mask, leaves = IntervalMask.causal(24, DEVICE), list(torch.randn(3, 1, 2, 24, 64, device=DEVICE).unbind())
+    table, dtype = tuning.table_name(leaves[0].device), torch.float32
+    before = tuning.launch("attention", "backward_query", table, dtype, 64)
+    forward = tuning.launch("attention", "forward", table, dtype, 64)
+    tuning.set_launch("attention", "backward_query", table, dtype, 64, forward)
+    try:
+        with torch.inference_mode():
+            transfusion_attention(*leaves, mask, impl="triton")
+        q, k, v = (t.requires_grad_() for t in leaves)
+        transfusion_attention(q, k, v, mask, impl="triton").sum().backward()
+    finally:
+        tuning.set_launch("attention", "backward_query", table, dtype, 64, before)
+
+
+def test_nan_is_told_from_nothing_seen() -> None:
+    q, k, v = torch.randn(3, 1, 1, 24, 16, device=DEVICE).unbind()
+    q[0, 0, 2] = torch.nan
+    mask = IntervalMask(CAUSAL.query_start + 1, CAUSAL.query_end, 24)  # the first query sees nothing
+    for impl in ("triton", "reference"):
+        _, lse = transfusion_attention(q, k, v, mask, impl=impl, return_lse=True)
+        assert lse[0, 0, 0].isneginf() and lse[0, 0, 2].isnan() and lse[0, 0, 3:].isfinite().all()
+
+
+def test_a_window_without_an_end_is_causal() -> None:
+    for window in (24, 2**31, sys.maxsize):
+        assert torch.equal(IntervalMask.sliding_window(24, window).intervals, IntervalMask.causal(24).intervals)
+
+
+def test_a_mask_travels_light() -> None:
+    mask = IntervalMask.causal(500)
+    mask.once("block_mask", mask.to_block_mask)
+    dense = mask.to_dense()
+    packed = pickle.dumps(mask)
+    assert len(packed) < 20_000
+    assert torch.equal(pickle.loads(packed).to_dense(), dense)
+
+
+def test_hosts_numbers_are_made_on_the_host() -> None:
+    with torch.device("meta"):
+        mask = IntervalMask.from_spans(40, [(4, 20)], [25, 15], device="cpu")
+        latents = RaggedLatents(torch.zeros(60, device="cpu"), 3, [(4, 5)])
+        assert IntervalMask.from_spans(40).device.type == "meta"
+    assert mask.device.type == "cpu" and latents.layout.tiles.device.type == "cpu"
+
+
+def test_ragged_latents_of_any_whole_number() -> None:
+    assert RaggedLatents(torch.zeros(60), np.int64(3), [(np.int64(4), 5)]).channels == 3
+    with pytest.raises(TypeError, match=r"of one dtype, got torch\.float16 and torch\.float32"):
+        RaggedLatents.pack([torch.zeros(3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.float16)])
+    with pytest.raises(ValueError, match="must be"):
+        RaggedLatents.pack([torch.tensor(1.0)])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: IntervalMask.full(2**31, 3), ValueError, "2147483648 queries are too many"),
+        (lambda: IntervalMask.from_ids(torch.zeros(2, 0, dtype=torch.int64)), ValueError, "hold no token"),
+        (
+            lambda: IntervalMask.from_ids(*[torch.zeros(1, 4, dtype=torch.int64)] * 3),
+            TypeError,
+            r"hidden must be bool, .*, got torch\.int64",
+        ),
+        (
+            lambda: IntervalMask.continuation(IntervalMask.stack([CAUSAL] * 2), torch.zeros(3, dtype=torch.int64), 50),
+            ValueError,
+            "3 prefix_lengths for a mask of 2 rows",
+        ),
+        (
+            lambda: IntervalMask.continuation(CAUSAL, torch.zeros(3, dtype=torch.bool), 50),
+            TypeError,
+            r"prefix_lengths must be integers, got torch\.bool",
+        ),
+    ],
+)
+def test_bad_masks_are_named(make: object, error: type[Exception], message: str) -> None:
+    assert callable(make)
+    with pytest.raises(error, match=message):
+        make()
