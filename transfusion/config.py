@@ -202,19 +202,31 @@ def to_dict(config: Any) -> dict[str, Any]:
     return result
 
 
-def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
-    """The dataclass `cls` from a nested dict. Raises `ValueError` that names the key at fault."""
+def from_dict(cls: type[T], data: dict[str, Any], where: str = "", default: T | None = None) -> T:
+    """The dataclass `cls` from a nested dict; what it does not name is that of `default`, or the fields' own.
+
+    A table starts from what its field holds by default. Raises `ValueError` that names the key at fault.
+    """
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in data.items():
-        if key not in names:
-            raise ValueError(f"unknown key {where + key!r}; known here: {', '.join(names)}")
-        values[key] = _convert(hints[key], value, where + key)
+        if key not in fields:
+            raise ValueError(f"unknown key {where + key!r}; known here: {', '.join(fields)}")
+        values[key] = _convert(hints[key], value, where + key, _default(fields[key], default))
     try:
-        return cls(**values)
+        return cls(**values) if default is None else dataclasses.replace(default, **values)  # type: ignore[type-var]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where.rstrip('.') or cls.__name__}: {error}") from error
+
+
+def _default(field: "dataclasses.Field[Any]", owner: Any) -> Any:
+    """What `field` holds in `owner`, or where there is none by itself; None where that is nothing."""
+    if owner is not None:
+        return getattr(owner, field.name)
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -234,20 +246,30 @@ def _is_of(option: Any, value: Any) -> bool:
     return isinstance(value, kinds) and (option is bool or not isinstance(value, bool))
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     for option in _options(hint):
         if dataclasses.is_dataclass(option):
             if not isinstance(value, dict):
                 raise ValueError(f"{where} must be a table, got {value!r}")
-            return from_dict(option, value, where + ".")  # type: ignore[arg-type]
+            start = default if dataclasses.is_dataclass(default) else None
+            return from_dict(option, value, where + ".", start)  # type: ignore[arg-type]
         if option is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if typing.get_origin(option) is tuple:
             if isinstance(value, list):
-                return tuple(value)
+                return _tuple(typing.get_args(option), value, where)
         elif _is_of(option, value):
             return value
     raise ValueError(f"{where} must be {_described(hint)}, got {value!r}")
+
+
+def _tuple(hints: tuple[Any, ...], values: list[Any], where: str) -> tuple[Any, ...]:
+    if hints[-1] is Ellipsis:
+        hints = hints[:1] * len(values)
+    if len(hints) != len(values):
+        raise ValueError(f"{where} must hold {len(hints)} values, got {values!r}")
+    pairs = enumerate(zip(hints, values, strict=True))
+    return tuple(_convert(hint, value, f"{where}[{place}]") for place, (hint, value) in pairs)
 
 
 def save(config: Any, path: Path) -> None:

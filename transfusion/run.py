@@ -50,6 +50,7 @@ from transfusion.training.trainer import CHECKPOINTS, Preview, read_averaged
 logger = logging.getLogger(__name__)
 
 CONFIG, TOKENIZER, MODEL = "config.toml", "tokenizer.json", "model"
+STEP = "trained_steps"  # in model/
 _PREVIEWED = 16  # captions
 
 # What may change when a run goes on: how long it is, how a step is cut up and what is told of it, not what is learned
@@ -96,6 +97,11 @@ class RunConfig:
             raise ValueError(
                 f"data.loader.patch_size {self.data.loader.patch_size} differs from "
                 f"model.patch_size {self.model.patch_size}: give both, --model.patch-size and --data.loader.patch-size"
+            )
+        if self.model.codec == "unet" and self.data.loader.aspect_ratios:
+            raise ValueError(
+                "model.codec 'unet' takes images of one size in a batch, and data.loader.aspect_ratios makes them "
+                "differ: give --model.codec linear, or no aspect ratios"
             )
 
 
@@ -161,7 +167,13 @@ class Run:
 
     def _check_changes(self) -> None:
         """Raises `ValueError` where the folder's run cannot go on with this config; says what another length does."""
-        before, done = Run.open(self.directory).config, last_step(self.directory / CHECKPOINTS) or 0
+        before, last = Run.open(self.directory).config, last_step(self.directory / CHECKPOINTS)
+        if last is None and (self.directory / MODEL / PIPELINE).is_file():
+            raise ValueError(
+                f"{self.directory} has a trained {MODEL}/ and no checkpoint to go on from; start a run from it with "
+                f"--init {self.directory / MODEL} --out ANOTHER, or delete it"
+            )
+        done = last or 0
         changed = _differences(configs.to_dict(_absolute(before)), configs.to_dict(self.config))
         if changed:
             raise ValueError(
@@ -202,8 +214,7 @@ class Run:
                 f"the autoencoder {self.config.data.autoencoder}: give --model.latent-channels {made.latent_channels}"
             )
         try:
-            if not loader.aspect_ratios:
-                check_image_size(loader.image_size, made.downscale, loader.patch_size)
+            check_image_size(loader.image_size, made.downscale, loader.patch_size)
         except ValueError as error:
             problems.append(f"{error}, with --data.loader.image-size, or other patches")
         if problems:
@@ -238,6 +249,7 @@ class Run:
         averaged = trainer.averaged("cpu") if finished else None
         if averaged is not None:
             self.pipeline(averaged).save_pretrained(self.directory / MODEL)
+            (self.directory / MODEL / STEP).write_text(f"{self.config.train.steps}\n")
         return finished
 
     def _preview(self, longest: int) -> Preview | None:
@@ -252,6 +264,11 @@ class Run:
         steps = default_steps(self.config.model.schedule, about=20)
         return lambda model: sheets.contact_sheet(self.pipeline(model).images(prompts, steps=steps).cpu())
 
+    def _step_of_model(self) -> int:
+        """Of model/: another than the last where a longer run was stopped before it could write it."""
+        file = self.directory / MODEL / STEP
+        return int(file.read_text()) if file.is_file() else self.config.train.steps
+
     def model(self, device: torch.device | str = "cpu") -> Transfusion:
         """The trained model; of a run that has not finished, and says so, the averaged weights of its last checkpoint.
 
@@ -259,7 +276,7 @@ class Run:
         """
         checkpoints, steps = self.directory / CHECKPOINTS, self.config.train.steps
         done = last_step(checkpoints)
-        if (self.directory / MODEL / PIPELINE).is_file() and (done is None or done >= steps):
+        if (self.directory / MODEL / PIPELINE).is_file() and (done is None or done >= steps == self._step_of_model()):
             return Transfusion.from_pretrained(self.directory / MODEL, device).eval()
         if done is None:
             raise FileNotFoundError(

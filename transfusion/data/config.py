@@ -1,9 +1,10 @@
 """Which samples a run reads: `DataConfig` as its TOML says it, and what its words name."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,10 +15,20 @@ from transfusion.data.hub import HubImages, HubImageStream, HubTexts, HubTextStr
 from transfusion.data.latent_cache import LatentCache
 from transfusion.data.listing import JoinedImages, each_image, in_order, listed_images
 from transfusion.data.loader import Loader, LoaderConfig
-from transfusion.data.sources import CaptionedImage, FolderSource, ImageSource, SampleError, Split, TextSource
+from transfusion.data.sources import (
+    CaptionedImage,
+    EmptySplitError,
+    FolderSource,
+    ImageSource,
+    SampleError,
+    Split,
+    TextSource,
+)
 from transfusion.data.streams import JsonlTexts, Stream, TarImages, shard_paths
 from transfusion.data.texts import PydocTextSource, TextFolderSource
 from transfusion.data.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 _STREAM, _EMOJI, _HUB, _NONE, _PYDOC, _PIXELS = "stream:", "emoji:", "hf:", "none", "pydoc", "pixels"
 
@@ -161,7 +172,8 @@ def image_source(data: DataConfig, split: Split, limit: int = 4096) -> ImageSour
     None where `images` names none, or where its streams hold none of them out. Raises `ValueError` where there should
     be some.
     """
-    listed = [listed_images(open_images(spec, split, data.loader.image_size), limit) for spec in specs(data.images)]
+    opened = [_opened(open_images, spec, split, data.loader.image_size) for spec in specs(data.images)]
+    listed = [listed_images(source, limit) for source in opened if source is not None]
     filled = [source for source in listed if len(source)]
     if listed and not filled and split != "test":
         skipped = [": ".join(skip) for source in listed for skip in source.skipped]
@@ -171,16 +183,28 @@ def image_source(data: DataConfig, split: Split, limit: int = 4096) -> ImageSour
 
 def text_source(data: DataConfig, split: Split, limit: int = 4096) -> TextSource | None:
     """The texts of `split` as one list, of each stream the first `limit`; None as for images."""
-    sources = [open_texts(spec, split) for spec in specs(data.texts)]
+    opened = [(spec, _opened(open_texts, spec, split)) for spec in specs(data.texts)]
+    named = [(spec, source) for spec, source in opened if source is not None]
+    sources = [source for _, source in named]
     if len(sources) == 1 and isinstance(sources[0], TextSource):
         return sources[0]
     texts: dict[str, str] = {}
-    for spec, source in zip(specs(data.texts), sources, strict=True):
+    for spec, source in named:
         drawn = (
             islice(in_order(source), limit) if isinstance(source, Stream) else (source[k] for k in range(len(source)))
         )
         texts |= {f"{spec} {number:08d}": text for number, text in enumerate(drawn)}
     return TextSource(texts, "all", 0.0) if texts or (sources and split != "test") else None
+
+
+def _opened(opener: Callable[..., T], spec: str, split: Split, *options: Any) -> T | None:
+    """The source, or None where it holds nothing out: one text, or one image, is all for training."""
+    try:
+        return opener(spec, split, *options)
+    except EmptySplitError:
+        if split != "test":
+            raise
+        return None
 
 
 def all_images(data: DataConfig, split: Split) -> Iterator[CaptionedImage | SampleError]:

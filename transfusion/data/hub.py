@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 from transfusion.data.optional import require
 from transfusion.data.sources import (
     CaptionedImage,
+    EmptySplitError,
     FileSlice,
     SampleError,
     Skipped,
@@ -20,6 +21,7 @@ from transfusion.data.sources import (
     TextSource,
     held_out,
     in_split,
+    is_unicode,
 )
 from transfusion.data.streams import SkipLog, belongs
 
@@ -64,7 +66,7 @@ def first_text(value: Any) -> str:
     """A text, or the first of several; "" where there is none."""
     if isinstance(value, list):
         value = value[0] if value else ""
-    return value.strip() if isinstance(value, str) else ""
+    return value.strip() if isinstance(value, str) and is_unicode(value) else ""
 
 
 def _chosen(spec: str, wanted: str | None, found: list[str], columns: list[str], kind: str) -> str:
@@ -105,7 +107,7 @@ class HubImages:
                 self.captions.append(caption)
                 self._rows.append(row)
         if not self.names:
-            raise ValueError(
+            raise EmptySplitError(
                 f"the {split} split of {spec!r} is empty: {len(captions)} row(s), {len(self.skipped)} skipped"
             )
 

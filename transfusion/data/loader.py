@@ -302,7 +302,7 @@ class Loader:
             if content is not None:
                 whole.append((draft, content))
         if not whole and all(draft.name in self._unreadable for draft in deck):
-            raise RuntimeError(f"none of the {len(deck)} images can be read; the last: {self.skipped[-1]}")
+            raise ValueError(f"none of the {len(deck)} images can be read; the last: {self.skipped[-1]}")
         return whole
 
     def _contents(self, drafts: list[Draft]) -> list[Content | None]:

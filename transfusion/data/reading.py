@@ -1,6 +1,9 @@
 """Drafts, which packing knows by their length, become latents: read, decoded, cropped, encoded; or found in a cache."""
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -60,7 +63,7 @@ class ImageReader:
         self._autoencoder, self._cache, self._sample = autoencoder, cache, sample
         # torch's own threads would compete with the training step's
         self._pool: Executor = (
-            ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+            ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
             if workers
             else ThreadPoolExecutor(_THREADS, "decode", torch.set_num_threads, (1,))
         )
@@ -98,6 +101,21 @@ class ImageReader:
             return pixels
         where = self._cache.folder
         raise ValueError(f"{sample.name} is not in the latent cache {where}: run `transfusion encode` first")
+
+
+def _start_worker() -> None:
+    """One thread, and no interrupt: Ctrl-C reaches every process of a terminal's group, and the one that trains still
+    needs a batch to end its step and save."""
+    torch.set_num_threads(1)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _opened(draft: Draft) -> CaptionedImage | SampleError:

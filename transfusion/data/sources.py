@@ -11,8 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import struct
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,7 +121,8 @@ def held_out(keys: Iterable[str], fraction: float) -> set[str]:
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the held-out fraction must be in [0, 1), got {fraction}")
-    hashes = {key: hashlib.sha256(key.encode()).digest() for key in keys}
+    # a file's name may be no Unicode
+    hashes = {key: hashlib.sha256(key.encode(errors="surrogatepass")).digest() for key in keys}
     chosen = {key for key, digest in hashes.items() if int.from_bytes(digest[:8], "big") < fraction * 2**64}
     if not chosen and fraction > 0 and len(hashes) > 1:
         chosen = {min(hashes, key=lambda key: hashes[key])}
@@ -135,6 +134,26 @@ def in_split(key: str, split: Split, test_keys: set[str]) -> bool:
     if split not in ("train", "test", "all"):
         raise ValueError(f"split must be 'train', 'test' or 'all', got {split!r}")
     return split == "all" or (key in test_keys) == (split == "test")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether there is no half of a surrogate pair in it: a cut emoji, as JSON can say it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long a name, a NUL in it
+        return False
+
+
+class EmptySplitError(ValueError):
+    """A source has samples, but none in the split that is asked for."""
 
 
 class FolderSource:
@@ -159,7 +178,9 @@ class FolderSource:
         test_names = held_out((name for name, _ in entries), test_fraction)
         chosen = [entry for entry in entries if in_split(entry[0], split, test_names)]
         if not chosen:
-            raise ValueError(f"the {split} split of {self.path} is empty: {len(entries)} captioned image(s) in all")
+            raise EmptySplitError(
+                f"the {split} split of {self.path} is empty: {len(entries)} captioned image(s) in all"
+            )
         self.names = [name for name, _ in chosen]
         self.captions = [caption for _, caption in chosen]
 
@@ -191,12 +212,14 @@ class FolderSource:
     def _parse(self, line: bytes, where: str) -> tuple[str, str]:
         try:
             entry: Any = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SampleError(where, f"malformed JSON ({error})") from error
         name, caption = (entry.get("image"), entry.get("caption")) if isinstance(entry, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(caption, str) or not caption.strip():
             raise SampleError(where, 'expected {"image": "relative/path.jpg", "caption": "non-empty text"}')
-        if not (self.path / name).is_file():
+        if not is_unicode(caption):
+            raise SampleError(where, "the caption is no valid Unicode: half of a surrogate pair is in it")
+        if not _is_file(self.path / name):
             raise SampleError(name, f"{where} names an image that does not exist")
         upright_size(FileSlice(self.path / name), name)
         return name, caption.strip()
@@ -217,7 +240,9 @@ def upright_rgb(image: "Image.Image") -> "Image.Image":
     """RGB, turned as its EXIF data say, on white where it is transparent: how training and sampling see an image."""
     image_module = require("PIL.Image")
     upright: Image.Image = require("PIL.ImageOps").exif_transpose(image)
-    if upright.mode.startswith("I;16"):  # levels up to 65535, which PIL would hold to 255
+    if upright.mode == "F" or (upright.mode == "I" and image.format != "PPM"):
+        raise ValueError(f"pixels of mode {upright.mode!r} have no range that is known: save them with 8 or 16 bits")
+    if upright.mode.startswith("I"):  # levels up to 65535, which PIL would hold to 255
         return image_module.fromarray((np.asarray(upright) // 257).astype(np.uint8)).convert("RGB")
     if "A" not in upright.getbands() and "transparency" not in upright.info:
         return upright.convert("RGB")
@@ -246,11 +271,12 @@ def decoding(name: str) -> Iterator[None]:
     image_module = require("PIL.Image")
     try:
         yield
-    # what Pillow's decoders raise on bad bytes, beyond OSError
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error) as error:
-        raise SampleError(name, f"unreadable image ({error})") from error
     except image_module.DecompressionBombError as error:
         raise SampleError(name, f"image too large ({error})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # on bad bytes Pillow's decoders raise whatever they stumble over
+        raise SampleError(name, f"unreadable image ({error})") from error
 
 
 class TextSource:
@@ -260,7 +286,7 @@ class TextSource:
         test_names = held_out(texts, test_fraction)
         self.names = [name for name in sorted(texts) if in_split(name, split, test_names)]
         if not self.names:
-            raise ValueError(f"the {split} split is empty: {len(texts)} text(s) in all")
+            raise EmptySplitError(f"the {split} split is empty: {len(texts)} text(s) in all")
         self.skipped = list(skipped)
         self._texts = [texts[name] for name in self.names]
 

@@ -16,7 +16,7 @@ from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
 from typing import Protocol, TypeVar, runtime_checkable
 
-from transfusion.data.sources import CaptionedImage, FileSlice, SampleError, Skipped, Split
+from transfusion.data.sources import CaptionedImage, FileSlice, SampleError, Skipped, Split, is_unicode
 from transfusion.data.texts import parse_text
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def belongs(name: str, split: Split, test_fraction: float) -> bool:
     """Whether `name` is in `split`: held out where sha256(name) / 2^256 < test_fraction."""
     if split not in ("train", "test", "all"):
         raise ValueError(f"split must be 'train', 'test' or 'all', got {split!r}")
-    digest = hashlib.sha256(name.encode()).digest()
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()  # a member's name may be no Unicode
     return split == "all" or (int.from_bytes(digest[:8], "big") < test_fraction * 2**64) == (split == "test")
 
 
@@ -150,6 +150,8 @@ def _captioned(path: Path, name: str, members: dict[str, FileSlice]) -> Captione
         )
     except (OSError, ValueError) as error:
         raise SampleError(name, f"unreadable caption ({error})") from error
+    if not is_unicode(caption):
+        raise SampleError(name, "the caption is no valid Unicode: half of a surrogate pair is in it")
     if not caption.strip():
         raise SampleError(name, 'no caption: expected a .txt, or a .json with {"caption": "..."}')
     return CaptionedImage(caption.strip(), image, name)
@@ -158,7 +160,7 @@ def _captioned(path: Path, name: str, members: dict[str, FileSlice]) -> Captione
 def _caption(texts: dict[str, bytes]) -> str:
     for suffix in ("txt", "caption"):
         if suffix in texts:
-            return texts[suffix].decode("utf-8")
+            return texts[suffix].decode("utf-8-sig")
     entry = json.loads(texts["json"]) if "json" in texts else None
     caption = entry.get("caption") if isinstance(entry, dict) else None
     return caption if isinstance(caption, str) else ""

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from transfusion.data.sources import SampleError, Skipped, Split, TextSource, held_out
+from transfusion.data.sources import SampleError, Skipped, Split, TextSource, held_out, is_unicode
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +72,13 @@ def parse_text(line: bytes, name: str, field: str = "text") -> str | SampleError
     """The text of one JSON line {"text": "..."}, or why there is none."""
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return SampleError(name, f"malformed JSON ({error})")
     text = entry.get(field) if isinstance(entry, dict) else None
     if not isinstance(text, str) or not text.strip():
         return SampleError(name, f'expected {{"{field}": "non-empty text"}}')
+    if not is_unicode(text):
+        return SampleError(name, "no valid Unicode: half of a surrogate pair is in it")
     return text
 
 
@@ -86,14 +88,19 @@ def _texts(place: Path) -> Iterator[tuple[str, str | SampleError]]:
         if file.suffix == ".txt":
             yield name, _read_txt(file, name)
         elif file.suffix == ".jsonl" and file.name != "captions.jsonl":
-            for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+            try:
+                content = file.read_bytes()
+            except OSError as error:
+                yield name, SampleError(name, f"unreadable text ({error})")
+                continue
+            for number, line in enumerate(content.splitlines(), start=1):
                 if line.strip():
                     yield f"{name}:{number}", parse_text(line, f"{name}:{number}")
 
 
 def _read_txt(file: Path, name: str) -> str | SampleError:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         return SampleError(name, f"unreadable text ({error})")
     return text if text.strip() else SampleError(name, "the file is blank")

@@ -10,10 +10,12 @@ torch's own count have it. Recomputation by activation checkpointing is not coun
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from transfusion.config import ModelConfig
 from transfusion.kernels import IntervalMask, RaggedLatents
@@ -67,16 +69,28 @@ def attention_flops(config: ModelConfig, mask: IntervalMask, rows: int) -> Tenso
     return area * (4 * config.layers * config.heads * config.head_dim)
 
 
+class _TwoProducts(TorchFunctionMode):
+    """Attention as softmax(q kᵀ) v, of which torch counts both products, on every machine alike.
+
+    Of this thread alone: `sdpa_kernel` is of the process, and an autoencoder in another thread would change kernels.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            q, k, v = args
+            return (q @ k.mT).softmax(-1) @ v
+        return func(*args, **(kwargs or {}))
+
+
 @functools.cache
 def codec_flops(config: ModelConfig, sides: tuple[int, int]) -> int:
     """Forward and backward of the codec for one image of latents (C, h, w), counted by torch on the meta device."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     height, width = sides
     tokens = (height // config.patch_size) * (width // config.patch_size)
     counter = FlopCounterMode(display=False)
-    with torch.device("meta"), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    with torch.device("meta"), torch.enable_grad(), _TwoProducts(), counter:
         hidden, timestep = torch.empty(1, tokens, config.dim, requires_grad=True), torch.empty(1)
         if config.codec == "linear":
             linear = LinearCodec(config)

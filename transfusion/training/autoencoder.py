@@ -71,7 +71,7 @@ class AutoencoderConfig:
         ema_decay: of the weights that are kept in the end; 0 keeps the last.
         max_grad_norm: gradients are clipped to it.
         checkpoint_every: steps from one checkpoint and sheet of reconstructions to the next.
-        max_bad_steps: so many steps in a row that are not finite end the run.
+        max_bad_steps: so many steps in a row that are not finite end the run; or the last half of them.
         seed: of weights, order and latents.
     """
 
@@ -198,7 +198,8 @@ class AutoencoderTrainer:
         bad = int(self.bad_steps)
         if bad:
             logger.warning("step %d: loss or gradient is not finite; %d step(s) in a row were skipped", self.step, bad)
-        if bad >= self.config.max_bad_steps:
+        half = self.step == self.config.steps and 2 * bad >= self.step
+        if bad >= self.config.max_bad_steps or half:
             last = [str(path) for path in self.checkpoints.paths()[-1:]] or ["none"]
             raise FloatingPointError(
                 f"the last {bad} steps up to step {self.step} had a loss or gradient that is not finite; their updates "

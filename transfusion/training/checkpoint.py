@@ -59,7 +59,7 @@ class Checkpoints:
         if world.main:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("*.tmp"):  # of a run that was killed while it wrote
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         world.total([0])
 
     def paths(self) -> list[Path]:

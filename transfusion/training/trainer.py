@@ -99,12 +99,12 @@ class Trainer:
         self.losses_seen = LossMeter(self.world, config.timestep_bins)
         self.speed = SpeedMeter(self.world, self._peak())
         self.all_trained = len(self.ema) == len(self.parameters)  # what FLOPs are counted for
-        self.step, self.errors_seen = 0, 0
+        self.step, self.errors_seen, self.bad_in_a_row = 0, 0, 0
 
     def run(self) -> bool:
         """Trains to the last step. -> False where SIGTERM or SIGINT of any rank ended it early, after a checkpoint.
 
-        Raises `FloatingPointError` where too many steps in a row, or all there were, had to be skipped.
+        Raises `FloatingPointError` where too many steps in a row, all there were, or the last half had to be skipped.
         """
         self.resume()
         batches, stopped = self.loader.iterate(), False
@@ -130,6 +130,8 @@ class Trainer:
                 f"been learned. Lower learning_rate ({self.config.learning_rate}) or look at the data, and start anew "
                 f"in another folder than {self.directory}"
             )
+        if not stopped and 2 * self.bad_in_a_row >= self.step:
+            raise self._gone_bad()
         return self.step == self.config.steps
 
     def train_step(self, batches: Iterator[Batch], stop: threading.Event | None = None) -> bool:
@@ -182,14 +184,18 @@ class Trainer:
         bad = values["bad_steps_in_a_row"]
         if bad:
             log.say(f"step {self.step}: loss or gradient is not finite; {bad:.0f} step(s) in a row were skipped")
+        self.bad_in_a_row = int(bad)
         if bad >= self.config.max_bad_steps:
             self.checkpoints.wait()
-            last = [str(path) for path in self.checkpoints.paths()[-1:]] or ["none"]
-            raise FloatingPointError(
-                f"the last {bad:.0f} steps up to step {self.step} had a loss or gradient that is not finite; their "
-                f"updates were skipped. Lower learning_rate ({self.config.learning_rate}) or look at the data. "
-                f"Last checkpoint: {last[0]}"
-            )
+            raise self._gone_bad()
+
+    def _gone_bad(self) -> FloatingPointError:
+        last = [str(path) for path in self.checkpoints.paths()[-1:]] or ["none"]
+        return FloatingPointError(
+            f"the last {self.bad_in_a_row} steps up to step {self.step} had a loss or gradient that is not finite; "
+            f"their updates were skipped. Lower learning_rate ({self.config.learning_rate}) or look at the data. "
+            f"Last checkpoint: {last[0]}"
+        )
 
     def draw(self, log: RunLog, preview: Preview) -> None:
         """A picture from the averaged model."""

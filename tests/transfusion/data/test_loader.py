@@ -229,7 +229,7 @@ def test_a_corrupt_file_does_not_kill_the_run(tmp_path):
 
 def test_when_nothing_can_be_read_the_run_ends_with_a_reason():
     loader = Loader(replace(CONFIG, text_fraction=0.0), TOKENIZER, NoiseImages(4, broken=(0, 1, 2, 3)))
-    with pytest.raises(RuntimeError, match=r"none of the 4 images can be read.*broken on purpose"):
+    with pytest.raises(ValueError, match=r"none of the 4 images can be read.*broken on purpose"):
         loader.batch(0)
 
 

@@ -1,0 +1,195 @@
+"""What is left of a run by signals, by hand and by bad entries, and what is made of it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image as Pictures
+
+from transfusion import ModelConfig, cli, presets
+from transfusion import config as configs
+from transfusion.config import UNetConfig
+from transfusion.model.flops import codec_flops
+from transfusion.run import CHECKPOINTS, MODEL, STEP, Run, RunConfig
+
+SMALL = tiny.run_options(data__loader__image_size=16, train__steps=2, device="cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny.data_folder(tmp_path / "data")
+
+
+def train(out: Path, folder: Path | str, *options: str) -> int:
+    return cli.main(["train", "--out", str(out), "--data.images", str(folder), *SMALL, *options])
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([weight.flatten() for weight in model.parameters()])
+
+
+def test_a_model_of_fewer_steps_is_not_taken_for_that_of_all(folder: Path, tmp_path: Path) -> None:
+    """The longer run was killed between its last checkpoint and its model."""
+    out = tmp_path / "run"
+    assert train(out, folder) == 0
+    early = tmp_path / "early"
+    shutil.copytree(out / MODEL, early)
+    assert train(out, folder, "--train.steps", "4") == 0
+    assert (out / MODEL / STEP).read_text() == "4\n"
+    late = weights(Run.open(out).model())
+    shutil.rmtree(out / MODEL)
+    shutil.copytree(early, out / MODEL)
+    assert torch.equal(weights(Run.open(out).model()), late)
+
+
+def test_a_model_without_a_checkpoint_is_not_trained_over(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(out, folder) == 0
+    log = (out / "log.jsonl").read_text()
+    shutil.rmtree(out / CHECKPOINTS)
+    assert train(out, folder, "--train.steps", "4") == 2
+    assert f"--init {out / MODEL}" in capsys.readouterr().err
+    assert (out / "log.jsonl").read_text() == log
+
+
+def test_an_interrupt_of_all_processes_saves(folder: Path, tmp_path: Path) -> None:
+    """As Ctrl-C in a terminal, which reaches the decoding processes too."""
+    out = tmp_path / "run"
+    options = ["--train.steps", "100000", "--train.checkpoint-every", "100000", "--train.accumulation", "4"]
+    command = [sys.executable, "-m", "transfusion", "train", "--out", str(out), "--data.images", str(folder), *SMALL]
+    run = subprocess.Popen(
+        [*command, *options, "--data.loader.workers", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        log = out / "log.jsonl"
+        end = time.monotonic() + 120
+        while not (log.is_file() and log.read_text().count("\n") > 3) and time.monotonic() < end:
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.1)
+        os.killpg(run.pid, signal.SIGINT)
+        output, _ = run.communicate(timeout=120)
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    assert "Traceback" not in output and "stopped at step" in output, output
+    assert list((out / CHECKPOINTS).iterdir())
+
+
+def test_bad_entries_are_skipped_and_named(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with open(folder / "captions.jsonl", "a") as file:
+        file.write('\n{"image": "red.png", "caption": "oh \\ud83d"}')
+        file.write('\n{"image": "data:image/png;base64,' + "A" * 5000 + '", "caption": "inline"}')
+        file.write("\n" + "[" * 100_000)
+    Pictures.fromarray(np.random.rand(20, 20).astype(np.float32)).save(folder / "float.tiff")
+    with open(folder / "captions.jsonl", "a") as file:
+        file.write('\n{"image": "float.tiff", "caption": "levels of what"}')
+    (folder / "bad.jsonl").write_text('{"text": "oh \\ud83d"}\n{"text": "fine"}\n')
+    (folder / "gone.jsonl").symlink_to(folder / "nowhere.jsonl")
+    (folder / "marked.txt").write_bytes(b"\xef\xbb\xbfhello")
+    os.close(os.open(os.fsencode(folder) + b"/caf\xe9.txt", os.O_CREAT))
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt")).write_text("a name that is no Unicode " * 5)
+    assert train(tmp_path / "run", folder, "--data.texts", str(folder)) == 0
+    said = capfd.readouterr().err + caplog.text
+    for word in ("captions.jsonl:11", "captions.jsonl:12", "captions.jsonl:13", "bad.jsonl:1", "gone.jsonl"):
+        assert word in said, word
+    assert "float.tiff" in (tmp_path / "run" / "data_errors.jsonl").read_text()
+
+
+def test_an_evaluation_goes_on_without_what_holds_nothing_out(folder: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "one.txt"
+    alone.write_text("the only text there is. " * 20)
+    single = tmp_path / "single"
+    single.mkdir()
+    Pictures.new("RGB", (16, 16), "red").save(single / "1.png")
+    (single / "captions.jsonl").write_text('{"image": "1.png", "caption": "red"}')
+    out = tmp_path / "run"
+    sources = ["--data.images", str(folder), str(single), "--data.texts", str(alone)]
+    assert cli.main(["train", "--out", str(out), *sources, *SMALL]) == 0
+    assert cli.main(["eval", "--run", str(out), "--draws", "1"]) == 0
+    figures = json.loads((out / "metrics.json").read_text())
+    assert {"images_held_out", "images_train"} <= figures.keys() and "text_held_out" not in figures
+
+
+def test_sizes_that_nothing_could_use_are_refused_at_the_start(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ratios = ["--data.loader.aspect-ratios", "1:1", "2:1"]
+    assert train(tmp_path / "run", folder, "--data.loader.image-size", "18", *ratios) == 2
+    assert "18" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert train(tmp_path / "run", folder, "--model.codec", "unet", *ratios) == 2
+    assert "images of one size in a batch" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_an_end_in_bad_steps_is_no_end(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--train.learning-rate", "1e30", "--train.max-grad-norm", "inf", "--train.steps", "8"]
+    assert train(tmp_path / "run", folder, *options) == 2
+    assert "steps up to step 8 had a loss or gradient that is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run" / MODEL).exists()
+
+
+def test_a_partial_table_starts_from_the_defaults_that_the_help_shows(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        "[model]\nqk_norm = true\n[model.schedule]\nnum_train_timesteps = 500\n[data.loader]\nimage_size = 64\n"
+    )
+    config, default = configs.load(RunConfig, file), RunConfig()
+    assert config.model.dim == default.model.dim == presets.get("tiny").dim and config.model.qk_norm
+    assert config.model.schedule.prediction == default.model.schedule.prediction
+    assert config.data.loader.rows == default.data.loader.rows and config.data.loader.image_size == 64
+    assert configs.from_dict(RunConfig, configs.to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[train]\nbetas = [0.9]\n", r"train\.betas must hold 2 values, got \[0\.9\]"),
+        ('[train]\nbetas = ["a", "b"]\n', r"train\.betas\[0\] must be float, got 'a'"),
+        ("[data.loader]\naspect_ratios = [1.5]\n", r"data\.loader\.aspect_ratios\[0\] must be str, got 1\.5"),
+    ],
+)
+def test_entries_of_lists_are_checked(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        configs.load(RunConfig, tmp_path / "mine.toml")
+
+
+def test_counting_flops_changes_no_other_thread() -> None:
+    """An autoencoder encodes beside it, and must do so with the kernels it always takes."""
+    unet = ModelConfig(dim=64, layers=1, heads=2, codec="unet", unet=UNetConfig())
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 300, 64)
+    attend, stop = torch.nn.functional.scaled_dot_product_attention, threading.Event()
+    wanted = attend(q, k, v)
+
+    def count() -> None:
+        while not stop.is_set():
+            codec_flops.cache_clear()
+            codec_flops(unet, (8, 8))
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        found = [torch.equal(attend(q, k, v), wanted) for _ in range(300)]
+    finally:
+        stop.set()
+        thread.join()
+    assert all(found)
