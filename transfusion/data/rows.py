@@ -169,7 +169,8 @@ class Mix:
     def __init__(self, weights: Sequence[float]) -> None:
         if not weights or min(weights) < 0 or not sum(weights) > 0:
             raise ValueError(f"weights must not be negative, and not all zero, got {list(weights)}")
-        exact = [Fraction(weight).limit_denominator(10_000) for weight in weights]
+        # as exact as a float is, and one third is one third; by the largest, so that a small one keeps its digits
+        exact = [Fraction(weight / max(weights)).limit_denominator(10**12) for weight in weights]
         rest = [sum(exact[k:], Fraction(0)) for k in range(len(exact))]
         self._shares = [weight / total if total else Fraction(0) for weight, total in zip(exact, rest, strict=True)]
         self._last = max(k for k, weight in enumerate(exact) if weight)

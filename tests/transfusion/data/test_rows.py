@@ -112,6 +112,12 @@ def test_a_mix_has_the_shares_at_every_length(weights):
     assert all(count == 0 for count, weight in zip(counts, weights, strict=True) if weight == 0)
 
 
+def test_a_small_weight_is_not_none():
+    assert Mix([1, 9999]).before(10**6) == [100, 999_900]
+    assert Mix([1 / 40_002, 20_000 / 40_002, 0.5]).before(10**6)[0] in (24, 25)
+    assert Mix([0.3, 0.7]).before(10) == [3, 7] and Mix([1 / 3, 2 / 3]).before(3 * 10**6) == [10**6, 2 * 10**6]
+
+
 def test_a_mix_of_two_alternates_and_bad_weights_are_named():
     assert [Mix([0.5, 0.5]).place(row)[0] for row in range(4)] == [1, 0, 1, 0]
     assert list(islice((Mix([1, 3]).place(row)[0] for row in range(8)), 8)).count(0) == 2
