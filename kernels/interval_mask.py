@@ -6,6 +6,7 @@ from the start of j's image, to the end of j's document. So the whole mask is tw
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -256,11 +257,10 @@ class IntervalMask:
         if torch.compiler.is_dynamo_compiling():
             self._derived[key] = make()
             return self._derived[key]
-        if self.intervals.is_inference():
+        # what inference mode makes no later call could save for backward
+        leave = torch.is_inference_mode_enabled() and not self.intervals.is_inference()
+        with torch.inference_mode(False) if leave else nullcontext():
             made = make()
-        else:
-            with torch.inference_mode(False):  # or a later call could not save it for backward
-                made = make()
         if not is_traced() and (self._in_graph or not _is_capturing(self.intervals)):
             self._derived[key] = made
         return made

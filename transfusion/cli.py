@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -155,6 +154,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     import tyro
 
     from transfusion.run import Run
+    from transfusion.training.metrics import to_json
 
     options = tyro.cli(EvalOptions, args=list(arguments), prog="transfusion eval")
     run = Run.open(options.run)
@@ -164,7 +164,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         chosen = options.features, options.samples, options.guidance, options.seed
         distances["image_distances"] = run.distances(model, *chosen)
     figures = run.evaluate(model, options.draws, options.seed) | distances
-    result = json.dumps(figures, indent=2)
+    result = to_json(figures, indent=2)
     (options.run / "metrics.json").write_text(result + "\n")
     print(result)
     return 0

@@ -23,7 +23,7 @@ from transfusion.data import image_source, text_source, to_tensor
 from transfusion.data.sources import ImageSource
 from transfusion.evaluation import sheets
 from transfusion.run import Run, RunConfig
-from transfusion.training.metrics import read_log
+from transfusion.training.metrics import read_log, to_json
 
 _SHEET = 24  # images in a sheet
 
@@ -59,7 +59,7 @@ def show(run: Run, device: str) -> list[Path]:
     (continuation,) = pipeline.continuations([beginning], temperature=0.7)
     (directory / "text.txt").write_text(f"held-out text: {beginning}\n\nthe model goes on: {continuation}\n")
     print("measuring ...", flush=True)
-    (directory / "metrics.json").write_text(json.dumps(run.evaluate(model), indent=2) + "\n")
+    (directory / "metrics.json").write_text(to_json(run.evaluate(model), indent=2) + "\n")
     names = ("samples.png", "guidance.png", "captions.png", "text.txt", "curves.png", "metrics.json")
     return [directory / name for name in names]
 

@@ -17,7 +17,7 @@ import torch
 
 from transfusion.sequence import Batch
 from transfusion.training import TrainConfig, Trainer
-from transfusion.training.metrics import read_log
+from transfusion.training.metrics import JsonLines, read_log
 from transfusion.training.optimizer import average, learning_rate
 
 CONFIG = TrainConfig(steps=10, learning_rate=1e-2, warmup_steps=2, log_every=1, checkpoint_every=5, ema_decay=0.9)
@@ -206,6 +206,20 @@ def test_plain_lines_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_log_cut_off_by_a_kill_is_read(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1}) + '\n{"st')
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1}]
+
+
+def test_the_log_is_json_for_every_reader(tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    log = JsonLines(tmp_path / "log.jsonl", 0)
+    log.scalars(1, {"image": math.nan, "text": math.inf, "norm": 1.5})
+    log.close()
+    JsonLines(tmp_path / "log.jsonl", 1).close()  # goes on, and writes what was there anew
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse) == {"step": 1, "image": None, "text": None, "norm": 1.5}
+    (found,) = read_log(tmp_path / "log.jsonl")
+    assert math.isnan(found["image"]) and found["norm"] == 1.5
 
 
 @pytest.mark.parametrize(

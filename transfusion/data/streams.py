@@ -65,10 +65,14 @@ def shard_paths(pattern: str) -> list[Path]:
 
     Raises `ValueError` where a file is missing, or nothing matches.
     """
+    if Path(pattern).is_file():  # whatever its name holds
+        return [Path(pattern)]
     choice = re.search(r"\{([^{}]*)\}", pattern)
     if choice:
         bounds = re.fullmatch(r"(\d+)\.\.(\d+)", choice[1])
         options = choice[1].split(",")
+        if bounds and int(bounds[1]) > int(bounds[2]):
+            raise ValueError(f"the range {choice[0]} of {pattern} goes down; give {{{bounds[2]}..{bounds[1]}}}")
         if bounds:
             options = [f"{n:0{len(bounds[1])}d}" for n in range(int(bounds[1]), int(bounds[2]) + 1)]
         parts = (pattern[: choice.start()] + option + pattern[choice.end() :] for option in options)

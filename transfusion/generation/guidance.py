@@ -5,7 +5,6 @@ caption dropout leaves in training: BOS, then the image.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +36,7 @@ class Guidance:
     def __post_init__(self) -> None:
         real("guidance scale", self.scale)
         real("guidance rescale", self.rescale)
-        if not isinstance(self.interval, Sequence) or isinstance(self.interval, str):
+        if not hasattr(self.interval, "__len__") or isinstance(self.interval, str):
             raise TypeError(f"guidance interval={self.interval!r} must be two times, (low, high)")
         for time in self.interval:
             real("a time of the guidance interval", time)

@@ -1,6 +1,7 @@
 """What a run says of itself: `log.jsonl`, TensorBoard, Weights & Biases, and a progress bar or plain lines."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -29,12 +30,12 @@ class JsonLines:
 
     def __init__(self, path: Path, start_step: int) -> None:
         kept = [line for line in read_log(path) if line["step"] <= start_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        path.write_text("".join(to_json(line) + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line, on disk when this returns."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(to_json({"step": step, **values}) + "\n")
         self._file.flush()
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
@@ -174,12 +175,26 @@ def open_log(directory: Path, start_step: int, total_steps: int, wandb_project: 
     return RunLog(sinks)
 
 
+def to_json(values: dict[str, Any], indent: int | None = None) -> str:
+    """As every reader takes it: JSON has no NaN and no infinity, so they are null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(inner) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(values), indent=indent, allow_nan=False)
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `log.jsonl`; a last line cut off by a kill is left out."""
+    """The lines of a `log.jsonl`, null as NaN; a last line cut off by a kill is left out."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            lines.append(json.loads(line))
+            found = json.loads(line)
+            lines.append({name: math.nan if value is None else value for name, value in found.items()})
         except json.JSONDecodeError:
             break
     return lines

@@ -106,6 +106,15 @@ def test_incomplete_samples_are_skipped_counted_and_named(tmp_path):
         read[0].image  # noqa: B018
 
 
+def test_a_path_is_a_path_whatever_it_holds(tmp_path):
+    folder = tmp_path / "a [b] {c}"
+    folder.mkdir()
+    (folder / "t.tar").write_bytes(b"")
+    assert shard_paths(str(folder / "t.tar")) == [folder / "t.tar"]
+    with pytest.raises(ValueError, match=r"the range \{3\.\.1\} of .* goes down; give \{1\.\.3\}"):
+        shard_paths(str(tmp_path / "x{3..1}.tar"))
+
+
 def test_shard_patterns(tmp_path):
     for name in ("a-08.tar", "a-09.tar", "a-10.tar", "b-1.tar"):
         (tmp_path / name).write_bytes(b"")
