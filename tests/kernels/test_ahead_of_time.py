@@ -186,6 +186,7 @@ def test_each_limit_can_break(
     assert message in broken
     monkeypatch.setattr(ahead_of_time, "all_cases", lambda target: iter([FORWARD]))
     monkeypatch.setattr(ahead_of_time, "compile_case", lambda case, target: resources)
+    monkeypatch.setattr(ahead_of_time.triton.knobs.runtime, "interpret", False)
     assert ahead_of_time.main(["--target", target, "--all"]) == 1
     assert capsys.readouterr().out.endswith("0 passed, 1 failed\n")
 

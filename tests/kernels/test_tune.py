@@ -1,14 +1,15 @@
 """The tune command: what fails its check is never timed, the fastest launch wins, and what is written is read."""
 
 import copy
+import importlib
 import json
 import multiprocessing
-import os
 import pickle
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,21 +139,31 @@ def test_a_launch_that_hangs_is_out_and_the_others_are_judged(monkeypatch: pytes
         assert time.monotonic() - began < 90
 
 
-def judge(kind: str) -> str:
-    """A check by a process that a fault leaves useless, and that some launch ends."""
+JUDGE = """
+import os, time
+from transfusion.kernels.tune import FaultError
+
+useless = False  # this process, after a fault
+
+def judge(kind):
+    global useless
     if kind == "dies":
         os._exit(1)
-    if kind == "faults" or hasattr(judge, "useless"):
-        judge.useless = True  # type: ignore[attr-defined]
-        raise tune.FaultError(f"{kind}: illegal address")
+    if kind == "faults" or useless:
+        useless = True
+        raise FaultError(f"{kind}: illegal address")
     time.sleep(0.2)  # so that others are under way when a process dies
     return "" if kind == "good" else "misses its bound"
+"""
 
 
-def test_a_launch_that_faults_or_ends_its_process_is_out_alone() -> None:
-    kinds = ["good", "faults", "dies", "bad"]
+def test_a_launch_that_faults_or_ends_its_process_is_out_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "judge_of_test_tune.py").write_text(JUDGE)
+    monkeypatch.syspath_prepend(tmp_path)  # which the processes inherit
+    judge = importlib.import_module("judge_of_test_tune").judge
+    kinds: list[Any] = ["good", "faults", "dies", "bad"]
     with Checkers(2, partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))) as checkers:
-        reasons = checkers.reasons(judge, kinds, 300.0)  # type: ignore[arg-type]
+        reasons = checkers.reasons(judge, kinds, 300.0)
     answer = {"good": "", "bad": "misses its bound", "faults": "faults: illegal address"}
     for kind, reason in zip(kinds, reasons, strict=True):
         assert "terminated abruptly" in reason if kind == "dies" else reason == answer[kind]

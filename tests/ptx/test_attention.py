@@ -13,7 +13,7 @@ from playing import playing
 from ptx_machine import Fault
 from torch import Tensor
 
-from transfusion.kernels import IntervalMask, testing
+from transfusion.kernels import IntervalMask, testing, transfusion_attention
 from transfusion.kernels.attention import check
 from transfusion.kernels.testing import Layout, random_layout
 
@@ -171,3 +171,16 @@ def test_a_broken_kernel_is_noticed(device: None, what: str, seed: int) -> None:
         except Fault:
             return
     pytest.fail(f"nobody noticed: {what}")
+
+
+def test_nan_is_told_from_nothing_seen(device: None, seed: int) -> None:
+    """Also of a row whose keys several programs share."""
+    q, k, v = torch.randn(3, 1, 2, 600, 64, generator=torch.Generator().manual_seed(seed)).bfloat16().unbind()
+    q[0, 0, 2] = torch.nan
+    causal = IntervalMask.causal(600)
+    later = IntervalMask(causal.query_start + 1, causal.query_end, 600)  # the first query sees nothing
+    for mask in (later, IntervalMask.full(3, 600)):
+        given = q[:, :, : mask.num_queries]
+        _, lse = transfusion_attention(given, k, v, mask, impl="triton", return_lse=True)
+        assert lse[0, 0, 2].isnan() and lse[0, 1, 1:].isfinite().all()
+        assert lse[0, :, 0].isneginf().all() if mask is later else lse[0, :, 0].isfinite().all()

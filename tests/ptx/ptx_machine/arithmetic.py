@@ -64,7 +64,8 @@ INTEGER = {
     "popc": "np.bitwise_count({0}).astype({T})",
     "bfe": "field({0}, {1}, {2})",
 }
-COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+# "ne" of floats is false of NaN, and not this; "neu" is true of it, as numpy's is
+COMPARISONS = {"eq": "==", "ne": "!=", "neu": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 
 
 def fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes:
