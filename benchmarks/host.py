@@ -1,7 +1,7 @@
 """Suite "host": what a call costs the host, on sizes so small that the device is never behind.
 
-Layers of a small model, and everything after a prompt of a few tokens, wait for this and not for kernels. A call's time
-ends where it is queued; each begins with an idle device. Masks have their tiles, as from the second layer on.
+It is what a call takes that has little to compute. A call's time ends where it is queued; each begins with an idle
+device. Masks have their tiles, as from the second layer on.
 """
 
 import time
@@ -82,7 +82,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 def call_of(case: str, baseline: str, dtype: torch.dtype = DTYPE) -> Call:
     """The call, on the same numbers for every baseline; of "reference" too, in a `dtype` of choice."""
-    impl = {"ours": "auto"}.get(baseline, "reference")
+    impl = "auto" if baseline == "ours" else "reference"
     generator = torch.Generator(DEVICE).manual_seed(0)
 
     def numbers(*shape: int, of: torch.dtype = DTYPE) -> Tensor:
@@ -90,7 +90,7 @@ def call_of(case: str, baseline: str, dtype: torch.dtype = DTYPE) -> Call:
         return drawn.to(torch.float64) if dtype == torch.float64 else drawn
 
     if case in ATTENTION:
-        return _attention_call(case, baseline, numbers)
+        return _attention_call(case, None if baseline == "sdpa causal" else impl, numbers)
     latents, tokens = numbers(2, 8, 8, 8, of=torch.float32), numbers(2, 16, 32)
     first, second = torch.rand(2, 2, device=DEVICE, generator=generator)
     seed, coefficients = torch.tensor(5, device=DEVICE), torch.rand(7, device=DEVICE, generator=generator)
@@ -101,7 +101,8 @@ def call_of(case: str, baseline: str, dtype: torch.dtype = DTYPE) -> Call:
     return lambda: denoise_step(tokens, latents, coefficients, 2, seed=seed, impl=impl)
 
 
-def _attention_call(case: str, baseline: str, numbers: Callable[..., Tensor]) -> Call:
+def _attention_call(case: str, impl: str | None, numbers: Callable[..., Tensor]) -> Call:
+    """By `impl` of ours, or by PyTorch's own causal attention."""
     q, k, v = (numbers(1, 4, 128, 64) for _ in range(3))
     mask = IntervalMask.causal(128, DEVICE)
     if case == ATTENTION[2]:
@@ -109,9 +110,9 @@ def _attention_call(case: str, baseline: str, numbers: Callable[..., Tensor]) ->
         mask = IntervalMask.continuation(IntervalMask.causal(1, DEVICE), torch.tensor([100], device=DEVICE), 128)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if baseline == "sdpa causal":
+        if impl is None:
             return scaled_dot_product_attention(q, k, v, is_causal=True)
-        return transfusion_attention(q, k, v, mask, impl="auto" if baseline == "ours" else "reference")
+        return transfusion_attention(q, k, v, mask, impl=impl)
 
     if case != ATTENTION[1]:
         return lambda: attend(q, k, v)

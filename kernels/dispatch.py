@@ -90,3 +90,12 @@ def _autograd(
             return op(*inputs)
 
     return call
+
+
+def new_like(tensor: Tensor) -> Tensor:
+    """What an op and its fake give for a result like `tensor` (B, H, N, D): empty, with its strides where they can be.
+
+    The last stride is 1, by which kernels write; `torch.empty_like` gives another where elements of `tensor` overlap.
+    """
+    result = torch.empty_like(tensor)
+    return result if result.stride(3) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)

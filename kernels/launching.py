@@ -1,7 +1,7 @@
 """`launch(kernel, programs, *arguments, **constants)`: a Triton kernel's launch, looked up instead of bound again.
 
 At each launch Triton's JIT binds names, asks of every argument what it would specialise on and prints the options into
-a key: on the host as much time as a small kernel takes on a GPU. Here a launch is known by its arguments as they are,
+a key. Here a launch is known by its arguments as they are,
 numbers by their values and tensors by dtype and alignment, which is finer than what the JIT tells apart: what it
 compiled for the first launch of a key is right for all.
 """

@@ -209,10 +209,15 @@ class Checkers:
             if self.broken and not self.running:
                 self._renew()
             self._submit()
-            done, _ = wait(self.running, max(self.end - time.monotonic(), 0.0) + GRACE_SECONDS, FIRST_COMPLETED)
+            left = 0.0 if self.broken else max(self.end - time.monotonic(), 0.0)
+            done, _ = wait(self.running, left + GRACE_SECONDS, FIRST_COMPLETED)
             for future in done:
                 self._settle(future)
-            if not done and not self.broken:
+            if self.broken and not done:  # what still runs beside a broken process is not waited for: it may hang
+                for number in self.running.values():
+                    self._again(number, "its check does not end")
+                self.running.clear()
+            elif not done:
                 break
         for number in self.running.values():
             self.answers[number] = "its check does not end"
@@ -238,11 +243,15 @@ class Checkers:
             self.answers[number] = future.result()
         except (FaultError, BrokenExecutor) as error:
             self.broken = True
-            if number in self.alone:
-                self.answers[number] = str(error)
-            else:
-                self.alone.add(number)
-                self.left.append(number)
+            self._again(number, str(error))
+
+    def _again(self, number: int, answer: str) -> None:
+        """Asks once more, alone; of one that was alone, `answer` is the answer."""
+        if number in self.alone:
+            self.answers[number] = answer
+        else:
+            self.alone.add(number)
+            self.left.append(number)
 
     def _renew(self) -> None:
         self.pool.shutdown(wait=False)

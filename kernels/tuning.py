@@ -71,7 +71,7 @@ def _parse(text: str) -> Table:
 
 _FOLDER = Path(__file__).parent / "tables"
 _TABLES = {path.stem: _parse(path.read_text()) for path in _FOLDER.glob("*.json")}
-_DEVICES: dict[torch.device, tuple[str, int]] = {}  # what torch says of each, at a cost of microseconds a question
+_DEVICES: dict[torch.device, tuple[str, int]] = {}  # what torch says of each, asked once
 
 
 def table_name(device: torch.device) -> str:

@@ -60,7 +60,7 @@ def pick_device(name: str) -> str:
     try:
         check_device(name)
     except ValueError as error:
-        raise ValueError(f"--{error}") from error
+        raise ValueError(f"--{error}, or auto") from error
     return name
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from transfusion.kernels.attention import torch_paths
-from transfusion.kernels.attention.plan import new_like, plan_backward, plan_forward
-from transfusion.kernels.dispatch import define
+from transfusion.kernels.attention.plan import plan_backward, plan_forward
+from transfusion.kernels.dispatch import define, new_like
 from transfusion.kernels.interval_mask import IntervalMask
 from transfusion.kernels.registry import (
     Implementation,

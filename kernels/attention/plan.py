@@ -3,17 +3,9 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from transfusion.kernels import tuning
 from transfusion.kernels.tuning import Launch
-
-
-def new_like(tensor: Tensor) -> Tensor:
-    """An empty one like `tensor`, strides too where they can be, with the unit last stride that kernels write by: torch
-    gives another to one like a tensor whose elements overlap."""
-    result = torch.empty_like(tensor)
-    return result if result.stride(3) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 class Plan(NamedTuple):

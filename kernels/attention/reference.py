@@ -11,7 +11,7 @@ The formula and nothing else: O(N·M) memory. It computes in float32 (float64 fo
 import torch
 from torch import Tensor
 
-from transfusion.kernels.attention.plan import new_like
+from transfusion.kernels.dispatch import new_like
 
 
 def forward(

@@ -94,6 +94,35 @@ def test_an_unknown_table_is_refused():
         report.fill("<!-- rows: speed gpu -->\n<!-- end of rows -->")
 
 
+def test_a_quick_look_is_done_for_another_alone():
+    here = rows.environment()
+    measured, looked = timed() | here | {"quick": False}, timed("full") | here | {"quick": True}
+    assert rows.done([measured, looked]) == {rows.key(measured)}
+    assert rows.done([measured, looked], quick=True) == {rows.key(measured), rows.key(looked)}
+
+
+def test_a_pair_that_was_cut_off_is_measured_anew(tmp_path, monkeypatch):
+    calls = []
+
+    def run(case, baseline):
+        calls.append(case)
+        yield rows.row("tiles", case, baseline, "forward", "ok", overhead=1.0)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        yield rows.row("tiles", case, baseline, "backward_query", "ok", overhead=1.0)
+
+    monkeypatch.setattr(tiles, "run", run)
+    name, _ = tiles.pairs()[0]
+    arguments = ["--suite", "tiles", "--filter", f"{name} head dim 64", "--rows", str(tmp_path), "--resume"]
+    with pytest.raises(KeyboardInterrupt):
+        command.main(arguments)
+    for _ in range(2):
+        assert command.main(arguments) == 0
+    assert len(calls) == 2
+    found = rows.read(rows.path("tiles", tmp_path))
+    assert [row["measure"] for row in found] == ["forward", "backward_query"]
+
+
 def test_every_suite_has_its_plots(tmp_path):
     pytest.importorskip("matplotlib")
     shape = {"group": "e", "layout": "causal", "heads": 2, "kv_heads": 2}

@@ -152,19 +152,27 @@ def judge(kind):
     if kind == "faults" or useless:
         useless = True
         raise FaultError(f"{kind}: illegal address")
-    time.sleep(0.2)  # so that others are under way when a process dies
+    time.sleep(600 if kind == "hangs" else 0.2)  # so that others are under way when a process dies
     return "" if kind == "good" else "misses its bound"
 """
 
 
-def test_a_launch_that_faults_or_ends_its_process_is_out_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_that_faults_hangs_or_ends_its_process_is_out_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "GRACE_SECONDS", 5.0)
     (tmp_path / "judge_of_test_tune.py").write_text(JUDGE)
     monkeypatch.syspath_prepend(tmp_path)  # which the processes inherit
     judge = importlib.import_module("judge_of_test_tune").judge
-    kinds: list[Any] = ["good", "faults", "dies", "bad"]
+    kinds: list[Any] = ["good", "faults", "hangs", "dies", "bad"]
     with Checkers(2, partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))) as checkers:
-        reasons = checkers.reasons(judge, kinds, 300.0)
-    answer = {"good": "", "bad": "misses its bound", "faults": "faults: illegal address"}
+        reasons = checkers.reasons(judge, kinds, 45.0)
+    answer = {
+        "hangs": "its check does not end",
+        "good": "",
+        "bad": "misses its bound",
+        "faults": "faults: illegal address",
+    }
     for kind, reason in zip(kinds, reasons, strict=True):
         assert "terminated abruptly" in reason if kind == "dies" else reason == answer[kind]
 

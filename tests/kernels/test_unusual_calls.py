@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from transfusion.kernels import IntervalMask, RaggedLatents, transfusion_attention, tuning
+from transfusion.kernels import IntervalMask, RaggedLatents, interval_mask, transfusion_attention, tuning
 from transfusion.kernels.testing import poison_empty
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,6 +91,17 @@ def test_a_mask_seen_in_inference_mode_first_trains(monkeypatch: pytest.MonkeyPa
         transfusion_attention(q, k, v, mask, impl="triton").sum().backward()
     finally:
         tuning.set_launch("attention", "backward_query", table, dtype, 64, before)
+
+
+def test_what_a_graph_will_compute_is_kept_by_its_own_masks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture that is played here: nothing is computed in one, so a mask from outside must not keep what it makes."""
+    outside = IntervalMask.causal(24)
+    monkeypatch.setattr(interval_mask, "_is_capturing", lambda tensor: True)
+    inside = IntervalMask.causal(24)
+    assert outside.once("a", list) is not outside.once("a", list)
+    assert inside.once("a", list) is inside.once("a", list)
+    monkeypatch.undo()
+    assert outside.once("a", list) is outside.once("a", list)
 
 
 def test_nan_is_told_from_nothing_seen() -> None:

@@ -1,6 +1,8 @@
 """The command line on a user's own folder: train, stop, go on, evaluate, sample; and every mistake in one line."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,9 +144,9 @@ def test_mistakes_end_with_one_line(
 @pytest.mark.parametrize(
     ("devices", "name", "message"),
     [
-        (0, "foo", "--device 'foo' is unknown; give auto, cpu, cuda or cuda:N"),
+        (0, "foo", "--device 'foo' is unknown; give cpu, cuda or cuda:N, or auto"),
         (0, "meta", "--device 'meta' is unknown"),
-        (0, "cuda", "--device 'cuda': torch finds no cuda here; give auto or another one"),
+        (0, "cuda", "--device 'cuda': torch finds no cuda here; give another one"),
         (2, "cuda:2", r"--device 'cuda:2': torch finds 2 cuda device\(s\) here"),
     ],
 )
@@ -175,7 +177,7 @@ def test_every_command_names_a_device_that_is_not_there(
     ):
         assert cli.main([*command, "--device", "foo"]) == 2
         *_, line = capsys.readouterr().err.splitlines()
-        assert line == f"transfusion {command[0]}: --device 'foo' is unknown; give auto, cpu, cuda or cuda:N"
+        assert line == f"transfusion {command[0]}: --device 'foo' is unknown; give cpu, cuda or cuda:N, or auto"
     assert not Path(out, "config.toml").exists()
 
 
@@ -228,3 +230,12 @@ def test_the_gap_is_what_captions_are_worth(run: Path) -> None:
     blind = image_figures(model, captions, latents, draws=2, seed=0)
     assert blind["conditioning_gap"] == pytest.approx(0, abs=1e-6)
     assert blind["loss"] == pytest.approx(blind["loss_shuffled_captions"])
+
+
+def test_what_the_terminal_cannot_say_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    monkeypatch.setattr(cli, "COMMANDS", "\u7ea2 apple")
+    assert cli.main([]) == 0
+    sys.stdout.flush()
+    assert written.getvalue() == b"\\u7ea2 apple\n"

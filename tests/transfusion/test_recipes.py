@@ -82,7 +82,9 @@ def test_emoji_32_draws_what_it_is_asked_for_and_names_what_it_is_shown(seed):
     assert sum(map(eq, said, captions)) >= 6, said
 
 
-def test_sample_draws_with_what_comes_with_the_package(tmp_path, capsys):
+def test_sample_draws_with_what_comes_with_the_package(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "emoji-32").mkdir()  # a folder of that name, such as samples go to, is not what is meant
     arguments = ["--prompt", "red apple", "--steps", "2", "--out", str(tmp_path), "--device", "cpu"]
     assert cli.main(["sample", *arguments]) == 0
     assert capsys.readouterr().err == "neither --run nor --model: emoji-32, which comes with the package\n"

@@ -5,23 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from tiny import TWO_STEPS, train
 
 from transfusion import cli, run
 from transfusion import config as configs
 from transfusion.run import CONFIG, Run, RunConfig
-
-SMALL = tiny.run_options(data__loader__image_size=16, train__steps=2, device="cpu")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tiny.data_folder(tmp_path / "data")
-
-
-def train(out: Path, folder: Path | str, *options: str) -> int:
-    return cli.main(["train", "--out", str(out), "--data.images", str(folder), *SMALL, *options])
 
 
 def test_a_start_that_fails_leaves_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +62,7 @@ def test_a_run_that_has_not_finished_gives_its_averaged_weights(
 
 
 def test_a_run_without_a_checkpoint_says_how_far_it_is(folder: Path, tmp_path: Path) -> None:
-    options = ["--data.images", str(folder), *SMALL]
+    options = ["--data.images", str(folder), *TWO_STEPS]
     assert cli.main(["train", "--out", str(tmp_path / "whole"), *options]) == 0
     begun = Run.start(configs.load(RunConfig, tmp_path / "whole" / CONFIG), tmp_path / "begun")
     with pytest.raises(FileNotFoundError, match=r"begun has not finished \(step 0 of 2\) and has no checkpoint yet"):

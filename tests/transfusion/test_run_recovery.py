@@ -12,26 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image as Pictures
+from tiny import TWO_STEPS, train
 
 from transfusion import ModelConfig, cli, presets
 from transfusion import config as configs
 from transfusion.config import UNetConfig
 from transfusion.model.flops import codec_flops
 from transfusion.run import CHECKPOINTS, MODEL, STEP, Run, RunConfig
-
-SMALL = tiny.run_options(data__loader__image_size=16, train__steps=2, device="cpu")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tiny.data_folder(tmp_path / "data")
-
-
-def train(out: Path, folder: Path | str, *options: str) -> int:
-    return cli.main(["train", "--out", str(out), "--data.images", str(folder), *SMALL, *options])
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
@@ -68,7 +57,17 @@ def test_an_interrupt_of_all_processes_saves(folder: Path, tmp_path: Path) -> No
     """As Ctrl-C in a terminal, which reaches the decoding processes too."""
     out = tmp_path / "run"
     options = ["--train.steps", "100000", "--train.checkpoint-every", "100000", "--train.accumulation", "4"]
-    command = [sys.executable, "-m", "transfusion", "train", "--out", str(out), "--data.images", str(folder), *SMALL]
+    command = [
+        sys.executable,
+        "-m",
+        "transfusion",
+        "train",
+        "--out",
+        str(out),
+        "--data.images",
+        str(folder),
+        *TWO_STEPS,
+    ]
     run = subprocess.Popen(
         [*command, *options, "--data.loader.workers", "1"],
         stdout=subprocess.PIPE,
@@ -123,7 +122,7 @@ def test_an_evaluation_goes_on_without_what_holds_nothing_out(folder: Path, tmp_
     (single / "captions.jsonl").write_text('{"image": "1.png", "caption": "red"}')
     out = tmp_path / "run"
     sources = ["--data.images", str(folder), str(single), "--data.texts", str(alone)]
-    assert cli.main(["train", "--out", str(out), *sources, *SMALL]) == 0
+    assert cli.main(["train", "--out", str(out), *sources, *TWO_STEPS]) == 0
     assert cli.main(["eval", "--run", str(out), "--draws", "1"]) == 0
     figures = json.loads((out / "metrics.json").read_text())
     assert {"images_held_out", "images_train"} <= figures.keys() and "text_held_out" not in figures

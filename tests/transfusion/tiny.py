@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image as Pictures
 
-from transfusion import ModelConfig, Transfusion
+from transfusion import ModelConfig, Transfusion, cli
 from transfusion.diffusion.schedule import NoiseSchedule
 from transfusion.sequence import Batch, Document, Image, SpecialTokens, Text, collate
 
@@ -99,3 +99,11 @@ def run_options(**changes: object) -> list[str]:
     }
     options = {f"--{name.replace('__', '.').replace('_', '-')}": value for name, value in (sizes | changes).items()}
     return [str(word) for option in options.items() for word in option]
+
+
+TWO_STEPS = run_options(data__loader__image_size=16, train__steps=2, device="cpu")
+
+
+def train(out: Path, images: Path | str, *options: str) -> int:
+    """`transfusion train` for two steps, or as later options say -> its status."""
+    return cli.main(["train", "--out", str(out), "--data.images", str(images), *TWO_STEPS, *options])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from transfusion.data.optional import require
+from transfusion.data.sources import is_unicode
 from transfusion.sequence import SpecialTokens
 
 _SPECIAL = SpecialTokens()
@@ -85,10 +86,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> Tensor:
         """-> (n,) int64, without BOS or EOS. Raises `ValueError` for what is no Unicode: half of a surrogate pair."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the text {text!r} is no valid Unicode: {error}") from error
+        if not is_unicode(text):
+            raise ValueError(f"the text {text!r} is no valid Unicode: half of a surrogate pair is in it")
         return torch.tensor(self._backend.encode(text).ids, dtype=torch.int64)
 
     def decode(self, token_ids: Tensor | Sequence[int]) -> str:

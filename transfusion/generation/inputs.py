@@ -87,11 +87,10 @@ def seeds_of(seed: Any, generator: Any, rows: int) -> list[int]:
     `TypeError` for what is no whole number.
     """
     if generator is not None:
-        many = isinstance(generator, Sequence)
-        own = list(generator) if many else [generator] * rows
-        wrong = next((each for each in own if not isinstance(each, torch.Generator)), None)
-        if wrong is not None or (many and None in own):
-            raise TypeError(f"generator={wrong!r} must be a torch.Generator, or a list with one for each row")
+        own = list(generator) if isinstance(generator, Sequence) else [generator] * rows
+        wrong = [each for each in own if not isinstance(each, torch.Generator)]
+        if wrong:
+            raise TypeError(f"generator={wrong[0]!r} must be a torch.Generator, or a list with one for each row")
         _check_count("generators", len(own), rows)
         return [int(torch.randint(_LARGEST_SEED, (), generator=each, device=each.device)) for each in own]
     if hasattr(seed, "__len__") and not isinstance(seed, str) and getattr(seed, "ndim", 1) != 0:

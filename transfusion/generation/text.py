@@ -90,7 +90,8 @@ def token_probabilities(logits: Tensor, sampling: TextSampling) -> Tensor:
     start at the unlikely end, where added from the other one they would vanish beside 1, and top_p=1 would cut them.
     """
     # from the likeliest down: of the smallest temperatures the others are -inf, and none is inf
-    scaled = (logits.double() - logits.double().amax(-1, keepdim=True)) / sampling.temperature
+    wide = logits.double()
+    scaled = (wide - wide.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is None and sampling.top_p is None:
         return _drop_unlikely(scaled.softmax(-1), sampling.min_p)
     kept = scaled.shape[-1] if sampling.top_k is None else min(sampling.top_k, scaled.shape[-1])

@@ -110,11 +110,11 @@ def check_device(given: torch.device | str) -> None:
         device = torch.device(given)
         module = torch.get_device_module(device)
     except RuntimeError as error:
-        raise ValueError(f"device {str(given)!r} is unknown; give auto, cpu, cuda or cuda:N") from error
+        raise ValueError(f"device {str(given)!r} is unknown; give cpu, cuda or cuda:N") from error
     count = module.device_count() if module.is_available() else 0
     if (device.index or 0) >= count:
         found = f"torch finds {count} {device.type} device(s) here" if count else f"torch finds no {device.type} here"
-        raise ValueError(f"device {str(given)!r}: {found}; give auto or another one (`transfusion doctor` lists them)")
+        raise ValueError(f"device {str(given)!r}: {found}; give another one (`transfusion doctor` lists them)")
 
 
 def read_weights(folder: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:

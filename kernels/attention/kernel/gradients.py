@@ -22,7 +22,8 @@ from transfusion.kernels.attention.kernel.blocks import (
     row_strides,
     store_rows,
 )
-from transfusion.kernels.attention.plan import new_like, plan_backward
+from transfusion.kernels.attention.plan import plan_backward
+from transfusion.kernels.dispatch import new_like
 from transfusion.kernels.launching import launch
 
 

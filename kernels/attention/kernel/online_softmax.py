@@ -26,7 +26,8 @@ from transfusion.kernels.attention.kernel.blocks import (
     row_strides,
     store_rows,
 )
-from transfusion.kernels.attention.plan import new_like, plan_forward
+from transfusion.kernels.attention.plan import plan_forward
+from transfusion.kernels.dispatch import new_like
 from transfusion.kernels.launching import launch
 
 

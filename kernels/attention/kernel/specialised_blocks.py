@@ -224,7 +224,7 @@ def describe_numbers(tensor: Tensor, count: int) -> TensorDescriptor:
     return _of(rows, known) if known is not None else _new(rows, count, list(rows.stride()), [1, count], FLAT)
 
 
-# Descriptors of no tensor, by shape, strides, dtype and rows: what a new one asks of each takes longer than a launch.
+# Descriptors of no tensor, by shape, strides, dtype and rows: they are checked where they are made, once.
 _DESCRIBED: dict[tuple[Any, ...], TensorDescriptor] = {}
 _LIMIT = 4096
 

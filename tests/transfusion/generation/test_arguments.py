@@ -171,10 +171,12 @@ def test_a_mask_tensor_lies_within_0_and_1(value):
         to_unknown(torch.full((32, 32), value), None, (32, 32), (16, 16))
 
 
-def test_levels_of_16_bits_are_scaled():
+def test_levels_of_16_bits_are_scaled(tmp_path):
     levels = np.array([[0, 257 * 100], [257 * 200, 65535]], dtype=np.uint16)
     pixels = to_pixels(Pil.fromarray(levels), (2, 2))
     assert torch.allclose((pixels[0] + 1) * 127.5, torch.tensor([[0.0, 100], [200, 255]]))
+    (tmp_path / "grey.pgm").write_bytes(b"P5 2 2 65535\n" + levels.astype(">u2").tobytes())
+    assert torch.equal(to_pixels(tmp_path / "grey.pgm", (2, 2)), pixels)
 
 
 def test_no_images_are_a_tensor_of_none(pipeline):
