@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report:
         from benchmarks import report
 
+        if options != parser.parse_args(["--report"]):
+            parser.error("--report takes every row of benchmarks/results and no other option: leave the others out")
         return report.main()
     if options.compare and (options.rows or options.budget is not None or options.resume):
         parser.error("--compare keeps no rows and runs whole rounds: leave out --rows, --budget and --resume")
@@ -46,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks import compare
 
         return compare.main(options.compare, list(dict.fromkeys(item[0] for item in work)), options)
+    folder = options.rows or rows.RESULTS
+    try:  # before hours of work, not after
+        rows.prepare(folder)
+    except OSError as error:
+        parser.error(f"no rows can be written to {folder}: {error}")
     return _run(work, options)
 
 

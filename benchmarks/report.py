@@ -25,10 +25,9 @@ SPEED = re.compile(r"\d\s*(?:TFLOP/s|GB/s|tok(?:ens?)?/s|% MFU|images/s|×\s+(?:
 
 def main() -> int:
     """Draws every plot and fills every table."""
-    for folder in sorted(rows.RESULTS.iterdir()):
-        for file in sorted(folder.glob("*.jsonl")):
-            for plot in plots.draw(current(file), folder):
-                print(plot)
+    for file in sorted(rows.RESULTS.glob("*/*.jsonl")):
+        for plot in plots.draw(current(file), file.parent):
+            print(plot)
     for document in documents():
         text = document.read_text(encoding="utf-8")
         filled = fill(text)

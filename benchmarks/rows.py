@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -69,6 +70,13 @@ def explained(work: Iterator[Row], what: tuple[str, str, str, str], ours: bool) 
         yield row(*what, "skipped", reason=f"out of memory: {_first_line(error)}")
     except Exception as error:  # a compiler's, a launch's, a library's
         yield row(*what, "failed" if ours else "skipped", reason=f"{type(error).__name__}: {_first_line(error)}")
+
+
+def prepare(folder: Path) -> None:
+    """Makes the folder of this machine's rows. Raises `OSError` where nothing can be written to it."""
+    path("", folder).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path("", folder).parent):
+        pass
 
 
 def append(rows: list[Row], file: Path) -> None:

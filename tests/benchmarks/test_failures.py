@@ -58,3 +58,14 @@ def test_the_command_goes_on_and_its_status_says_so(monkeypatch, tmp_path, capsy
     cases = [row["case"] for row in rows.read(rows.path("ops", tmp_path))]
     assert cases == [f"{op} small" for op in ("patchify_noise", "diffusion_loss", "image_side")]
     assert "3 FAILED and were not timed" in capsys.readouterr().out
+
+
+def test_rows_that_nothing_can_keep_are_told_of_before_anything_is_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ops, "make", crash(AssertionError("measured")))
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(SystemExit):
+        command.main(["--suite", "ops", "--quick", "--rows", str(tmp_path / "taken")])
+    assert f"no rows can be written to {tmp_path / 'taken'}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--report", "--rows", str(tmp_path)])
+    assert "--report takes every row" in capsys.readouterr().err
