@@ -36,7 +36,7 @@ def test_from_a_folder_to_a_model_of_its_latents(
     assert "run `transfusion encode` first" in capsys.readouterr().err
     assert cli.main(["encode", *data]) == 0
     first = capsys.readouterr().out
-    assert "1 skipped" in first and "skipped teal.png" in first
+    assert "1 skipped" in first and f"skipped {folder}/teal.png" in first
     assert cli.main(["encode", *data]) == 0
     assert ": 0 image(s) encoded" in capsys.readouterr().out
     from transfusion.data import DiffusersAutoencoder

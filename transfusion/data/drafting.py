@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -52,7 +53,7 @@ class Drafter:
     """How samples are measured and packed.
 
     sizes: what an image may be cropped to; step: pixels a side of one token; images_per_row: exactly so many, or None;
-    shuffle_block: of a stream; skip(name, reason) is told of what cannot be used.
+    shuffle_block: of a stream; skip(source, name, reason) is told of what cannot be used.
     """
 
     tokenizer: Tokenizer
@@ -62,7 +63,7 @@ class Drafter:
     images_per_row: int | None
     shuffle_block: int
     seed: int
-    skip: Callable[[str, str], None]
+    skip: Callable[[str, str, str], None]
 
     @property
     def max_caption_tokens(self) -> int:
@@ -81,14 +82,15 @@ class Drafter:
             if self.images_per_row:
                 raise ValueError("images_per_row needs sources whose samples are listed; a stream packs as many as fit")
             key = (self.seed, name)
-            return StreamRows(images, self._drafts, _draft_length, self.row_length, self.shuffle_block, key)
-        known = list(self._known(images))
+            drafts = partial(self._drafts, name)
+            return StreamRows(images, drafts, _draft_length, self.row_length, self.shuffle_block, key)
+        known = list(self._known(images, name))
         if not known:
             raise ValueError(f"none of the {len(images)} captions fits in {self.max_caption_tokens} tokens")
         lengths = [self._length(caption, size) for _, caption, size in known]
         plan = RowPlan(lengths, self.row_length, self.seed, name, self.images_per_row)
         contents = Contents(zip(images.names, images.captions, strict=True))
-        return PlannedRows(MapDeck(images, known, lengths), plan, contents)
+        return PlannedRows(MapDeck(images, name, known, lengths), plan, contents)
 
     def text_rows(self, texts: Texts, name: str) -> Rows[Document]:
         """Rows of windows of `texts`."""
@@ -102,25 +104,25 @@ class Drafter:
         plan = RowPlan([_text_length(w) for w in windows], self.row_length, self.seed, name)
         return PlannedRows(windows, plan, contents)
 
-    def _known(self, images: ImageSource) -> Iterator[tuple[int, Tensor, Size]]:
+    def _known(self, images: ImageSource, source: str) -> Iterator[tuple[int, Tensor, Size]]:
         """(index in the source, caption, size) of each sample that fits a row."""
         for index, caption in enumerate(images.captions):
             try:
                 ids = caption_ids(self.tokenizer, caption, self.max_caption_tokens)
                 size = self.sizes[0] if len(self.sizes) == 1 else nearest_size(*images[index].size, self.sizes)
             except ValueError as error:  # a SampleError is one
-                self.skip(images.names[index], error.reason if isinstance(error, SampleError) else str(error))
+                self.skip(source, images.names[index], error.reason if isinstance(error, SampleError) else str(error))
             else:
                 yield index, ids, size
 
-    def _drafts(self, sample: CaptionedImage) -> list[Draft]:
+    def _drafts(self, source: str, sample: CaptionedImage) -> list[Draft]:
         try:
             ids = caption_ids(self.tokenizer, sample.caption, self.max_caption_tokens)
             size = self.sizes[0] if len(self.sizes) == 1 else nearest_size(*sample.size, self.sizes)
         except ValueError as error:
-            self.skip(sample.name, error.reason if isinstance(error, SampleError) else str(error))
+            self.skip(source, sample.name, error.reason if isinstance(error, SampleError) else str(error))
             return []
-        return [Draft(sample.name, ids, size, self._length(ids, size), lambda: sample)]
+        return [Draft((source, sample.name), ids, size, self._length(ids, size), lambda: sample)]
 
     def _windows(self, text: str) -> list[Document]:
         return text_documents(self.tokenizer.encode(text), self.row_length, self.tokenizer.special)

@@ -57,7 +57,7 @@ class EmojiSource:
     split       a base emoji and all its variants are in one split, the same one in each selection: 15 % are held
                 out by a hash, `DEMO_EMOJI` never.
     images      (n, size, size, 3) uint8, all in memory.
-    skipped     emoji that are missing in the font, blank, not one glyph, or byte-identical to an earlier one.
+    left_out    (emoji, why): missing in the font, blank, not one glyph, or byte-identical to an earlier one.
     """
 
     def __init__(self, size: int, split: Split = "train", selection: Selection = "all") -> None:
@@ -65,9 +65,10 @@ class EmojiSource:
             raise ValueError(f"size must be a positive number of pixels, got {size}")
         if selection not in get_args(Selection):
             raise ValueError(f"selection must be one of {', '.join(get_args(Selection))}, got {selection!r}")
-        drawn, skipped = _draw_selection(size, selection)
+        drawn, left_out = _draw_selection(size, selection)
         test_bases, captions = _test_bases(), _captions()
-        self.skipped = list(skipped)
+        self.left_out = list(left_out)
+        self.skipped: list[Skipped] = []
         self.names = [emoji for emoji in drawn if in_split(base_emoji(emoji), split, test_bases)]
         self.captions = [captions[emoji] for emoji in self.names]
         self.images = np.stack([drawn[emoji] for emoji in self.names])
@@ -118,38 +119,38 @@ def _draw_selection(size: int, selection: str) -> tuple[dict[str, np.ndarray], t
                 return drawn, tuple((name, reason) for name, reason in kept["skipped"].tolist())
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             logger.warning("%s is damaged (%s); the emoji are drawn again", file, error)
-    drawn, skipped = _draw(size, selection)
+    drawn, left_out = _draw(size, selection)
     aside = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as out:
-            np.savez_compressed(out, names=list(drawn), images=list(drawn.values()), skipped=list(skipped))
+            np.savez_compressed(out, names=list(drawn), images=list(drawn.values()), skipped=list(left_out))
         os.replace(aside, file)
     except OSError as error:
         with suppress(OSError):
             aside.unlink()
         logger.warning("cannot keep the drawn emoji in %s (%s); set TRANSFUSION_CACHE to another folder", folder, error)
-    return drawn, skipped
+    return drawn, left_out
 
 
 def _draw(size: int, selection: str) -> tuple[dict[str, np.ndarray], tuple[Skipped, ...]]:
     """Identical drawings are looked for before the split, so that none is on both sides."""
     pen = _Pen(size)
     drawn: dict[str, np.ndarray] = {}
-    skipped: list[Skipped] = []
+    left_out: list[Skipped] = []
     seen = {pen.draw("\U0010ffff").tobytes(): "the glyph of what the font lacks", pen.draw(" ").tobytes(): "a blank"}
     quiet = not sys.stderr.isatty()
     for character in require("tqdm").tqdm(_selected(selection), "drawing emoji", delay=1, leave=False, disable=quiet):
         if pen.is_too_wide(character):
-            skipped.append((character, "drawn as more than one glyph"))
+            left_out.append((character, "drawn as more than one glyph"))
             continue
         pixels = pen.draw(character)
         same = seen.setdefault(pixels.tobytes(), character)
         if same == character:
             drawn[character] = pixels
         else:
-            skipped.append((character, f"drawn the same as {same}"))
-    return drawn, tuple(skipped)
+            left_out.append((character, f"drawn the same as {same}"))
+    return drawn, tuple(left_out)
 
 
 def _font_file() -> Path:

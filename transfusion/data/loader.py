@@ -128,7 +128,8 @@ class Loader:
 
     images, texts: a source, a stream, or a `Mixture` of them; give both, or the one that `text_fraction` asks for.
     cache: latents that were encoded before. Captions that do not fit and images that cannot be decoded are skipped,
-    warned about, and kept by name and reason in `skipped`; the next sample that fits takes the place of an image.
+    warned about, and kept by name and reason in `skipped`, as is what a source skipped; the next sample that fits takes
+    the place of an image.
     max_caption_tokens: what fits beside an image. stats: `LoaderStats` of what was handed out.
     """
 
@@ -149,8 +150,8 @@ class Loader:
         self._special = tokenizer.special
         encoder: Autoencoder = PixelAutoencoder() if autoencoder is None else autoencoder
         self._reader = ImageReader(encoder, cache, config.workers, config.sample_latents)
-        self._skipped: dict[str, str] = {}
-        self._unreadable: set[str] = set()
+        self._skipped: dict[tuple[str, str], str] = {}
+        self._unreadable: dict[tuple[str, str], SampleError] = {}
         if not config.aspect_ratios:
             check_image_size(config.image_size, encoder.downscale, config.patch_size)
         pixels = encoder.downscale * config.patch_size
@@ -163,21 +164,27 @@ class Loader:
             config.images_per_row,
             config.shuffle_block,
             config.seed,
-            self._skip,
+            self._skip_planned,
         )
         self.max_caption_tokens = drafter.max_caption_tokens
         text: Mixture[Texts] = _mixture(texts, config.text_fraction, config, "a text")
         image: Mixture[Images] = _mixture(images, 1 - config.text_fraction, config, "an image")
-        self._texts = [drafter.text_rows(s, f"texts{k or ''}") for k, s in enumerate(text.sources)]
-        self._images = [drafter.image_rows(s, f"images{k or ''}") for k, s in enumerate(image.sources)]
+        texts_named = {f"texts{k or ''}": source for k, source in enumerate(text.sources)}
+        images_named = {f"images{k or ''}": source for k, source in enumerate(image.sources)}
+        self._named: dict[str, Any] = {**texts_named, **images_named}
+        self._texts = [drafter.text_rows(source, name) for name, source in texts_named.items()]
+        self._images = [drafter.image_rows(source, name) for name, source in images_named.items()]
         self._mix = Mix([*text.weights, *image.weights])
         self._state = self._state_at(0)
         self.stats = LoaderStats()
 
     @property
     def skipped(self) -> list[Skipped]:
-        """(name, reason) of each sample that this loader skipped so far; what a source skipped is in the source's."""
-        return list(self._skipped.items())
+        """(name, reason) of each sample that could not be used so far; rank 0 has what all ranks come across."""
+        for source, samples in self._named.items() if self.rank == 0 else ():
+            for name, reason in samples.skipped:
+                self._skipped.setdefault((source, name), reason)
+        return [(name, reason) for (_, name), reason in list(self._skipped.items())]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the rows go on after the last batch that `iterate` handed out; the same on every rank."""
@@ -301,25 +308,30 @@ class Loader:
                 free -= draft.length if content is not None else 0
             if content is not None:
                 whole.append((draft, content))
-        if not whole and all(draft.name in self._unreadable for draft in deck):
-            raise ValueError(f"none of the {len(deck)} images can be read; the last: {self.skipped[-1]}")
+        if not whole and all(draft.key in self._unreadable for draft in deck):
+            raise ValueError(f"none of the {len(deck)} images can be read; the last: {self._unreadable[deck[-1].key]}")
         return whole
 
     def _contents(self, drafts: list[Draft]) -> list[Content | None]:
         """Pixels or moments of each draft; None, and a warning, for one that cannot be read."""
-        wanted = [draft for draft in drafts if draft.name not in self._unreadable]
+        wanted = [draft for draft in drafts if draft.key not in self._unreadable]
         contents = dict(zip(map(id, wanted), self._reader.read(wanted), strict=True))
         for draft in wanted:
             error = contents[id(draft)]
             if isinstance(error, SampleError):
-                self._unreadable.add(draft.name)
-                self._skip(error.name, error.reason)
+                self._unreadable[draft.key] = error
+                self._skip(draft.key[0], error.name, error.reason)
         found = [contents.get(id(draft)) for draft in drafts]
         return [None if isinstance(content, SampleError) else content for content in found]
 
-    def _skip(self, name: str, reason: str) -> None:
-        if name not in self._skipped:
-            self._skipped[name] = reason
+    def _skip_planned(self, source: str, name: str, reason: str) -> None:
+        """Every rank plans the same rows: one tells of what fits in none."""
+        if self.rank == 0:
+            self._skip(source, name, reason)
+
+    def _skip(self, source: str, name: str, reason: str) -> None:
+        if (source, name) not in self._skipped:
+            self._skipped[source, name] = reason
             logger.warning("skipped %s: %s", name, reason)
 
 

@@ -25,9 +25,9 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class Draft:
-    """A captioned image before it is read: its name, caption (n,), size in pixels, and tokens in a row."""
+    """A captioned image before it is read: source and name, caption (n,), size in pixels, and tokens in a row."""
 
-    name: str
+    key: tuple[str, str]
     caption: Tensor
     size: Size
     length: int
@@ -37,17 +37,18 @@ class Draft:
 class MapDeck(Sequence[Draft]):
     """The drafts of a map-style source, made when they are asked for."""
 
-    def __init__(self, source: ImageSource, known: list[tuple[int, Tensor, Size]], lengths: list[int]) -> None:
-        self._source, self._known, self.lengths = source, known, lengths
+    def __init__(
+        self, source: ImageSource, label: str, known: list[tuple[int, Tensor, Size]], lengths: list[int]
+    ) -> None:
+        self._source, self._label, self._known, self.lengths = source, label, known, lengths
 
     def __len__(self) -> int:
         return len(self._known)
 
     def __getitem__(self, place: int) -> Draft:  # type: ignore[override]  # never sliced
         index, caption, size = self._known[place]
-        return Draft(
-            self._source.names[index], caption, size, self.lengths[place], partial(self._source.__getitem__, index)
-        )
+        key = (self._label, self._source.names[index])
+        return Draft(key, caption, size, self.lengths[place], partial(self._source.__getitem__, index))
 
 
 class ImageReader:

@@ -189,7 +189,7 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> CaptionedImage:
         name = self.names[index]
-        return CaptionedImage(self.captions[index], FileSlice(self.path / name), name)
+        return CaptionedImage(self.captions[index], FileSlice(self.path / name), str(self.path / name))
 
     def _read_captions(self) -> list[tuple[str, str]]:
         file = self.path / "captions.jsonl"
@@ -203,10 +203,10 @@ class FolderSource:
             if not line.strip():
                 continue
             try:
-                entries.append(self._parse(line, f"captions.jsonl:{number}"))
+                entries.append(self._parse(line, f"{file}:{number}"))
             except SampleError as error:
                 self.skipped.append((error.name, error.reason))
-                logger.warning("%s: skipped %s", self.path, error)
+                logger.warning("skipped %s", error)
         return entries
 
     def _parse(self, line: bytes, where: str) -> tuple[str, str]:
@@ -220,8 +220,8 @@ class FolderSource:
         if not is_unicode(caption):
             raise SampleError(where, "the caption is no valid Unicode: half of a surrogate pair is in it")
         if not _is_file(self.path / name):
-            raise SampleError(name, f"{where} names an image that does not exist")
-        upright_size(FileSlice(self.path / name), name)
+            raise SampleError(str(self.path / name), f"{where} names an image that does not exist")
+        upright_size(FileSlice(self.path / name), str(self.path / name))
         return name, caption.strip()
 
 

@@ -107,13 +107,12 @@ class TarImages(SkipLog):
         """Whole samples from the byte `start` on, where a member's header must be."""
         path = self.paths[shard]
         for cursor, key, members in self._groups(path, start):
-            name = f"{path.name}/{key}"
             try:
-                sample = _captioned(path, name, members)
+                sample = _captioned(path, key, members)
             except SampleError as error:
                 self.skip(error.name, error.reason)
                 continue
-            if belongs(name, self._split, self._test_fraction):
+            if belongs(f"{path.name}/{key}", self._split, self._test_fraction):  # wherever the shards are moved
                 yield cursor, sample
 
     def _groups(self, path: Path, start: int) -> Iterator[tuple[int, str, dict[str, FileSlice]]]:
@@ -141,10 +140,11 @@ class TarImages(SkipLog):
             if members:
                 yield end, key, members
         except (OSError, tarfile.TarError) as error:
-            self.skip(path.name, f"the shard is damaged at {key or 'its beginning'} ({error})")
+            self.skip(str(path), f"the shard is damaged at {key or 'its beginning'} ({error})")
 
 
-def _captioned(path: Path, name: str, members: dict[str, FileSlice]) -> CaptionedImage:
+def _captioned(path: Path, key: str, members: dict[str, FileSlice]) -> CaptionedImage:
+    name = f"{path}/{key}"
     image = next((content for suffix, content in members.items() if suffix in _IMAGE_SUFFIXES), None)
     if image is None:
         raise SampleError(name, f"no image among its members ({', '.join(sorted(members))})")
@@ -185,11 +185,11 @@ class JsonlTexts(SkipLog):
         with open(path, "rb") as file:
             file.seek(start)
             for line in file:
-                name, cursor = f"{path.name}@{cursor}", cursor + len(line)
+                begins, cursor = cursor, cursor + len(line)
                 if not line.strip():
                     continue
-                text = parse_text(line, name)
+                text = parse_text(line, f"{path}@{begins}")
                 if isinstance(text, SampleError):
                     self.skip(text.name, text.reason)
-                elif belongs(name, self._split, self._test_fraction):
+                elif belongs(f"{path.name}@{begins}", self._split, self._test_fraction):
                     yield cursor, text

@@ -56,7 +56,7 @@ class TextFolderSource(TextSource):
         for name, text in _texts(place):
             if isinstance(text, SampleError):
                 skipped.append((text.name, text.reason))
-                logger.warning("%s: skipped %s", place, text)
+                logger.warning("skipped %s", text)
             else:
                 texts[name] = text
         if not texts:

@@ -67,11 +67,11 @@ def test_every_caption_is_a_readable_name_and_every_image_shows_something(splits
     assert (corners == 255).all(axis=1).mean() > 0.9  # on white
 
 
-def test_what_was_skipped_is_named_with_a_reason(splits):
-    skipped = dict(splits["all"].skipped)
-    assert set(skipped).isdisjoint(splits["all"].names)
-    assert any("the same as" in reason for reason in skipped.values())
-    assert all(skipped.values())
+def test_what_was_left_out_is_named_with_a_reason(splits):
+    left_out = dict(splits["all"].left_out)
+    assert set(left_out).isdisjoint(splits["all"].names)
+    assert any("the same as" in reason for reason in left_out.values())
+    assert all(left_out.values())
 
 
 def test_what_was_drawn_is_kept_and_damage_is_repaired(tmp_path, monkeypatch, caplog):
@@ -86,8 +86,8 @@ def test_what_was_drawn_is_kept_and_damage_is_repaired(tmp_path, monkeypatch, ca
     with monkeypatch.context() as patch:
         patch.setattr(module, "_draw", lambda *_: pytest.fail("drawn again"))
         second = draw()
-    for drawn, skipped in (first, second):
-        assert list(drawn) == list(fresh[0]) and skipped == fresh[1]
+    for drawn, left_out in (first, second):
+        assert list(drawn) == list(fresh[0]) and left_out == fresh[1]
         assert all(np.array_equal(drawn[name], fresh[0][name]) for name in drawn)
     file.write_bytes(file.read_bytes()[:-100])
     assert list(draw()[0]) == list(fresh[0]) and "is damaged" in caplog.text

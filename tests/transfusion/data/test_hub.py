@@ -118,4 +118,6 @@ def test_a_loader_reads_both_kinds(saved):
             for level in ((batch.latents[:, 0, 0, 0] + 1) * 127.5).tolist()
         }
         assert levels == set(range(COUNT)) - {5, 7}
-        assert len(loader.skipped) == 1 and loader.skipped[0][1].startswith("unreadable image")
+        reasons = sorted(reason for _, reason in loader.skipped)
+        assert reasons[0] == "column 'caption' holds no caption" and reasons[1].startswith("unreadable image")
+        assert len(reasons) == 2

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from transfusion.data.drafting import caption_ids
+from transfusion.data.drafting import Mixture, caption_ids
 from transfusion.data.loader import Loader, LoaderConfig
 from transfusion.data.sources import CaptionedImage, FolderSource, SampleError
 from transfusion.data.tokenizer import Tokenizer
@@ -224,7 +224,28 @@ def test_a_corrupt_file_does_not_kill_the_run(tmp_path):
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, entries)))
     loader = Loader(replace(CONFIG, text_fraction=0.0), TOKENIZER, FolderSource(tmp_path, "all"))
     assert loader.batch(0).num_images > 0
-    assert [name for name, _ in loader.skipped] == ["b.png"]
+    assert [name for name, _ in loader.skipped] == [str(tmp_path / "b.png")]
+
+
+def test_images_of_one_name_in_two_folders_are_two(tmp_path):
+    for number, folder in enumerate((tmp_path / "one", tmp_path / "two")):
+        folder.mkdir()
+        PILImage.new("RGB", (16, 16), (100 * number, 0, 0)).save(folder / "a.png")
+        PILImage.new("RGB", (16, 16), (100 * number + 50, 0, 0)).save(folder / "b.png")
+        entries = [{"image": name, "caption": "small"} for name in ("a.png", "b.png", "gone.png")]
+        (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    content = (tmp_path / "one/a.png").read_bytes()
+    (tmp_path / "one/a.png").write_bytes(content[: len(content) // 2])
+    sources = Mixture(tuple(FolderSource(tmp_path / name, "all") for name in ("one", "two")), (1.0, 1.0))
+    config = replace(CONFIG, text_fraction=0.0)
+    ranks = [Loader(config, TOKENIZER, sources, rank=rank, world_size=2) for rank in range(2)]
+    batches = [loader.batch(step) for loader in ranks for step in range(4)]
+    reds = {round(float(level + 1) * 127.5) for batch in batches for level in batch.latents[:, 0, 0, 0]}
+    assert reds == {50, 100, 150}
+    told = [sorted(name for name, _ in loader.skipped) for loader in ranks]
+    gone = [str(tmp_path / name / "gone.png") for name in ("one", "two")]
+    assert set(gone) <= set(told[0]) and set(told[1]).isdisjoint(gone)  # what all ranks come across is told once
+    assert {name for names in told for name in names} == {*gone, str(tmp_path / "one/a.png")}
 
 
 def test_when_nothing_can_be_read_the_run_ends_with_a_reason():

@@ -33,8 +33,8 @@ def test_folder_gives_captions_and_pixels(write_folder):
     assert len(source) == 3 and source.skipped == []
     for index in range(3):
         item = source[index]
-        assert (item.caption, item.name) == (f"caption {index}", f"images/{index}.png")
-        assert np.array_equal(np.asarray(item.image), np.asarray(Image.open(folder / item.name)))
+        assert (item.caption, item.name) == (f"caption {index}", f"{folder}/images/{index}.png")
+        assert np.array_equal(np.asarray(item.image), np.asarray(Image.open(item.name)))
 
 
 def test_folder_split_is_a_stable_partition(write_folder):
@@ -76,13 +76,8 @@ def test_folder_skips_counts_and_names_what_is_broken(write_folder, tmp_path, ca
     with caplog.at_level(logging.WARNING):
         source = FolderSource(folder, "all")
     assert len(source) == 2
-    assert [name for name, _ in source.skipped] == [
-        "captions.jsonl:3",
-        "captions.jsonl:4",
-        "captions.jsonl:5",
-        "images/missing.png",
-        "text.png",
-    ]
+    named = ["captions.jsonl:3", "captions.jsonl:4", "captions.jsonl:5", "images/missing.png", "text.png"]
+    assert [name for name, _ in source.skipped] == [f"{folder}/{name}" for name in named]
     assert "malformed JSON" in source.skipped[0][1] and "does not exist" in source.skipped[3][1]
     for name, reason in source.skipped:
         assert f"{name}: {reason}" in caplog.text
