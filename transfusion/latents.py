@@ -61,7 +61,7 @@ def encode(arguments: Sequence[str]) -> int:
     from transfusion.data import DataConfig, DiffusersAutoencoder, make_autoencoder
     from transfusion.data.config import all_images, open_cache, specs
     from transfusion.data.latent_cache import encode_images
-    from transfusion.data.transforms import bucket_sizes
+    from transfusion.data.transforms import bucket_sizes, check_image_size
     from transfusion.run import RunConfig
 
     @dataclass(frozen=True)
@@ -95,6 +95,8 @@ def encode(arguments: Sequence[str]) -> int:
     autoencoder = make_autoencoder(data, device)
     cache = open_cache(data, autoencoder, repair=True)
     assert isinstance(autoencoder, DiffusersAutoencoder)  # else there is no cache
+    if not data.loader.aspect_ratios:
+        check_image_size(data.loader.image_size, autoencoder.downscale, data.loader.patch_size)
     step = autoencoder.downscale * data.loader.patch_size
     sizes = bucket_sizes(data.loader.aspect_ratios, data.loader.image_size, step)
     images = tqdm(all_images(data, "train"), unit="image", disable=not sys.stderr.isatty())

@@ -34,6 +34,8 @@ def test_from_a_folder_to_a_model_of_its_latents(
     data += ["--data.latent-cache", str(cache), "--data.loader.image-size", "16", "--data.loader.patch-size", "2"]
     assert cli.main(["train", "--out", str(run), *data, *SMALL]) == 2
     assert "run `transfusion encode` first" in capsys.readouterr().err
+    assert cli.main(["encode", *data, "--data.loader.image-size", "18"]) == 2
+    assert "image_size=18 does not divide into patches of" in capsys.readouterr().err
     assert cli.main(["encode", *data]) == 0
     first = capsys.readouterr().out
     assert "1 skipped" in first and f"skipped {folder}/teal.png" in first

@@ -162,3 +162,6 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(described | {"intermediate_size": 64}))
     with pytest.raises(ValueError, match="not of the Llama that their config describes"):
         Transfusion.from_llama(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(described | {"vocab_size": 40}))
+    with pytest.raises(ValueError, match="tokens, their config has only 43"):
+        Transfusion.from_llama(tmp_path)

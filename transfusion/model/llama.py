@@ -135,6 +135,8 @@ def rename(weights: Mapping[str, Tensor], config: ModelConfig, tied: bool) -> di
         raise ValueError(f"the weights lack {', '.join(missing[:3])}{' and more' if missing[3:] else ''}")
     for name in ("embedding.weight", "head.weight"):
         known = result[name]
+        if len(known) > config.vocab_size:
+            raise ValueError(f"the weights know {len(known)} tokens, their config has only {config.vocab_size}")
         mean = known.mean(0, keepdim=True)
         result[name] = torch.cat([known, mean.expand(config.vocab_size - len(known), -1)])
     result["transformer.norm.weight"] = result["transformer.norm.weight"].clone()

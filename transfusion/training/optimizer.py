@@ -3,12 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from transfusion.config import check_finite
 from transfusion.training.parallel import ParallelConfig, Precision, local, whole
+
+Implementation = Literal["auto", "triton", "reference"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class TrainConfig:
         max_grad_norm: what gradients are clipped to.
         ema_decay: of the averaged weights that sampling and evaluation use (the paper is silent).
         precision: "auto" is bfloat16 on CUDA and float32 elsewhere; weights, moments and average are float32 in any.
-        impl: implementation of every kernel, "auto", "triton" or "reference".
+        impl: implementation of every kernel.
         log_every: steps.
         checkpoint_every: steps.
         async_checkpoint: go on with training while a checkpoint is written; costs host memory for a copy.
@@ -52,7 +55,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9999
     precision: Precision = "auto"
-    impl: str = "auto"
+    impl: Implementation = "auto"
     log_every: int = 10
     checkpoint_every: int = 1000
     async_checkpoint: bool = False
