@@ -73,3 +73,17 @@ def test_a_scheduler_whose_noise_is_another_cannot_inpaint(name):
     with pytest.raises(ValueError, match=f"{name} cannot inpaint"):
         drawn(scheduler, known=known)
     assert drawn(scheduler).isfinite().all()
+
+
+def test_a_scheduler_that_overflows_is_not_taken_for_the_network():
+    schedule = NoiseSchedule("v_prediction")
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="trailing", **COSINE)
+    with pytest.raises(FloatingPointError, match=r"EulerAncestralDiscreteScheduler hands to denoising step 2 of 3"):
+        sample(
+            oracle(schedule),
+            torch.randn(1, 1, 4, 4),
+            schedule=schedule,
+            scheduler=scheduler,
+            steps=3,
+            generators=[torch.Generator()],
+        )

@@ -280,9 +280,13 @@ def sample(
             latents = torch.where(known.unknown, latents, _noised(known.latents, noise, moment, scheduler, schedule))
         prediction = predict(scale_input(latents, moment), _expanded(moment, latents, schedule)).float()
         if not prediction.isfinite().all():
+            where = f"denoising step {step + 1} of {len(moments)} (timestep {moment.item():g})"
             raise FloatingPointError(
-                f"the prediction of denoising step {step + 1} of {len(moments)} (timestep {moment.item():g}) is not "
-                "finite; look for NaN in the weights, or for guidance or a precision that overflows"
+                f"the prediction of {where} is not finite; look for NaN in the weights, or for guidance or a precision "
+                "that overflows"
+                if latents.isfinite().all()
+                else f"the latents that {type(scheduler).__name__} hands to {where} are not finite; take more steps "
+                "or another scheduler"
             )
         latents = scheduler.step(unit * prediction, moment, latents, **options, return_dict=False)[0]
         latents = latents if on_step_end is None else on_step_end(step, moment, latents)
