@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.adapter import Baseline
 from benchmarks.cases import DEVICE, AttentionCase
 from benchmarks.libraries import CudnnFlex, FlashAttention4
-from transfusion.kernels import IntervalMask
+from transfusion.kernels import IntervalMask, prepare_attention
 from transfusion.kernels.attention import reference, torch_paths
 
 
@@ -23,12 +23,11 @@ class Ours(Baseline):
         super().__init__("ours", "triton" if DEVICE == "cuda" else "auto", ours=True)
 
     def prepare(self, mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Any:
-        if self.impl == "triton":
-            from transfusion.kernels.attention.op import make_tiles
-
-            make_tiles(q, k, v, mask)
-        else:
-            torch_paths.prepare(mask, q)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and q.requires_grad):
+            batch, heads, _, head_dim = q.shape
+            prepare_attention(
+                mask, dtype=q.dtype, batch=batch, heads=heads, kv_heads=k.shape[1], head_dim=head_dim, impl=self.impl
+            )
         return mask
 
 
@@ -75,7 +74,7 @@ class DenseSdpa(Baseline):
         return scores_too_large(case, bytes_each=8, heads=1)
 
     def prepare(self, mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Any:
-        mask.to_dense()
+        mask.once("dense", mask.to_dense)
         return mask
 
     def __call__(self, prepared: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ image. Turned around, the queries that may see key j are one contiguous interval
 from the start of j's image, to the end of j's document. So the whole mask is two int32 vectors.
 """
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Span = tuple[int, int]
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
 class IntervalMask:
@@ -35,10 +37,17 @@ class IntervalMask:
         _check_vectors(query_start, query_end, num_queries)
         start, end = query_start.clamp(min=0), query_end.clamp(max=num_queries)
         empty = end <= start
-        self.intervals = torch.stack([start, end], -1).masked_fill(empty[..., None], num_queries).to(torch.int32)
-        self.num_queries = num_queries
+        self._hold(
+            torch.stack([start, end], -1).masked_fill(empty[..., None], num_queries).to(torch.int32), num_queries
+        )
+
+    def _hold(self, intervals: Tensor, num_queries: int) -> None:
+        if not torch.compiler.is_compiling() and intervals.is_inference():  # which no backward could save
+            with torch.inference_mode(False):
+                intervals = intervals.clone()
+        self.intervals, self.num_queries = intervals, num_queries
         self._derived: dict[object, Any] = {}
-        self._in_graph = _is_capturing(self.intervals)  # a CUDA graph's own: it is computed when the graph is replayed
+        self._in_graph = _is_capturing(intervals)  # a CUDA graph's own: it is computed when the graph is replayed
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_derived": {}}  # a copy makes its own, and a file needs none
@@ -48,7 +57,7 @@ class IntervalMask:
     @staticmethod
     def from_spans(
         length: int,
-        images: Sequence[Span] = (),
+        images: Iterable[Span] = (),
         documents: Sequence[int] | None = None,
         hidden_images: Sequence[int] = (),
         device: torch.device | str | None = None,
@@ -57,9 +66,11 @@ class IntervalMask:
 
         `images`: half-open spans; `documents`: their lengths, which add up to `length` (default: one document);
         `hidden_images`: indices into `images` of those that nothing outside themselves may see (noised copies).
-        Raises `ValueError` naming a span that overlaps, is empty, out of range, or crosses a document's end.
+        Raises `ValueError` naming a span that overlaps, is empty, out of range, or crosses a document's end. Not for
+        the inside of a compiled function, where `from_ids` is.
         """
         lengths = [length] if documents is None else list(documents)
+        images = [(operator.index(first), operator.index(last)) for first, last in images]
         _check_documents(length, lengths)
         device = torch.get_default_device() if device is None else device
         ends = torch.tensor(lengths, dtype=torch.int64, device="cpu").cumsum(0)
@@ -69,7 +80,7 @@ class IntervalMask:
         for first, last in images:
             start[first:last] = first
         for index in hidden_images:
-            if not 0 <= index < len(images):
+            if isinstance(index, bool) or not 0 <= index < len(images):
                 raise ValueError(f"hidden_images: {index} is no index into the {len(images)} images")
             first, last = images[index]
             end[first:last] = last
@@ -83,6 +94,10 @@ class IntervalMask:
         int: equal ids side by side are one document (default: the row). hidden (B, N) bool: tokens of images
         that nothing outside themselves may see.
         """
+        check_tensor("image_ids", image_ids, " (B, N) of integers")
+        for name, tensor in (("image_ids", image_ids), ("document_ids", document_ids)):
+            if tensor is not None and tensor.dtype not in _INTEGERS:
+                raise TypeError(f"{name} must be integers, got {tensor.dtype}")
         for name, tensor in (("image_ids", image_ids), ("document_ids", document_ids), ("hidden", hidden)):
             if tensor is not None and (tensor.ndim != 2 or tensor.shape != image_ids.shape):
                 raise ValueError(f"{name} must be (B, N) = {tuple(image_ids.shape)}, got {tuple(tensor.shape)}")
@@ -134,14 +149,15 @@ class IntervalMask:
 
         `new`: the mask among the new tokens themselves; `prefix_lengths` (B,) int on the device of `new`;
         `num_keys`: the cache's capacity M. Key j < prefix_lengths[b] is seen by every new query, key
-        prefix_lengths[b] + i as new token i, the rest by none. Needs prefix_lengths[b] + N <= M.
+        prefix_lengths[b] + i as new token i, the rest by none. Needs 0 <= prefix_lengths[b] <= M - N, which is not
+        looked at: the host would wait for the device.
         """
         check_tensor("prefix_lengths", prefix_lengths, " (B,) of integers")
         if prefix_lengths.is_floating_point() or prefix_lengths.dtype == torch.bool:
             raise TypeError(f"prefix_lengths must be integers, got {prefix_lengths.dtype}")
         if prefix_lengths.ndim != 1:
             raise ValueError(f"prefix_lengths must be (B,), got shape {tuple(prefix_lengths.shape)}")
-        if new.batch_size not in (1, prefix_lengths.shape[0]):
+        if new.batch_size != 1 and new.batch_size != prefix_lengths.shape[0]:  # see attention/op.py
             raise ValueError(
                 f"{prefix_lengths.shape[0]} prefix_lengths for a mask of {new.batch_size} rows; give one for each"
             )
@@ -156,11 +172,13 @@ class IntervalMask:
         return IntervalMask(start, end, new.num_queries)
 
     @staticmethod
-    def stack(masks: Sequence["IntervalMask"]) -> "IntervalMask":
+    def stack(masks: Iterable["IntervalMask"]) -> "IntervalMask":
         """The rows of several masks of one size as one batch."""
-        sizes = {(mask.num_queries, mask.num_keys) for mask in masks}
-        if len(sizes) != 1:
-            raise ValueError(f"stack needs masks of one (num_queries, num_keys), got {sorted(sizes)}")
+        masks = list(masks)
+        # compared one by one: a set would fix symbolic sizes in a graph
+        if not masks or any((m.num_queries, m.num_keys) != (masks[0].num_queries, masks[0].num_keys) for m in masks):
+            sizes = sorted({(mask.num_queries, mask.num_keys) for mask in masks})
+            raise ValueError(f"stack needs masks of one (num_queries, num_keys), got {sizes}")
         starts, ends = [mask.query_start for mask in masks], [mask.query_end for mask in masks]
         return IntervalMask(torch.cat(starts), torch.cat(ends), masks[0].num_queries)
 
@@ -197,7 +215,7 @@ class IntervalMask:
         if intervals is self.intervals:
             return self
         mask = object.__new__(IntervalMask)  # checked and cut already: nothing more to launch on the device
-        mask.intervals, mask.num_queries, mask._derived = intervals, self.num_queries, {}
+        mask._hold(intervals, self.num_queries)
         return mask
 
     def area(self) -> Tensor:
@@ -205,10 +223,7 @@ class IntervalMask:
         return (self.query_end.long() - self.query_start.long()).sum(1)
 
     def to_dense(self) -> Tensor:
-        """(B or 1, N, M) bool: the definition spelled out, the oracle of every test."""
-        return self.once(("dense",), self._dense)
-
-    def _dense(self) -> Tensor:
+        """(B or 1, N, M) bool, made anew: the definition spelled out, the oracle of every test."""
         query = torch.arange(self.num_queries, device=self.device)[None, :, None]
         return (self.query_start[:, None, :] <= query) & (query < self.query_end[:, None, :])
 
@@ -257,9 +272,7 @@ class IntervalMask:
         if torch.compiler.is_dynamo_compiling():
             self._derived[key] = make()
             return self._derived[key]
-        # what inference mode makes no later call could save for backward
-        leave = torch.is_inference_mode_enabled() and not self.intervals.is_inference()
-        with torch.inference_mode(False) if leave else nullcontext():
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             made = make()
         if not is_traced() and (self._in_graph or not _is_capturing(self.intervals)):
             self._derived[key] = made
@@ -300,7 +313,9 @@ def _run_end(begins: Tensor, index: Tensor) -> Tensor:
     """One past the last token of each token's run: the next beginning, or the row's length."""
     length = index.shape[1]
     following = torch.where(begins, index, length)[:, 1:]
-    following = torch.nn.functional.pad(following, (0, 1), value=length)
+    following = torch.cat(
+        [following, torch.full_like(index[:, :1], length)], 1
+    )  # `pad` would fix the length in a graph
     return following.flip(1).cummin(1).values.flip(1)
 
 

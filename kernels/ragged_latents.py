@@ -7,7 +7,7 @@ tensor, flat; element e has the same noise in both forms.
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,6 +60,7 @@ class RaggedLatents:
 
     def __init__(self, values: Tensor, channels: int, sizes: Sequence[tuple[int, int]]) -> None:
         channels = operator.index(channels)
+        sizes = tuple((operator.index(height), operator.index(width)) for height, width in sizes)
         for height, width in sizes:
             if height < 1 or width < 1 or channels < 1:
                 raise ValueError(f"an image of {channels} channels and {height}x{width} pixels has no elements")
@@ -69,16 +70,16 @@ class RaggedLatents:
                 f"values have shape {tuple(values.shape)}; {len(sizes)} images of {channels} channels and these sizes "
                 f"have ({expected},) elements"
             )
-        if not values.dtype.is_floating_point:
-            raise TypeError(f"values must be floating point, got {values.dtype}")
+        _check_floating(values)
         self.values = values
-        self.sizes = tuple((int(height), int(width)) for height, width in sizes)
+        self.sizes = sizes
         self.divisor = math.gcd(*(side for size in self.sizes for side in size)) if sizes else 0
         self.layout = _layout(self.sizes, channels, values.device)
 
     @staticmethod
-    def pack(images: Sequence[Tensor]) -> "RaggedLatents":
+    def pack(images: Iterable[Tensor]) -> "RaggedLatents":
         """Images (C, h_i, w_i), at least one, of one dtype, device and C, copied into one buffer."""
+        images = list(images)
         channels = {image.shape[0] for image in images if image.ndim == 3}
         if len(channels) != 1 or any(image.ndim != 3 for image in images):
             shapes = sorted({tuple(image.shape) for image in images})
@@ -108,7 +109,7 @@ class RaggedLatents:
         return self._moved(values, self.layout)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "RaggedLatents":
-        """The same on `device`, see `transfer.moved`."""
+        """The same on `device`, see `transfer.moved`; in another dtype it is `with_values(values.to(dtype))`."""
         planes, tiles, *numbers = self.layout
         planes, tiles = (moved(tensor, device, non_blocking) for tensor in (planes, tiles))
         return self._moved(moved(self.values, device, non_blocking), Layout(planes, tiles, *numbers))
@@ -121,9 +122,15 @@ class RaggedLatents:
     def _moved(self, values: Tensor, layout: Layout) -> "RaggedLatents":
         if values.shape != self.values.shape:
             raise ValueError(f"values have shape {tuple(values.shape)}, this layout takes {tuple(self.values.shape)}")
+        _check_floating(values)
         other = object.__new__(RaggedLatents)
         other.values, other.sizes, other.divisor, other.layout = values, self.sizes, self.divisor, layout
         return other
+
+
+def _check_floating(values: Tensor) -> None:
+    if not values.dtype.is_floating_point:
+        raise TypeError(f"values must be floating point, got {values.dtype}")
 
 
 def _layout(sizes: Sequence[tuple[int, int]], channels: int, device: torch.device) -> Layout:

@@ -10,6 +10,8 @@ def moved(tensor: Tensor, device: torch.device | str, non_blocking: bool) -> Ten
     A copy from pageable memory waits for the stream whatever it is told; one from a GPU that nothing waits for would
     be read before it is there.
     """
+    if not isinstance(device, torch.device | str | int):
+        raise TypeError(f"to() takes a device, got {device!r}; what it moves keeps its dtype")
     if not non_blocking or torch.device(device).type != "cuda":
         return tensor.to(device)
     pinned = tensor.pin_memory() if tensor.device.type == "cpu" else tensor

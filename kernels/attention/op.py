@@ -36,6 +36,15 @@ def _no_lse(*, return_lse: bool, **call: Any) -> list[str]:
     return ["it returns no log-sum-exp (return_lse=True)"] if return_lse else []
 
 
+def _flex_reasons(*, device: torch.device, dtype: torch.dtype, needs_grad: bool, **call: Any) -> list[str]:
+    reasons = _no_lse(**call)
+    if dtype == torch.float64:
+        reasons.append("FlexAttention takes no float64")
+    if needs_grad and device.type == "cpu":
+        reasons.append("FlexAttention has no backward on a CPU")
+    return reasons
+
+
 OP = register(
     Op(
         "transfusion_attention",
@@ -43,7 +52,7 @@ OP = register(
             "triton": Implementation("transfusion.kernels.attention.kernel", _triton_reasons),
             "reference": Implementation("transfusion.kernels.attention.reference"),
             "sdpa": Implementation("transfusion.kernels.attention.torch_paths", _no_lse),
-            "flex": Implementation("transfusion.kernels.attention.torch_paths", _no_lse),
+            "flex": Implementation("transfusion.kernels.attention.torch_paths", _flex_reasons),
         },
         cuda_order=("triton", "sdpa", "reference"),
         other_order=("sdpa", "reference"),
@@ -95,13 +104,15 @@ def transfusion_attention(
         v: like k. Any strides; a last stride other than 1 costs a copy.
         mask: N queries by M keys, of B rows or of one row for the whole batch. Keys that no query sees (the free
             room of a cache) must be finite.
-        scale: default 1/√D.
-        return_lse: also return lse (B, H, N) float32, the natural log of each query's sum of exponentials.
+        scale: a number, by default 1/√D. What is learned multiplies q: it would get no gradient here.
+        return_lse: also return lse (B, H, N) float32 (of float64, float64), the natural log of each query's sum of
+            exponentials.
         impl: "auto", "triton", "reference", "sdpa" or "flex"; an explicit request is honoured or raises.
 
     Returns:
         out like q, or (out, lse). A query that sees no key gives 0 and lse -inf. Differentiable in q, k, v, through
-        lse too; the backward is bitwise deterministic for "triton". Under autocast q, k, v are cast to its dtype.
+        lse too; the backward is bitwise deterministic for "triton". Under autocast q, k, v are cast to its dtype, but
+        for float64.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, with the offending value.
@@ -112,18 +123,24 @@ def transfusion_attention(
     """
     for letter, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(letter, tensor, " (B, H, N, D)")
-    if _is_autocast_on(q):
+    if _is_autocast_on(q.device):
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        q, k, v = (tensor.to(dtype) if _is_cast(tensor) else tensor for tensor in (q, k, v))
     _check(q, k, v, mask)
+    if isinstance(scale, Tensor):
+        raise TypeError("scale must be a number; a Tensor would get no gradient: multiply q by it and pass scale=1.0")
     refuse_forward_mode("transfusion_attention", q, k, v)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    name = choose(OP, impl, device=q.device, dtype=q.dtype, head_dim=q.shape[3], return_lse=return_lse)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    call = {"head_dim": q.shape[3], "return_lse": return_lse, "needs_grad": needs_grad}
+    name = choose(OP, impl, device=q.device, dtype=q.dtype, **call)
     if name in ("sdpa", "flex"):
         return (torch_paths.sdpa if name == "sdpa" else torch_paths.flex)(q, k, v, mask, scale)
     if name == "triton":
         q, k, v = (_readable(t) for t in (q, k, v))
-    tiles = make_tiles(q, k, v, mask) if name == "triton" else (None, None, None)
+    tiles: tuple[Tensor | None, ...] = (None, None, None)
+    if name == "triton":
+        tiles = _make_tiles(mask, q.dtype, q.shape[0], q.shape[1], k.shape[1], q.shape[3], needs_grad)
     out, lse = _attention(q, k, v, mask.intervals, *tiles, scale, name)
     return (out, lse) if return_lse else out
 
@@ -133,14 +150,45 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
-def make_tiles(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def prepare_attention(
+    mask: IntervalMask,
+    *,
+    dtype: torch.dtype,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    impl: str = "auto",
+) -> None:
+    """Makes what attention of q (batch, heads, N, head_dim) over k (batch, kv_heads, M, head_dim) keeps with `mask`.
+
+    The first call makes it anyway, but a layer that is compiled and checkpointed may only read it: torch.compile takes
+    no change from inside `torch.utils.checkpoint`. With gradients enabled, tiles of the backward are made too. dtype is
+    that of q; under autocast, autocast's. Raises as `transfusion_attention` does where `impl` cannot run.
+    """
+    if _is_autocast_on(mask.device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(mask.device.type)
+    needs_grad = torch.is_grad_enabled()
+    call = {"head_dim": head_dim, "return_lse": False, "needs_grad": needs_grad}
+    name = choose(OP, impl, device=mask.device, dtype=dtype, **call)
+    if name == "triton":
+        _make_tiles(mask, dtype, batch, heads, kv_heads, head_dim, needs_grad)
+    elif name == "sdpa":
+        torch_paths.prepare(mask, batch)
+    elif name == "flex":
+        torch_paths.prepare_flex(mask)
+
+
+def _make_tiles(
+    mask: IntervalMask, dtype: torch.dtype, batch: int, heads: int, kv_heads: int, dim: int, needs_grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Tiles of the three kernels, made at the first layer and kept with the mask; those of backward where it comes."""
-    (batch, heads, queries, dim), keys = q.shape, k.shape[2]
-    plan = plan_forward(q.device, q.dtype, batch, heads, k.shape[1], queries, keys, dim)
+    device, queries, keys = mask.device, mask.num_queries, mask.num_keys
+    plan = plan_forward(device, dtype, batch, heads, kv_heads, queries, keys, dim)
     forward = mask.query_tiles(plan.launch.block_q, plan.launch.block_k)
-    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+    if not needs_grad:
         return forward, None, None
-    query, key = (plan_backward(q.device, q.dtype, stage, queries, keys, dim) for stage in ("query", "key"))
+    query, key = (plan_backward(device, dtype, stage, queries, keys, dim) for stage in ("query", "key"))
     return forward, mask.query_tiles(query.block_q, query.block_k), mask.key_tiles(key.block_k, key.block_q)
 
 
@@ -155,6 +203,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> None:
         if tensor.device != q.device:
             raise ValueError(f"q is on {q.device}, {name} on {tensor.device}")
     batch, heads, num_queries, head_dim = q.shape
+    if head_dim == 0:
+        raise ValueError(f"q of shape {tuple(q.shape)} has no head dimension; give at least one lane")
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
     if k.shape[0] != batch or k.shape[3] != head_dim:
@@ -171,7 +221,7 @@ def _check_mask(mask: IntervalMask, batch: int, num_queries: int, num_keys: int,
         raise ValueError(
             f"the mask is {mask.num_queries} queries by {mask.num_keys} keys, q and k are {num_queries} by {num_keys}"
         )
-    if mask.batch_size not in (1, batch):
+    if mask.batch_size != 1 and mask.batch_size != batch:  # `in` is wrong of symbolic sizes
         raise ValueError(f"the mask has {mask.batch_size} rows for a batch of {batch}; give 1 or {batch}")
     if mask.device != device:
         raise ValueError(f"q is on {device}, the mask on {mask.device}; move it with mask.to(device)")
@@ -207,14 +257,19 @@ def _run_backward(grad_out: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]
     return grads
 
 
-def _is_autocast_on(tensor: Tensor) -> bool:
-    kind = tensor.device.type
+def _is_autocast_on(device: torch.device) -> bool:
+    kind = device.type
     return kind != "meta" and torch.is_autocast_enabled(kind)  # which torch does not say of meta
+
+
+def _is_cast(tensor: Tensor) -> bool:
+    """Whether autocast would, of torch's own operations' inputs."""
+    return tensor.dtype.is_floating_point and tensor.dtype != torch.float64
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     """Autocast would round inside the reference's formula."""
-    if _is_autocast_on(tensor):
+    if _is_autocast_on(tensor.device):
         return torch.autocast(tensor.device.type, enabled=False)
     return nullcontext()
 

@@ -22,7 +22,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> T
     """`dense_sdpa`; on a CPU, packed rows are cut where no interval crosses, between documents, and pieces of about one
     length go through together, where that leaves far fewer pairs.
     """
-    pieces = prepare(mask, q)
+    pieces = prepare(mask, len(q))
     if pieces is None:
         return dense_sdpa(q, k, v, mask, scale)
     rows = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]  # (B·N, H, D)
@@ -38,7 +38,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> T
 
 def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> Tensor:
     """`scaled_dot_product_attention` under the dense mask: O(N·M) bytes for the mask."""
-    return _attention(q, k, v, mask.to_dense()[:, None], scale)
+    return _attention(q, k, v, mask.once("dense", mask.to_dense)[:, None], scale)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
@@ -55,15 +55,15 @@ def _is_grouped(q: Tensor, k: Tensor) -> bool:
     return grouped
 
 
-def prepare(mask: IntervalMask, q: Tensor) -> "Pieces | None":
+def prepare(mask: IntervalMask, batch: int) -> "Pieces | None":
     """What `sdpa` makes of a new batch's mask, kept with it: the pieces, or None and the dense mask."""
     # The cut reads the mask, for which a GPU would have to wait, a graph to break, and of which a trace has no numbers.
     traced = torch.compiler.is_compiling() or is_traced()
-    if q.device.type == "cpu" and mask.batch_size == q.shape[0] and not traced:
+    if mask.device.type == "cpu" and mask.batch_size == batch and not traced:
         pieces = mask.once("pieces", lambda: cut(mask))
         if pieces is not None:
             return pieces
-    mask.to_dense()
+    mask.once("dense", mask.to_dense)
     return None
 
 
@@ -71,7 +71,8 @@ class Pieces(NamedTuple):
     """Stretches of packed rows, in groups of about one length, each padded to L tokens.
 
     groups: (places (P·L,), visible (P, 1, L, L)) of each: the flat b·N + i of every token of its P pieces, and its
-    mask; padding is token 0, which sees itself. origin (B·N,): where in all groups together each token went.
+    mask; padding is the piece's first token again, which sees itself. origin (B·N,): where in all groups together each
+    token went.
     """
 
     groups: list[tuple[Tensor, Tensor]]
@@ -81,7 +82,7 @@ class Pieces(NamedTuple):
 def cut(mask: IntervalMask) -> Pieces | None:
     """The mask's rows cut into pieces, or None where that saves too little."""
     count = mask.num_queries
-    if mask.num_keys != count:
+    if mask.num_keys != count or mask.batch_size == 0:
         return None
     step = max(-(-count // _LENGTHS), 32)
     groups: dict[int, list[tuple[int, int, int]]] = {}
@@ -102,10 +103,11 @@ def cut(mask: IntervalMask) -> Pieces | None:
 def _group(
     mask: IntervalMask, pieces: list[tuple[int, int, int]], length: int, origin: Tensor, before: int
 ) -> tuple[Tensor, Tensor]:
-    places = torch.zeros(len(pieces), length, dtype=torch.int64, device="cpu")
+    places = torch.empty(len(pieces), length, dtype=torch.int64, device="cpu")
     visible = torch.eye(length, dtype=torch.bool, device="cpu").expand(len(pieces), 1, -1, -1).clone()
     for number, (b, first, last) in enumerate(pieces):
         size, query = last - first, torch.arange(first, last, device="cpu")
+        places[number] = b * mask.num_queries + first  # not another piece's: what is no number there would spread
         places[number, :size] = b * mask.num_queries + query
         origin[b, first:last] = before + number * length + torch.arange(size, device="cpu")
         start, end = mask.query_start[b, first:last], mask.query_end[b, first:last]
@@ -139,6 +141,11 @@ def _joined(stretches: list[tuple[int, int]], most: int) -> list[tuple[int, int]
     return joined
 
 
+def prepare_flex(mask: IntervalMask) -> Any:
+    """The block mask of `flex`, kept with the mask."""
+    return mask.once("block_mask", mask.to_block_mask)
+
+
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> Tensor:
     """Compiled `flex_attention`; a block mask of one row broadcasts over the batch."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -149,7 +156,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> T
         q,
         k,
         v,
-        block_mask=mask.once("block_mask", mask.to_block_mask),
+        block_mask=prepare_flex(mask),
         scale=scale,
         enable_gqa=_is_grouped(q, k),
     )

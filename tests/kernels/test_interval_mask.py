@@ -1,11 +1,13 @@
 """IntervalMask: the two vectors against the mask spelled out token by token, its tiles, its interop, its errors."""
 
+import copy
+import pickle
 import random
 
 import pytest
 import torch
 
-from transfusion.kernels import IntervalMask
+from transfusion.kernels import IntervalMask, RaggedLatents, interval_mask, transfusion_attention
 from transfusion.kernels.testing import LAYOUTS, Layout, random_layout
 
 
@@ -96,8 +98,48 @@ def test_nothing_is_built_twice_and_to_keeps_the_mask() -> None:
     mask = IntervalMask.causal(50)
     assert mask.query_tiles(16, 16) is mask.query_tiles(16, 16)
     assert mask.key_tiles(16, 32) is mask.key_tiles(16, 32)
-    assert mask.to_dense() is mask.to_dense()
     assert mask.to("cpu") is mask
+
+
+def test_what_a_user_writes_to_is_not_what_the_mask_keeps() -> None:
+    mask, (q, k, v) = IntervalMask.causal(50), torch.randn(3, 1, 2, 50, 16)
+    wanted = transfusion_attention(q, k, v, mask)
+    mask.to_dense().fill_(True)
+    assert torch.equal(transfusion_attention(q, k, v, mask), wanted)
+
+
+def test_a_mask_that_was_moved_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU `to` gives the mask itself; here it copies, as it does to a GPU."""
+    monkeypatch.setattr(interval_mask, "moved", lambda tensor, *to: tensor.clone())
+    mask, (q, k, v) = IntervalMask.from_spans(50, [(4, 30)]), torch.randn(3, 1, 2, 50, 16)
+    for other in (mask.to("cpu"), copy.deepcopy(mask.to("cpu")), pickle.loads(pickle.dumps(mask.to("cpu")))):
+        assert other is not mask and vars(other).keys() == vars(mask).keys()
+        assert torch.equal(other.to_dense(), mask.to_dense())
+        for impl in ("sdpa", "reference", "triton"):
+            wanted = transfusion_attention(q, k, v, mask, impl=impl)
+            assert torch.equal(transfusion_attention(q, k, v, other, impl=impl), wanted)
+    monkeypatch.undo()
+    assert mask.to("meta").query_tiles(16, 16).is_meta
+
+
+def test_what_moves_keeps_its_dtype() -> None:
+    latents = RaggedLatents(torch.zeros(60), 3, [(4, 5)])
+    for target in (torch.bfloat16, torch.zeros(1)):
+        for what in (IntervalMask.causal(5), latents):
+            with pytest.raises(TypeError, match=r"to\(\) takes a device, got"):
+                what.to(target)  # type: ignore[arg-type]
+    assert latents.with_values(latents.values.bfloat16()).values.dtype == torch.bfloat16
+
+
+def test_iterators_are_read_once() -> None:
+    wanted = IntervalMask.from_spans(10, [(2, 6)], hidden_images=[0])
+    found = IntervalMask.from_spans(10, zip([2], [6], strict=True), hidden_images=iter([0]))
+    assert torch.equal(found.intervals, wanted.intervals)
+    assert torch.equal(
+        IntervalMask.from_spans(10, torch.tensor([[2, 6]]), hidden_images=[0]).intervals, wanted.intervals
+    )
+    assert IntervalMask.stack(IntervalMask.causal(4) for _ in range(3)).batch_size == 3
+    assert len(RaggedLatents.pack(torch.zeros(3, 4, 4) for _ in range(2))) == 2
 
 
 @pytest.mark.parametrize(
@@ -111,6 +153,7 @@ def test_nothing_is_built_twice_and_to_keeps_the_mask() -> None:
         ((10, [], [4, 4]), "add up to 8"),
         ((10, [], [10, 0]), "document 1 has length 0"),
         ((10, [(0, 2)], None, [1]), "hidden_images: 1"),
+        ((10, [(0, 2), (4, 6)], None, [True, False]), "hidden_images: True"),
     ],
 )
 def test_malformed_spans_are_named(arguments: tuple, message: str) -> None:  # type: ignore[type-arg]
@@ -131,6 +174,10 @@ def test_bad_vectors_are_refused() -> None:
     for lengths, got in (([3, 5], "list"), (torch.tensor([3.0]), "float32")):
         with pytest.raises(TypeError, match=f"prefix_lengths must be .*, got .*{got}"):
             IntervalMask.continuation(IntervalMask.causal(1), lengths, num_keys=8)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"image_ids must be integers, got torch\.bool"):
+        IntervalMask.from_ids(torch.zeros(1, 4, dtype=torch.bool))
+    with pytest.raises(TypeError, match="image_ids must be a tensor"):
+        IntervalMask.from_ids([[0, 1]])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="image_ids"):
         IntervalMask.from_ids(torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"\[\(3, 3\), \(4, 4\)\]"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from transfusion.kernels import IntervalMask, RaggedLatents, interval_mask, transfusion_attention, tuning
@@ -93,6 +94,84 @@ def test_a_mask_seen_in_inference_mode_first_trains(monkeypatch: pytest.MonkeyPa
         tuning.set_launch("attention", "backward_query", table, dtype, 64, before)
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference", "sdpa"])
+def test_a_mask_made_in_inference_mode_trains(impl: str) -> None:
+    with torch.inference_mode():
+        mask = IntervalMask.causal(24, DEVICE)
+        mask.query_tiles(16, 16)
+    q, k, v = (t.requires_grad_() for t in torch.randn(3, 1, 2, 24, 16, device=DEVICE).unbind())
+    transfusion_attention(q, k, v, mask, impl=impl).sum().backward()
+    assert q.grad is not None
+
+
+def test_one_graph_for_all_lengths() -> None:
+    def attended(q: Tensor, ids: Tensor) -> Tensor:
+        return transfusion_attention(q, q, q, IntervalMask.from_ids(ids))
+
+    def stacked(q: Tensor, ids: Tensor) -> Tensor:  # symbolic sizes of q, a mask of as many rows
+        return transfusion_attention(q, q, q, IntervalMask.stack([IntervalMask.causal(q.shape[2])] * 2))
+
+    for function in (attended, stacked):
+        counter = CompileCounter()
+        compiled = torch.compile(function, backend=counter, dynamic=True, fullgraph=True)
+        for length in range(40, 130, 10):
+            q, ids = torch.randn(2, 2, length, 16), torch.full((2, length), -1)
+            torch.testing.assert_close(compiled(q, ids), function(q, ids))
+        assert counter.frame_count == 1
+
+
+def test_no_number_stays_in_its_document() -> None:
+    """Also where documents of a batch go through together, some of them padded."""
+    mask = IntervalMask.stack([IntervalMask.from_spans(192, documents=[40, 60, 92], device=DEVICE)] * 2)
+    q, k, v = torch.randn(3, 2, 2, 192, 16, device=DEVICE).unbind()
+    broken = torch.zeros(192, dtype=torch.bool, device=DEVICE)
+    broken[:40] = True
+    for tensor in (k, v):
+        inputs = [q, k.clone(), v.clone()]
+        inputs[1 if tensor is k else 2][0, :, 0, 0] = torch.nan
+        leaves = [t.requires_grad_() for t in inputs]
+        out = transfusion_attention(*leaves, mask, impl="sdpa")
+        grads = torch.autograd.grad(out.sum(), leaves)
+        for result in (out, *grads):
+            assert not result[1].isnan().any() and not result[0, :, ~broken].isnan().any()
+        assert out[0, :, broken].isnan().any()
+
+
+def test_no_rows_at_all() -> None:
+    nothing = torch.zeros(0, 24, dtype=torch.int32, device=DEVICE)
+    q = torch.randn(0, 2, 24, 16, device=DEVICE)
+    for impl in ("triton", "reference", "sdpa"):
+        assert transfusion_attention(q, q, q, IntervalMask(nothing, nothing + 1, 24), impl=impl).shape == q.shape
+
+
+def test_autocast_casts_what_torch_would() -> None:
+    whole = torch.zeros(1, 2, 24, 16, dtype=torch.int64, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        with pytest.raises(TypeError, match=r"q must be floating point, got torch\.int64"):
+            transfusion_attention(whole, whole, whole, CAUSAL)
+        precise = whole.double()
+        assert transfusion_attention(precise, precise, precise, CAUSAL, impl="sdpa").dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"scale": torch.tensor(0.3)}, TypeError, "scale must be a number; a Tensor would get no gradient"),
+        ({"dim": 0}, ValueError, "has no head dimension"),
+        ({"impl": "flex", "dtype": torch.float64}, RuntimeError, "FlexAttention takes no float64"),
+        ({"impl": "flex", "leaf": True}, RuntimeError, "FlexAttention has no backward on a CPU"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(arguments: dict, error: type[Exception], message: str) -> None:
+    if arguments.get("leaf") and DEVICE != "cpu":
+        pytest.skip("it has one there")
+    given = {"dim": 16, "dtype": torch.float32, "leaf": False} | arguments
+    dim, dtype, leaf = (given.pop(name) for name in ("dim", "dtype", "leaf"))
+    q = torch.zeros(1, 2, 24, dim, dtype=dtype, device=DEVICE, requires_grad=leaf)
+    with pytest.raises(error, match=message):
+        transfusion_attention(q, q, q, CAUSAL, **given)
+
+
 def test_what_a_graph_will_compute_is_kept_by_its_own_masks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A capture that is played here: nothing is computed in one, so a mask from outside must not keep what it makes."""
     outside = IntervalMask.causal(24)
@@ -136,6 +215,10 @@ def test_hosts_numbers_are_made_on_the_host() -> None:
 
 
 def test_ragged_latents_of_any_whole_number() -> None:
+    with pytest.raises(TypeError, match="float"):
+        RaggedLatents(torch.zeros(180), 3, [(7.5, 8)])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"floating point, got torch\.int64"):
+        RaggedLatents(torch.zeros(60), 3, [(4, 5)]).with_values(torch.zeros(60, dtype=torch.int64))
     assert RaggedLatents(torch.zeros(60), np.int64(3), [(np.int64(4), 5)]).channels == 3
     with pytest.raises(TypeError, match=r"of one dtype, got torch\.float16 and torch\.float32"):
         RaggedLatents.pack([torch.zeros(3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.float16)])

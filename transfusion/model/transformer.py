@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from transfusion.config import ModelConfig, RopeScaling
-from transfusion.kernels import IntervalMask, RaggedLatents, transfusion_attention
+from transfusion.kernels import IntervalMask, RaggedLatents, prepare_attention, transfusion_attention
 from transfusion.sequence import Batch
 
 Attend = Callable[[Tensor, Tensor, Tensor, str], Tensor]
@@ -186,6 +186,10 @@ class Transformer(nn.Module):
         With a cache, x are new tokens, and the cache's own mask, over the tokens before them too, takes `mask`'s place.
         """
         cos, sin = rotary(positions, self.config)
+        if cache is None:  # here, for a compiled block under checkpointing may only read what is kept with the mask
+            heads, kv_heads, head_dim = self.config.heads, self.config.num_kv_heads, self.config.head_dim
+            sizes = {"batch": len(x), "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+            prepare_attention(mask, dtype=x.dtype, impl=impl, **sizes)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, mask, impl, None if cache is None else partial(cache.attend, layer))
         return self.norm(x)
