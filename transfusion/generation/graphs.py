@@ -1,49 +1,58 @@
 """A function of tensors as one CUDA graph: where a step takes less time than launching its kernels, launch once."""
 
+import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-_WARM_UP = 2  # Triton compiles and PyTorch picks its algorithms before anything is captured
+# Calls before the capture: Triton compiles and PyTorch picks its algorithms, and what is called no more often than this
+# (a token of one row, say) is not worth a graph.
+EAGER = 2
+_ONE_AT_A_TIME = threading.Lock()  # a capture begins with a wait for the device, which breaks another that is under way
+
+
+def is_replayed(device: torch.device) -> bool:
+    """Whether `Replayed` captures what runs on `device`."""
+    return device.type == "cuda"
 
 
 class Replayed:
-    """replayed(function, *tensors) -> tensor: at the first call on CUDA captured, then replayed; elsewhere just called.
+    """replayed(function, *tensors) -> tensor: on CUDA captured at the third call, then replayed; elsewhere just called.
 
     The function is the same at every call and must do the same work: same shapes, no value read by the host, every
-    tensor but its arguments at one address. Running it twice in a row must leave what running it once leaves. It is not
-    kept, so that an owner whose method it is dies, with the graph's memory, without waiting for the cyclic collector.
-    The result is overwritten by the next call.
+    tensor but its arguments at one address. It is not kept, so that an owner whose method it is dies, with the graph's
+    memory, without waiting for the cyclic collector. The result is overwritten by the next call.
     """
 
     def __init__(self) -> None:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._arguments: tuple[Tensor, ...] = ()
         self._result = torch.empty(0)
+        self._calls = 0
 
     def __call__(self, function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
         """The function's result, of arguments like those of the first call."""
-        if arguments[0].device.type != "cuda":
+        device = arguments[0].device
+        self._calls += 1
+        if not is_replayed(device) or self._calls <= EAGER:
             return function(*arguments)
-        if self._graph is None:
-            self._capture(function, arguments)
-        assert self._graph is not None
-        for mine, given in zip(self._arguments, arguments, strict=True):
-            mine.copy_(given)
-        self._graph.replay()
+        with torch.cuda.device(device):  # streams are those of the current device
+            if self._graph is None:
+                self._graph = self._captured(function, arguments, device)
+            for mine, given in zip(self._arguments, arguments, strict=True):
+                mine.copy_(given)
+            self._graph.replay()
         return self._result
 
-    def _capture(self, function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> None:
+    def _captured(
+        self, function: Callable[..., Tensor], arguments: tuple[Tensor, ...], device: torch.device
+    ) -> "torch.cuda.CUDAGraph":
         self._arguments = tuple(argument.clone() for argument in arguments)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                function(*self._arguments)
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # "thread_local": what a loader's thread does on the GPU meanwhile (encoding images) is no part of the graph
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # Left alone, torch captures on a stream of the device that was current at the first capture of all: the graph
+        # of another would be empty. "thread_local": what other threads do on the GPU meanwhile is no part of it.
+        stream = torch.cuda.Stream(device)
+        with _ONE_AT_A_TIME, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._result = function(*self._arguments)
-        self._graph = graph
+        return graph

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from transfusion.data.packing import seeded
 from transfusion.diffusion.sampler import Known, OnStepEnd, Predict, check_scheduler, sample, timesteps
+from transfusion.generation.graphs import is_replayed
 from transfusion.generation.guidance import Guidance
 from transfusion.generation.requests import Generation, Request, check_requests
 from transfusion.generation.rows import Denoiser, Rows, inference
@@ -147,7 +148,7 @@ def generate(
     """-> what follows each request's context, in their order.
 
     Requests of every kind go into one call, and each depends on its own context and seed alone: in another batch it
-    comes out the same up to float rounding. A finished row costs nothing more.
+    comes out the same up to float rounding. A finished row soon costs nothing more.
 
     Args:
         model: in any mode, which is kept.
@@ -195,18 +196,24 @@ def _those(rows: Sequence[_Row], state: Rows, chosen: Sequence[int]) -> list[_Gr
 
 
 def _write(plan: _Plan, rows: list[_Row], state: Rows, logits: Tensor) -> list[_Group]:
-    """Draws text for every row until each is finished or wants an image -> those that do, in groups."""
+    """Draws text for every row until each is finished or wants an image -> those that do, in groups.
+
+    Where a step is a graph, of one number of rows, those that are done rest until half are, and leave together.
+    """
     drawing: list[_Group] = []
+    going = list(range(len(rows)))
     while True:
         tokens, logprobs = choose(logits, plan.sampling, [row.generator for row in rows])
-        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            row.add_token(token, logprob)
-        drawing += _those(rows, state, [i for i, row in enumerate(rows) if row.wants_image])
-        going = _those(rows, state, [i for i, row in enumerate(rows) if not (row.finish or row.wants_image)])
+        for i in going:
+            rows[i].add_token(tokens[i], logprobs[i])
+        drawing += _those(rows, state, [i for i in going if rows[i].wants_image])
+        going = [i for i in going if not (rows[i].finish or rows[i].wants_image)]
         if not going:
             return drawing
-        ((rows, state),) = going
-        logits = state.next(torch.tensor([row.tokens[-1] for row in rows]))
+        if not is_replayed(state.device) or 2 * len(going) <= len(rows):
+            ((rows, state),) = _those(rows, state, going)
+            going = list(range(len(rows)))
+        logits = state.next(torch.tensor([row.tokens[-1] for row in rows]), going)
 
 
 def _draw(plan: _Plan, drawing: list[_Group]) -> list[tuple[list[_Row], Rows, Tensor]]:

@@ -127,11 +127,15 @@ class Rows:
         last = hidden[torch.arange(len(hidden)), torch.tensor(lengths) - 1]
         return Rows(model, cache, impl), logits_of(model, last)
 
-    def next(self, token_ids: Tensor) -> Tensor:
-        """Appends one token (B,) to every row -> the logits (B, vocab_size) of the one after it."""
+    def next(self, token_ids: Tensor, going: Sequence[int] | None = None) -> Tensor:
+        """Appends one token (B,) to every row -> the logits (B, vocab_size) of the one after it.
+
+        going: the rows that it stays in, and that it is of; the others rest where they are.
+        """
         self.cache.check_room(1)  # which a replayed graph could not
         logits = self._step(self._logits_after, token_ids.to(self.device))
-        self.cache.advance([1] * len(self))
+        staying = range(len(self)) if going is None else set(going)
+        self.cache.advance([int(row in staying) for row in range(len(self))])
         return logits
 
     def _logits_after(self, token_ids: Tensor) -> Tensor:

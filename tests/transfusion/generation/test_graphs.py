@@ -1,13 +1,16 @@
 """The steps that CUDA replays: one graph without a break or a look at a value, and no new one as rows get longer."""
 
 import gc
+import threading
+import time
+from contextlib import contextmanager
 from unittest.mock import MagicMock
 
 import pytest
 import torch
-from rigged import BOI, SHAPE, contexts, options_of, paint, random_model
+from rigged import BOI, SHAPE, contexts, options_of, paint, random_model, write
 
-from transfusion.generation import Guidance, generate
+from transfusion.generation import Guidance, generate, interleaved
 from transfusion.generation.cache import KVCache
 from transfusion.generation.graphs import Replayed
 from transfusion.generation.rows import Denoiser, Rows, inference
@@ -86,7 +89,70 @@ def test_caches_and_graphs_die_with_the_call_that_made_them(seed):
         gc.enable()
 
 
-def test_other_threads_may_use_the_gpu_while_a_step_is_captured(monkeypatch):
+@pytest.fixture
+def second_gpu(monkeypatch):
+    """A tensor of cuda:1, and a `torch.cuda` that takes notes."""
     monkeypatch.setattr(torch, "cuda", MagicMock())
-    Replayed()._capture(torch.neg, (torch.ones(1),))
-    assert torch.cuda.graph.call_args.kwargs == {"capture_error_mode": "thread_local"}
+    tensor = MagicMock()
+    tensor.device = torch.device("cuda:1")
+    return tensor
+
+
+def test_a_step_is_captured_at_its_third_call_on_its_own_gpu(second_gpu):
+    replayed, function = Replayed(), MagicMock()
+    for calls, replays in ((1, 0), (2, 0), (3, 1), (3, 2), (3, 3)):
+        replayed(function, second_gpu)
+        assert function.call_count == calls
+        assert torch.cuda.CUDAGraph.return_value.replay.call_count == replays
+    torch.cuda.Stream.assert_called_once_with(second_gpu.device)
+    assert torch.cuda.graph.call_args.kwargs == {
+        "stream": torch.cuda.Stream.return_value,
+        "capture_error_mode": "thread_local",  # other threads may use the GPU meanwhile
+    }
+    assert all(call.args == (second_gpu.device,) for call in torch.cuda.device.call_args_list)
+    assert function.call_args.args == (second_gpu.clone.return_value,)  # what the graph reads stays where it is
+
+
+def test_one_capture_at_a_time(second_gpu):
+    inside, most = [], []
+
+    @contextmanager
+    def graph(*_, **__):
+        inside.append(1)
+        time.sleep(0.02)
+        most.append(len(inside))
+        yield
+        inside.pop()
+
+    torch.cuda.graph = graph
+
+    def run():
+        replayed = Replayed()
+        for _ in range(3):
+            replayed(MagicMock(), second_gpu)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
+
+
+def test_rows_that_are_done_rest_until_half_are(seed, monkeypatch):
+    """Each batch of another size would be another graph; what the others write does not change."""
+    model = random_model(seed)
+    requests = [write(*context, tokens=1 + 3 * number, seed=seed) for number, context in enumerate(contexts() * 2)]
+    sizes = []
+
+    def results():
+        sizes.clear()
+        return [each.token_ids.tolist() for each in generate(model, requests, **options_of(model))]
+
+    genuine = Rows.next
+    monkeypatch.setattr(Rows, "next", lambda self, *given: (sizes.append(len(self)), genuine(self, *given))[1])
+    wanted = results()
+    assert len(set(sizes)) > 4
+    monkeypatch.setattr(interleaved, "is_replayed", lambda device: True)
+    assert results() == wanted
+    assert len(set(sizes)) <= 4 and sizes[0] == len(requests)  # halved three times at most
