@@ -1,9 +1,8 @@
 """`launch(kernel, programs, *arguments, **constants)`: a Triton kernel's launch, looked up instead of bound again.
 
 At each launch Triton's JIT binds names, asks of every argument what it would specialise on and prints the options into
-a key. Here a launch is known by its arguments as they are,
-numbers by their values and tensors by dtype and alignment, which is finer than what the JIT tells apart: what it
-compiled for the first launch of a key is right for all.
+a key. Here a launch is known by its arguments as they are, whole numbers by their values and tensors by dtype and
+alignment, which is finer than what the JIT tells apart: what it compiled for a key once is right for all its launches.
 """
 
 from typing import Any
@@ -17,7 +16,6 @@ from transfusion.kernels.registry import TRITON_INTERPRET
 # What was compiled for a key of a kernel, and the constants in the kernel's order. The kernel is kept for its id.
 _KNOWN: dict[int, tuple[Any, dict[Any, tuple[Any, tuple[Any, ...]]]]] = {}
 _LIMIT = 4096  # keys of a kernel: lengths that never repeat do not fill the memory
-_PLAIN = frozenset((int, float, type(None)))
 # For AMD the JIT also looks at how large tensors are; an interpreted kernel is not compiled.
 _DIRECT = not TRITON_INTERPRET and torch.version.hip is None
 
@@ -37,7 +35,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
             return
         _, known = _KNOWN.setdefault(id(kernel), (kernel, {}))
         key = (
-            *[each if type(each) in _PLAIN else _kind(each) for each in arguments],
+            *[each if type(each) is int or each is None else _kind(each) for each in arguments],
             *constants.values(),
             first.device,
             knobs.runtime.debug,
@@ -57,8 +55,11 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
         known[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
 
 
-def _kind(argument: Any) -> tuple[Any, ...]:
-    """What a kernel is specialised on of a tensor; of a descriptor, whose layout is that of its place in the kernel."""
+def _kind(argument: Any) -> Any:
+    """What a kernel is specialised on of a tensor, or of a descriptor, whose layout is that of its place in the kernel;
+    of a float only that it is one."""
+    if type(argument) is float:
+        return float
     if isinstance(argument, Tensor):
         return argument.dtype, not argument.data_ptr() & 15
     return argument.base.dtype, *argument.block_shape

@@ -22,7 +22,7 @@ from transfusion.kernels.attention.kernel.warp_specialised_query import speciali
 
 # Beside each power of two a head dimension that it pads; compiled in 16 bits.
 HEAD_DIMS = {16: (16,), 32: (32, 24), 64: (64, 40), 128: (128, 80), 256: (256, 160)}
-SPLITS = 16
+SPLITS = (16, 264)  # a few, and the most that an H200 takes: two programs of one head on each processor
 
 _TYPES = {
     **dict.fromkeys(("p_lse", "p_grad_lse", "p_delta", "p_parts", "p_part_lse"), "*fp32"),
@@ -54,7 +54,8 @@ def compile_cases(table: str) -> Iterator[CompileCase]:
                     yield _specialise(forward_kernel, alone, *options)
                 silent = dict.fromkeys(("p_grad_lse", "gl_b", "gl_h", "gl_n"))
                 yield _specialise(delta_kernel, delta_constexprs(head_dim) | silent, dtype, 4, 3)
-                yield _specialise(combine_kernel, combine_constexprs(head_dim, SPLITS), dtype, 4, 3)
+                for splits in SPLITS:
+                    yield _specialise(combine_kernel, combine_constexprs(head_dim, splits), dtype, 4, 3)
             elif stage == "decode":
                 yield _specialise(forward_kernel, constants | {"PACKED": True, "SPLIT": True}, *options)
             elif stage == "backward_query":

@@ -60,6 +60,14 @@ def test_an_image_over_a_cached_prefix(splits: int, heads: tuple[int, int], monk
     check(rule.make_case(mask, random.choice(DTYPES), generator(), heads=heads, batch=2))
 
 
+@pytest.mark.parametrize("head_dim", [16, 80, 128])
+def test_more_splits_than_are_added_at_once(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one head over a long cache has them on a large GPU: two for each of its processors."""
+    split_into(264, monkeypatch)
+    mask = IntervalMask.continuation(IntervalMask.causal(1), torch.tensor([0, 1200]), 1201).to(DEVICE)
+    check(rule.make_case(mask, torch.float32, generator(), head_dim, heads=(1, 1), batch=2))
+
+
 @pytest.mark.parametrize("splits", [1, 7])
 def test_splits_of_any_mask(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random intervals: masked and full runs, queries that see nothing, in a split too."""

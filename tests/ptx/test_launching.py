@@ -89,21 +89,22 @@ def test_what_the_jit_tells_apart_is_told_apart(launches: list[Launch], seed: in
     numbers = torch.randn(70)
     sources = [numbers[:32], numbers[1:33], numbers[4:36], numbers.bfloat16()[:32], numbers.bfloat16()[1:33]]
     variations = [
-        (source, offset, stride, count, first, block, warps)
+        (source, offset, stride, count, factor, first, block, warps)
         for source in sources
+        for factor in (0.5, 1, 1.0)
         for offset in (None, torch.tensor(2.0))
         for stride in (0, 1, 2)
         for count, block in ((1, 16), (16, 16), (13, 32))
         for first, warps in ((1.0, 1), (2.0, 1), (1.0, 2))
     ]
-    for source, offset, stride, count, first, block, warps in random.Random(seed).sample(variations, 60) * 2:
+    for source, offset, stride, count, factor, first, block, warps in random.Random(seed).sample(variations, 60) * 2:
         result = torch.full((32,), torch.nan)
-        arguments = (source, offset, result, stride, count, 0.5)
+        arguments = (source, offset, result, stride, count, factor)
         options: dict[str, Any] = {"FIRST": first, "BLOCK": block, "num_warps": warps}
         launch(_scale_kernel, 1, *arguments, **options)
         index = torch.arange(count) * stride
         taken = torch.as_strided(source, (count,), (stride,)) if stride else source[index]
-        wanted = taken.float() * 0.5 + (0 if offset is None else offset) + first
+        wanted = taken.float() * factor + (0 if offset is None else offset) + first
         assert torch.equal(result[:count], wanted) and result[count:].isnan().all()
         _scale_kernel[(1,)](*arguments, **options)
         assert launches[-2][1] is launches[-1][1], "what the JIT compiles for this call was not launched"

@@ -73,6 +73,12 @@ class DiffusersAutoencoder:
         self._scale = float(vae.config.scaling_factor)
         self._shift = float(vae.config.shift_factor or 0.0)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the VAE computes."""
+        device: torch.device = self._vae.device
+        return device
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the encoder's weights and their dtype: two autoencoders with one fingerprint give one moments."""
@@ -87,7 +93,7 @@ class DiffusersAutoencoder:
     def moments(self, images: Tensor) -> Tensor:
         """images (I, 3, H, W) in [-1, 1] -> (I, 2C, h, w): mean and log variance of the latents, not scaled yet."""
         _check_images(images, self.downscale)
-        posterior = self._vae.encode(images.to(self._vae.device, self._vae.dtype)).latent_dist
+        posterior = self._vae.encode(images.to(self.device, self._vae.dtype)).latent_dist
         moments: Tensor = posterior.parameters
         return moments.to(images.device)
 
@@ -110,5 +116,5 @@ class DiffusersAutoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         """latents (I, C, h, w) -> images (I, 3, H, W) float32, clamped to [-1, 1]."""
         unscaled = latents.float() / self._scale + self._shift
-        images = self._vae.decode(unscaled.to(self._vae.device, self._vae.dtype)).sample
+        images = self._vae.decode(unscaled.to(self.device, self._vae.dtype)).sample
         return images.float().clamp(-1, 1).to(latents.device)

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -62,6 +63,7 @@ class ImageReader:
         if cache is not None and not isinstance(autoencoder, DiffusersAutoencoder):
             raise ValueError("a latent cache is of an AutoencoderKL; latents that are pixels need none")
         self._autoencoder, self._cache, self._sample = autoencoder, cache, sample
+        self._stream: torch.cuda.Stream | None = None
         # torch's own threads would compete with the training step's
         self._pool: Executor = (
             ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
@@ -87,9 +89,20 @@ class ImageReader:
         """-> (C, h, w) float32, each image encoded by itself, so that no batch changes it."""
         draws = generator if self._sample else None
         if isinstance(content, np.ndarray):
-            return self._autoencoder.encode(from_levels(content)[None], draws)[0].cpu()
+            with self._beside_training():
+                return self._autoencoder.encode(from_levels(content)[None], draws)[0].cpu()
         assert isinstance(self._autoencoder, DiffusersAutoencoder)
         return self._autoencoder.latents(content[None], draws)[0]
+
+    def _beside_training(self) -> AbstractContextManager[None]:
+        """A stream of its own on a GPU: on the training step's, every image would wait for all that is queued there."""
+        if not isinstance(self._autoencoder, DiffusersAutoencoder) or self._autoencoder.device.type != "cuda":
+            return nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._autoencoder.device)
+            self._stream.wait_stream(torch.cuda.default_stream(self._autoencoder.device))  # which made the weights
+        stream: AbstractContextManager[None] = torch.cuda.stream(self._stream)
+        return stream
 
     def _moments(self, sample: CaptionedImage, size: Size, key: str | SampleError) -> Tensor | SampleError:
         assert self._cache is not None

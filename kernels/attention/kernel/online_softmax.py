@@ -30,6 +30,8 @@ from transfusion.kernels.attention.plan import plan_forward
 from transfusion.kernels.dispatch import new_like
 from transfusion.kernels.launching import launch
 
+_HELD = 8192  # numbers of the parts that `combine_kernel` holds at once: 64 of a thread
+
 
 @triton.jit
 def _run(
@@ -145,20 +147,27 @@ def forward_kernel(
 @triton.jit
 def combine_kernel(
     p_out, p_lse, p_parts, p_part_lse, out_b, out_h, out_n, heads, num_queries, rows, splits,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """lse = log Σ_s exp lse_s, out = Σ_s exp(lse_s - lse) out_s for one query of one head. Grid: B·H·N."""
+    """lse = log Σ_s exp lse_s, out = Σ_s exp(lse_s - lse) out_s for one query of one head. Grid: B·H·N.
+
+    SPLITS: a power of two, all lse at once; BLOCK_S: out_s that are held at once.
+    """
     row = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, BLOCK_S)
-    part = split.to(tl.int64) * rows + row
-    part_lse = tl.load(p_part_lse + part, mask=split < splits, other=float("-inf"))
-    largest = tl.max(part_lse, 0)
+    every = tl.arange(0, SPLITS)
+    all_lse = tl.load(p_part_lse + every.to(tl.int64) * rows + row, mask=every < splits, other=float("-inf"))
+    largest = tl.max(all_lse, 0)
     base = tl.where(largest == float("-inf"), 0.0, largest)
-    weight = tl.exp2((part_lse - base) * LOG2_E)
-    total = tl.sum(weight, 0)
+    total = tl.sum(tl.exp2((all_lse - base) * LOG2_E), 0)
     some = total != 0
-    parts = load_rows(p_parts, part * HEAD_DIM, split < splits, HEAD_DIM, BLOCK_D, True)
-    out = tl.sum(parts * (weight / tl.where(some, total, 1.0))[:, None], 0)
+    out = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, SPLITS, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        part = split.to(tl.int64) * rows + row
+        part_lse = tl.load(p_part_lse + part, mask=split < splits, other=float("-inf"))
+        weight = tl.exp2((part_lse - base) * LOG2_E) / tl.where(some, total, 1.0)
+        parts = load_rows(p_parts, part * HEAD_DIM, split < splits, HEAD_DIM, BLOCK_D, True)
+        out += tl.sum(parts * weight[:, None], 0)
     tl.store(p_lse + row, tl.where(some, base + tl.log(tl.where(some, total, 1.0)), float("-inf")))
     b, h, query = row // num_queries // heads, row // num_queries % heads, row % num_queries
     lanes = tl.arange(0, BLOCK_D)
@@ -214,8 +223,11 @@ def softmax_scale(scale: float, dtype: torch.dtype) -> float:
 
 def combine_constexprs(head_dim: int, splits: int) -> dict[str, int]:
     """What the combining kernel is specialised on."""
+    every = 1 << (splits - 1).bit_length()
+    block_d = tuning.padded_head_dim(head_dim)
     return {
         "HEAD_DIM": head_dim,
-        "BLOCK_D": tuning.padded_head_dim(head_dim),
-        "BLOCK_S": 1 << (splits - 1).bit_length(),
+        "BLOCK_D": block_d,
+        "SPLITS": every,
+        "BLOCK_S": min(every, _HELD // block_d),
     }
