@@ -97,9 +97,9 @@ def cached_denoising() -> Pair:
     model, noise = small(), torch.randn(_SHAPE)
     text, patch = prompt(_PREFIX), model.config.patch_size
 
-    def recomputed(steps: int = _STEPS) -> Tensor:
+    def recomputed(steps: int = _STEPS, impl: str = "auto") -> Tensor:
         for _ in range(steps):
-            hidden, _ = full_hidden(model, [(text, Image(noise))], "auto")
+            hidden, _ = full_hidden(model, [(text, Image(noise))], impl)
             result = model.decode_images(hidden[:, _PREFIX + 1 : _PREFIX + 65], None)
         return result
 
@@ -115,7 +115,7 @@ def cached_denoising() -> Pair:
         as_tokens = torch.nn.functional.unfold(cached(1), patch, stride=patch).unflatten(1, (-1, patch**2))
         ours, eager = as_tokens.permute(0, 3, 2, 1).flatten(2), recomputed(1)  # i (c p q) n -> i n (p q c)
         model.double()
-        verdict = judge(ours, eager, recomputed(1))
+        verdict = judge(ours, eager, recomputed(1, "reference"))
         model.float()
         return failures({"prediction": verdict})
 
@@ -129,8 +129,8 @@ def guidance() -> Pair:
     noise = torch.randn(1, *_SHAPE, device=DEVICE)
     moment = torch.full((1,), 500, device=DEVICE)
 
-    def branches(model: Transfusion) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        read, twins = (Rows.start(model, [(prompt(count),)], count + 66)[0] for count in (64, 1))
+    def branches(model: Transfusion, impl: str = "auto") -> tuple[Callable[[], Any], Callable[[], Any]]:
+        read, twins = (Rows.start(model, [(prompt(count),)], count + 66, impl)[0] for count in (64, 1))
         for each in (read, twins):
             each.next(torch.tensor([model.config.special.boi]))
         together, alone, twin = Denoiser(read, _SHAPE, twins), Denoiser(read, _SHAPE), Denoiser(twins, _SHAPE)
@@ -139,7 +139,7 @@ def guidance() -> Pair:
 
     model, exact = small(), small().double()
     with torch.inference_mode():
-        (ours, theirs), (_, gold) = branches(model), branches(exact)
+        (ours, theirs), (_, gold) = branches(model), branches(exact, "reference")
 
     def wrong() -> str:
         results = (torch.cat(list(each())) for each in (ours, theirs, gold))

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transfusion.kernels.gpus import gpu
+
 
 def _installed(name: str) -> bool:
     try:
@@ -48,6 +50,8 @@ def triton_reasons(*, device: torch.device, dtype: torch.dtype, **call: Any) -> 
         reasons.append("triton is not installed (pip install triton)")
     if device.type != "cuda" and not TRITON_INTERPRET:
         reasons.append(f"tensors are on {device.type!r}, and TRITON_INTERPRET=1 was not set before the import")
+    if device.type == "cuda" and not TRITON_INTERPRET and not gpu(device).has_kernels:
+        reasons.append(f"{gpu(device).architecture} is older than sm_80, whose instructions the kernels are made of")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype {dtype} is not one of float16, bfloat16, float32")
     if TRITON_INTERPRET and dtype == torch.bfloat16:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from transfusion.kernels.gpus import gpu
 from transfusion.kernels.registry import TRITON_INTERPRET
 
 
@@ -71,7 +72,6 @@ def _parse(text: str) -> Table:
 
 _FOLDER = Path(__file__).parent / "tables"
 _TABLES = {path.stem: _parse(path.read_text()) for path in _FOLDER.glob("*.json")}
-_DEVICES: dict[torch.device, tuple[str, int]] = {}  # what torch says of each, asked once
 
 
 def table_name(device: torch.device) -> str:
@@ -84,28 +84,14 @@ def table_name(device: torch.device) -> str:
 
 def architecture(device: torch.device) -> str:
     """The name that a table of this GPU has: "sm_90", "gfx942"."""
-    return _gpu(device)[0]
+    return gpu(device).architecture
 
 
 def processors(device: torch.device) -> int:
     """Multiprocessors of `device`; for the interpreter a few, so that splits occur."""
     if TRITON_INTERPRET or device.type != "cuda":
         return 8
-    return _gpu(device)[1]
-
-
-def _gpu(device: torch.device) -> tuple[str, int]:
-    """Architecture and multiprocessors. Not kept of "cuda" alone, which may be another GPU the next time."""
-    if not torch.compiler.is_compiling() and device in _DEVICES:
-        return _DEVICES[device]
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is None:
-        name = f"sm_{properties.major}{properties.minor}"
-    else:
-        name = properties.gcnArchName.split(":")[0]
-    if not torch.compiler.is_compiling() and device.index is not None:
-        _DEVICES[device] = name, properties.multi_processor_count
-    return name, properties.multi_processor_count
+    return gpu(device).processors
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -47,7 +47,8 @@ class EvalOptions:
 
 
 def pick_device(name: str) -> str:
-    """For "auto" the name "cuda" where there is one, else "cpu"; any other name as it is.
+    """For "auto" the name "cuda" where there is one, else "cpu"; any other name as it is, and the one of a GPU is then
+    the process's "cuda".
 
     Raises `ValueError` where torch has no such device here.
     """
@@ -61,6 +62,8 @@ def pick_device(name: str) -> str:
         check_device(name)
     except ValueError as error:
         raise ValueError(f"--{error}, or auto") from error
+    if torch.device(name).type == "cuda" and torch.device(name).index is not None:
+        torch.cuda.set_device(name)
     return name
 
 

@@ -20,7 +20,7 @@ VARIABLES = {
     "OMP_NUM_THREADS": "CPU threads of torch",
 }
 # A typical call of each device, whatever the op: an op takes from it what its choice depends on.
-_CALL = {"head_dim": 64, "return_lse": False}
+_CALL = {"head_dim": 64, "return_lse": False, "needs_grad": False}
 
 
 def report() -> str:

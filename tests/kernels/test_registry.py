@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from transfusion.kernels import registry
+from transfusion.kernels.gpus import Gpu
 from transfusion.kernels.registry import Implementation, Op, choose, triton_reasons, why_not
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
@@ -111,6 +112,7 @@ def test_reasons_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reasons_of_device_and_dtype(interpret: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "TRITON_INTERPRET", interpret)
     monkeypatch.setattr(registry, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(registry, "gpu", lambda device: Gpu("sm_90", 132, True))
     assert triton_reasons(**CUDA) == []
     assert bool(triton_reasons(**CPU)) == (not interpret)
     assert triton_reasons(**{**CUDA, "dtype": torch.float64}) == [

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from transfusion.kernels import tuning
+from transfusion.kernels import gpus, registry, tuning
+from transfusion.training.parallel import uses_bfloat16
 
 STAGES = ("forward", "decode", "backward_query", "backward_key")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -52,7 +53,7 @@ def test_table_of_a_cuda_device(capability: tuple[int, int], table: str, monkeyp
     properties = SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=132)
     asked: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or properties)
-    monkeypatch.setattr(tuning, "_DEVICES", {})
+    monkeypatch.setattr(gpus, "_KNOWN", {})
     assert tuning.table_name(torch.device("cuda")) == table
     numbered = torch.device("cuda", 1)
     assert {tuning.table_name(numbered) for _ in range(3)} == {table} and tuning.processors(numbered) == 132
@@ -66,6 +67,21 @@ def test_table_of_a_hip_device(architecture: str, table: str, monkeypatch: pytes
     properties = SimpleNamespace(gcnArchName=architecture, multi_processor_count=304)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert tuning.table_name(torch.device("cuda")) == table
+
+
+@pytest.mark.parametrize(("capability", "able"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_gpus_without_the_instructions_are_left_to_torch(
+    capability: tuple[int, int], able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (tuning, registry):
+        monkeypatch.setattr(module, "TRITON_INTERPRET", False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    properties = SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=40)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    reasons = registry.triton_reasons(device=torch.device("cuda"), dtype=torch.float16)
+    assert (not reasons) == able and (able or "sm_75 is older than sm_80" in reasons[0])
+    assert uses_bfloat16("auto", torch.device("cuda")) == able
+    assert uses_bfloat16("bfloat16", torch.device("cuda")) and not uses_bfloat16("auto", torch.device("cpu"))
 
 
 def test_table_of_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

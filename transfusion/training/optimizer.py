@@ -29,7 +29,8 @@ class TrainConfig:
         weight_decay: of AdamW, on matrices.
         max_grad_norm: what gradients are clipped to.
         ema_decay: of the averaged weights that sampling and evaluation use (the paper is silent).
-        precision: "auto" is bfloat16 on CUDA and float32 elsewhere; weights, moments and average are float32 in any.
+        precision: "auto" is bfloat16 on CUDA (from sm_80 on) and float32 elsewhere; weights, moments and average are
+            float32 in any.
         impl: implementation of every kernel.
         log_every: steps.
         checkpoint_every: steps.

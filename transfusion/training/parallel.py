@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from transfusion.kernels.gpus import gpu
 from transfusion.model import Transfusion
 from transfusion.model.initialization import initial_value
 from transfusion.training.activations import Checkpointing, checkpointed
@@ -50,8 +51,8 @@ class ParallelConfig:
 
 
 def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
-    """Whether `precision` asks for it: "auto" does on CUDA."""
-    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    """Whether `precision` asks for it: "auto" does on CUDA, where the GPU computes in it (from NVIDIA's sm_80 on)."""
+    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and gpu(device).has_kernels)
 
 
 def distribute(model: Transfusion, config: ParallelConfig, precision: Precision, world: World) -> None:
