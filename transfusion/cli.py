@@ -73,7 +73,8 @@ def train(arguments: Sequence[str]) -> int:
 
     from transfusion import config as configs
     from transfusion import presets, recipes
-    from transfusion.run import CONFIG, Run, RunConfig, with_saved_model
+    from transfusion.run import Run
+    from transfusion.run_config import CONFIG, RunConfig, with_saved_model
     from transfusion.training import join
 
     @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def train(arguments: Sequence[str]) -> int:
     if init and start.preset:
         raise ValueError(f"--preset {start.preset} and init {init} both say what the network is: give one of them")
     if init and not begun:
-        config = with_saved_model(replace(config, init=init))
+        config = with_saved_model(replace(config, init=init), configs.read(source) if source else {})
     if start.preset:
         model = presets.get(start.preset)
         loader = replace(config.data.loader, patch_size=model.patch_size)

@@ -132,7 +132,7 @@ class ModelConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dim % (2 * self.heads):
             raise ValueError(f"dim {self.dim} does not split into {self.heads} heads of an even size")
-        if self.heads % self.num_kv_heads:
+        if self.num_kv_heads < 1 or self.heads % self.num_kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         if self.ffn_dim < 1:
             raise ValueError(f"ffn_width must be at least 1, got {self.ffn_width}")
@@ -279,10 +279,15 @@ def save(config: Any, path: Path) -> None:
     path.write_bytes(tomli_w.dumps(to_dict(config)).encode())
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A TOML file's tables."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
 def load(cls: type[T], path: Path) -> T:
     """Reads TOML into the dataclass `cls`. Raises `ValueError` that names the file and the key at fault."""
     try:
-        return from_dict(cls, tomllib.loads(path.read_text(encoding="utf-8")))
+        return from_dict(cls, read(path))
     except FileNotFoundError:
         raise
     except ValueError as error:

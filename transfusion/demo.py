@@ -22,7 +22,8 @@ from transfusion.cli import pick_device
 from transfusion.data import image_source, text_source, to_tensor
 from transfusion.data.sources import ImageSource
 from transfusion.evaluation import sheets
-from transfusion.run import Run, RunConfig
+from transfusion.run import Run
+from transfusion.run_config import RunConfig
 from transfusion.training.metrics import read_log, to_json
 
 _SHEET = 24  # images in a sheet

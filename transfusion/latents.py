@@ -62,7 +62,7 @@ def encode(arguments: Sequence[str]) -> int:
     from transfusion.data.config import all_images, open_cache, specs
     from transfusion.data.latent_cache import encode_images
     from transfusion.data.transforms import bucket_sizes, check_image_size
-    from transfusion.run import RunConfig
+    from transfusion.run_config import RunConfig
 
     @dataclass(frozen=True)
     class Start:

@@ -10,18 +10,14 @@ import contextlib
 import functools
 import logging
 import os
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from transfusion import config as configs
-from transfusion import presets, recipes
-from transfusion.config import ModelConfig
 from transfusion.data import (
     Autoencoder,
-    DataConfig,
     Loader,
     Tokenizer,
     image_source,
@@ -30,99 +26,45 @@ from transfusion.data import (
     text_source,
     to_tensor,
 )
-from transfusion.data.config import absolute, check_sources
+from transfusion.data.config import check_sources
 from transfusion.data.documents import caption_image_length
 from transfusion.data.sources import SampleError, Split
 from transfusion.data.transforms import check_image_size
 from transfusion.diffusion.sampler import default_steps
-from transfusion.evaluation import image_distances, image_figures, load_features, read_images, sheets, text_figures
+from transfusion.evaluation import (
+    evenly,
+    image_distances,
+    image_figures,
+    load_features,
+    read_images,
+    sheets,
+    text_figures,
+)
 from transfusion.generation import TransfusionPipeline
 from transfusion.generation.pipeline import CONFIG as PIPELINE
-from transfusion.generation.pipeline import VAE
 from transfusion.model import Transfusion
-from transfusion.model.pretrained import local_folder, read_weights
+from transfusion.model.pretrained import read_weights
+from transfusion.run_config import (
+    CONFIG,
+    LENGTH,
+    MODEL,
+    TOKENIZER,
+    RunConfig,
+    differences,
+    from_anywhere,
+    saved_pipeline,
+    saved_tokenizer,
+)
 from transfusion.sequence import image_tokens
-from transfusion.training import TrainConfig, Trainer, World, distribute, materialize
+from transfusion.training import Trainer, World, distribute, materialize
 from transfusion.training.checkpoint import last_step, written
 from transfusion.training.optimizer import learning_rate
 from transfusion.training.trainer import CHECKPOINTS, Preview, read_averaged
 
 logger = logging.getLogger(__name__)
 
-CONFIG, TOKENIZER, MODEL = "config.toml", "tokenizer.json", "model"
 STEP = "trained_steps"  # in model/
 _PREVIEWED = 16  # captions
-
-# What may change when a run goes on: how long it is, how a step is cut up and what is told of it, not what is learned
-# from what.
-_LENGTH = ("steps", "warmup_steps")
-_FREE = (
-    *(f"train.{name}" for name in _LENGTH),
-    "data.loader.rows",
-    "data.loader.workers",
-    "train.accumulation",
-    "train.parallel",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.async_checkpoint",
-    "train.preview_every",
-    "train.keep_checkpoints",
-    "train.timestep_bins",
-    "train.peak_tflops",
-    "train.wandb_project",
-)
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that determines a run.
-
-    Args:
-        model: the network.
-        data: where samples come from.
-        train: how the network is trained.
-        seed: of the initial weights.
-        init: a saved pipeline to start from instead: its folder, such as runs/old/model, the name of one that comes
-            with the package, or OWNER/NAME on the Hugging Face hub. Its network and its tokenizer are the run's.
-    """
-
-    model: ModelConfig = field(default_factory=lambda: presets.get("tiny"))
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    seed: int = 0
-    init: str = ""
-
-    def __post_init__(self) -> None:
-        if self.data.loader.patch_size != self.model.patch_size:
-            raise ValueError(
-                f"data.loader.patch_size {self.data.loader.patch_size} differs from "
-                f"model.patch_size {self.model.patch_size}: give both, --model.patch-size and --data.loader.patch-size"
-            )
-        if self.model.codec == "unet" and self.data.loader.aspect_ratios:
-            raise ValueError(
-                "model.codec 'unet' takes images of one size in a batch, and data.loader.aspect_ratios makes them "
-                "differ: give --model.codec linear, or no aspect ratios"
-            )
-
-
-def with_saved_model(config: RunConfig) -> RunConfig:
-    """`config` with the network and the autoencoder of `config.init`."""
-    folder, data = saved_pipeline(config.init), config.data
-    model = configs.load(ModelConfig, folder / CONFIG)
-    autoencoder = str(folder / VAE) if (folder / VAE).is_dir() else "pixels"
-    loader = replace(data.loader, patch_size=model.patch_size)
-    return replace(config, model=model, data=replace(data, loader=loader, autoencoder=autoencoder))
-
-
-def saved_pipeline(init: str) -> Path:
-    """The folder that `RunConfig.init` names. Raises `FileNotFoundError` where it is none."""
-    folder = local_folder(init)
-    if not (folder / PIPELINE).is_file():
-        raise FileNotFoundError(
-            f"init {init}: {folder} is no saved pipeline, it has no {PIPELINE}; give the {MODEL}/ of a run that has "
-            f"finished, OWNER/NAME on the Hugging Face hub, or {' or '.join(recipes.trained())}"
-        )
-    return folder
 
 
 def train_tokenizer(config: RunConfig) -> Tokenizer:
@@ -152,12 +94,12 @@ class Run:
 
     @staticmethod
     def _start(config: RunConfig, directory: Path, world: World) -> "Run":
-        config = _absolute(config)
+        config = from_anywhere(config)
         if written(directory / CHECKPOINTS) or (directory / MODEL / PIPELINE).is_file():
             run = Run(directory, config, Run.open(directory).tokenizer)
             run._check_changes()
         else:
-            run = Run(directory, config, _saved_tokenizer(config) if config.init else train_tokenizer(config))
+            run = Run(directory, config, saved_tokenizer(config) if config.init else train_tokenizer(config))
             run.loader(world)  # its mistakes come before anything is written
             directory.mkdir(parents=True, exist_ok=True)
             run.tokenizer.save(directory / TOKENIZER)
@@ -174,7 +116,7 @@ class Run:
                 f"--init {self.directory / MODEL} --out ANOTHER, or delete it"
             )
         done = last or 0
-        changed = _differences(configs.to_dict(_absolute(before)), configs.to_dict(self.config))
+        changed = differences(configs.to_dict(from_anywhere(before)), configs.to_dict(self.config))
         if changed:
             raise ValueError(
                 f"{self.directory} holds a run with another config ({'; '.join(changed)}); "
@@ -187,7 +129,7 @@ class Run:
             )
         lengths = [
             f"train.{name} {getattr(before.train, name)}, now {getattr(self.config.train, name)}"
-            for name in _LENGTH
+            for name in LENGTH
             if getattr(before.train, name) != getattr(self.config.train, name)
         ]
         if lengths:
@@ -229,6 +171,11 @@ class Run:
 
     def loader(self, world: World) -> Loader:
         """The training batches of this rank, from the first on; made once."""
+        if self.tokenizer.special != self.config.model.special:
+            raise ValueError(
+                f"model.special {self.config.model.special} is not what the tokenizer has, {self.tokenizer.special}: "
+                "leave model.special out"
+            )
         if self._loader is None:
             self._loader = make_loader(self.config.data, self.tokenizer, self.autoencoder, world.rank, world.size)
         return self._loader
@@ -333,13 +280,13 @@ class Run:
         return {"split": split, **distances}
 
     def _read(self, split: Split, limit: int) -> tuple[list[str], list[torch.Tensor]]:
-        """Captions and pixels of those of the first `limit` images of `split` that can be read."""
+        """Captions and pixels of those of `limit` images of `split`, spread evenly over it, that can be read."""
         source = image_source(self.config.data, split)
         captions: list[str] = []
         pixels: list[torch.Tensor] = []
         if source is None:
             return captions, pixels
-        for index in range(min(len(source), limit)):
+        for index in evenly(len(source), limit):
             with contextlib.suppress(SampleError):
                 pixels.append(to_tensor(source[index].image, self.config.data.loader.image_size))
                 captions.append(source.captions[index])
@@ -349,33 +296,3 @@ class Run:
         """Captions, pictures and texts in and out of `model`, this run's or one of its previews."""
         longest = self.config.data.loader.row_length
         return TransfusionPipeline(model, self.tokenizer, self.autoencoder, self.latent_shape, longest)
-
-
-def _absolute(config: RunConfig) -> RunConfig:
-    """The same run from any directory."""
-    init = str(Path(config.init).absolute()) if config.init and Path(config.init).exists() else config.init
-    return replace(config, data=absolute(config.data), init=init)
-
-
-def _saved_tokenizer(config: RunConfig) -> Tokenizer:
-    """That of `config.init`. Raises `ValueError` where the network there is another than the config's."""
-    saved = configs.load(ModelConfig, saved_pipeline(config.init) / CONFIG)
-    weighted = replace(saved, image_loss_weight=config.model.image_loss_weight)
-    changed = _differences(configs.to_dict(weighted), configs.to_dict(config.model), "model.")
-    if changed:
-        raise ValueError(f"the network of init {config.init} cannot be changed ({'; '.join(changed)})")
-    return Tokenizer.load(saved_pipeline(config.init) / TOKENIZER)
-
-
-def _differences(old: dict[str, object], new: dict[str, object], where: str = "") -> list[str]:
-    """`key: old value, now new value` for each leaf that differs."""
-    result = []
-    for key in sorted({*old, *new}):
-        before, now = old.get(key), new.get(key)
-        if f"{where}{key}" in _FREE:
-            continue
-        if isinstance(before, dict) and isinstance(now, dict):
-            result += _differences(before, now, f"{where}{key}.")
-        elif before != now:
-            result.append(f"{where}{key}: {before}, now {now}")
-    return result

@@ -254,6 +254,15 @@ def full_disk(world: World, folder: Path) -> dict[str, Any]:
     return {"message": message, "left": sorted(path.name for path in (folder / "checkpoints").iterdir())}
 
 
+def mistaken(world: World, folder: Path) -> None:
+    """A start that rank 0 refuses."""
+
+    def make() -> None:
+        raise ValueError("nothing to train on")
+
+    world.main_first(make)
+
+
 def errors(world: World, folder: Path) -> list[tuple[str, str]]:
     """Samples that a rank cannot use are written down with its name."""
 

@@ -125,7 +125,7 @@ def test_a_run_with_another_config_is_refused(run: Path, capsys: pytest.CaptureF
         (["train", "--config", "nowhere.toml"], "nowhere.toml"),
         (["train", "--out", "{tmp}/x", "--data.images", "{tmp}"], "captions.jsonl does not exist"),
         (["train", "--out", "{tmp}/x", "--model.patch-size", "4"], "model.patch_size 4"),
-        (["train", "--out", "{tmp}/x", "--data.texts", "pydoc", "--train.impl", "fast", *SMALL], "'fast' is unknown"),
+        (["train", "--out", "{tmp}/x", "--data.texts", "pydoc", "--train.impl", "fast", *SMALL], "choice 'fast' for"),
         (["train", "--out", "{tmp}/x", *SMALL], "give --data.images, --data.texts or both"),
         (["train", "--out", "{tmp}/x", "--train.steps", "1000"], "give it too, such as 50"),
     ],
@@ -155,10 +155,13 @@ def test_a_device_that_is_not_there_is_named(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    current: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     with pytest.raises(ValueError, match=message):
         cli.pick_device(name)
     assert cli.pick_device("auto") == ("cuda" if devices else "cpu") and cli.pick_device("cpu") == "cpu"
-    assert not devices or cli.pick_device("cuda:1") == "cuda:1"
+    assert current == []
+    assert not devices or (cli.pick_device("cuda:1") == "cuda:1" and current == ["cuda:1"])
 
 
 def test_every_command_names_a_device_that_is_not_there(

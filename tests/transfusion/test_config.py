@@ -10,7 +10,7 @@ from transfusion import config as configs
 from transfusion import presets
 from transfusion.config import ModelConfig, RopeScaling, UNetConfig
 from transfusion.data import DataConfig, LoaderConfig
-from transfusion.run import RunConfig
+from transfusion.run_config import RunConfig
 from transfusion.training import TrainConfig
 
 CONFIG = RunConfig(

@@ -7,7 +7,7 @@ import tiny
 from PIL import Image
 
 from transfusion import cli
-from transfusion.run import RunConfig, with_saved_model
+from transfusion.run_config import RunConfig, with_saved_model
 from transfusion.training import metrics
 
 SMALL = tiny.run_options(model__patch_size=2, model__latent_channels=4, train__steps=3)

@@ -180,6 +180,8 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
     [
         ({"dim": 30, "heads": 4}, "dim 30 does not split into 4 heads"),
         ({"heads": 4, "kv_heads": 3}, "kv_heads 3"),
+        ({"heads": 4, "kv_heads": 0}, "kv_heads 0"),
+        ({"heads": 4, "kv_heads": -2}, "kv_heads -2"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
         ({"vocab_size": 4}, "special token 4 is outside the vocabulary of 4"),
     ],

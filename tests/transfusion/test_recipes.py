@@ -17,7 +17,8 @@ from transfusion.data import PixelAutoencoder, Tokenizer, to_tensor
 from transfusion.data.emoji import EmojiSource
 from transfusion.evaluation import sheets
 from transfusion.generation import TransfusionPipeline
-from transfusion.run import CONFIG, Run, RunConfig
+from transfusion.run import Run
+from transfusion.run_config import CONFIG, RunConfig
 from transfusion.sequence import image_tokens
 
 LARGEST = 16_000_000  # bytes: what fits beside the code

@@ -10,17 +10,23 @@ from tiny import TWO_STEPS, train
 
 from transfusion import cli, run
 from transfusion import config as configs
-from transfusion.run import CONFIG, Run, RunConfig
+from transfusion.run import Run
+from transfusion.run_config import CONFIG, RunConfig
+from transfusion.training import Trainer
 
 
-def test_a_start_that_fails_leaves_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_start_that_fails_leaves_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "run"
     assert train(out, folder, "--data.loader.row-length", "4") == 2
     assert "row_length=4 holds no caption" in capsys.readouterr().err and not out.exists()
-    assert train(out, folder, "--train.impl", "fast") == 2  # which the first step finds out
-    assert train(out, folder, "--train.impl", "auto", "--model.dim", "48") == 0  # nothing had been learned
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", lambda *_: (_ for _ in ()).throw(ValueError("at the first step")))
+        assert train(out, folder) == 2
+    assert train(out, folder, "--model.dim", "48") == 0  # nothing had been learned
     assert Run.open(out).model().config.dim == 48
-    assert train(out, folder, "--train.impl", "auto", "--model.dim", "32") == 2
+    assert train(out, folder, "--model.dim", "32") == 2
     assert "model.dim: 48, now 32" in capsys.readouterr().err
 
 

@@ -19,8 +19,11 @@ from tiny import TWO_STEPS, train
 from transfusion import ModelConfig, cli, presets
 from transfusion import config as configs
 from transfusion.config import UNetConfig
+from transfusion.data import DataConfig
+from transfusion.evaluation import evenly
 from transfusion.model.flops import codec_flops
-from transfusion.run import CHECKPOINTS, MODEL, STEP, Run, RunConfig
+from transfusion.run import CHECKPOINTS, STEP, Run
+from transfusion.run_config import MODEL, RunConfig, with_saved_model
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
@@ -111,6 +114,47 @@ def test_bad_entries_are_skipped_and_named(
     for word in ("captions.jsonl:11", "captions.jsonl:12", "captions.jsonl:13", "bad.jsonl:1", "gone.jsonl"):
         assert word in said, word
     assert "float.tiff" in (tmp_path / "run" / "data_errors.jsonl").read_text()
+
+
+def test_what_a_source_skips_is_counted_once_however_often_the_run_begins(folder: Path, tmp_path: Path) -> None:
+    with open(folder / "captions.jsonl", "a") as file:
+        file.write('\n{"image": "gone.png", "caption": "not there"}')
+    for steps in ("2", "3"):
+        assert train(tmp_path / "run", folder, "--train.steps", steps) == 0
+        lines = [json.loads(line) for line in (tmp_path / "run" / "data_errors.jsonl").read_text().splitlines()]
+        assert sorted(line["sample"] for line in lines) == [f"{folder}/gone.png", f"{folder}/teal.png"]
+        log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+        assert len(log) == int(steps) and log[-1]["skipped_samples"] == 2
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path / "run", folder, "--model.special.boi", "10", "--model.special.eoi", "11") == 2
+    assert "is not what the tokenizer has" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_file_says_what_a_saved_model_leaves_open(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new, said = tmp_path / "old", tmp_path / "new", tmp_path / "said.toml"
+    assert train(old, folder) == 0
+    said.write_text('[model]\nimage_loss_weight = 1.5\nlayers = 7\ncodec = "linear"\n')
+    words = ["--config", str(said), "--init", str(old / "model"), "--train.steps", "1", "--train.warmup-steps", "0"]
+    data = ["--data.images", str(folder), "--data.loader.image-size", "16", "--data.loader.row-length", "48"]
+    assert cli.main(["train", "--out", str(new), "--device", "cpu", *words, *data]) == 0
+    config = Run.open(new).config
+    assert config.model.image_loss_weight == 1.5 and config.model.layers == Run.open(old).config.model.layers
+    assert "its network takes the place of the config's (model.layers)" in caplog.text
+    said.write_text('[data]\nautoencoder = "somewhere"\n')
+    begun = RunConfig(init=str(old / "model"), data=DataConfig(autoencoder="somewhere"))
+    assert with_saved_model(begun, configs.read(said)).data.autoencoder == "somewhere"
+    assert with_saved_model(begun).data.autoencoder == "pixels"
+
+
+def test_an_evaluation_looks_at_all_of_a_mixture() -> None:
+    assert evenly(368, 256)[-1] > 330 and len(set(evenly(368, 256))) == 256
+    assert evenly(7, 256) == list(range(7)) and evenly(0, 4) == []
 
 
 def test_an_evaluation_goes_on_without_what_holds_nothing_out(folder: Path, tmp_path: Path) -> None:

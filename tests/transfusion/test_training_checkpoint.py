@@ -103,6 +103,16 @@ def test_old_checkpoints_go_and_the_record_comes_back(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "step-00000003" / "run.json").read_text()) == record
 
 
+def test_a_step_is_saved_once(tmp_path: Path) -> None:
+    """A signal at a step that was just saved asks for it again: to remove the first before the second has its name
+    would leave nothing, were the process killed in between."""
+    checkpoints = Checkpoints(tmp_path, 1, ALONE)
+    path = checkpoints.save(4, {"weights": torch.ones(4)}, {})
+    made = {file: file.stat().st_mtime_ns for file in path.iterdir()}
+    assert checkpoints.save(4, {"weights": torch.ones(4)}, {}) == path
+    assert {file: file.stat().st_mtime_ns for file in path.iterdir()} == made
+
+
 def test_what_a_killed_save_left_goes(tmp_path: Path) -> None:
     (tmp_path / "step-00000004.tmp").mkdir()
     (tmp_path / "step-00000004.tmp" / "__0_0.distcp").write_bytes(b"half")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,8 +64,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         for kind, weights in (("image", self.image_weights), ("text", self.text_weights)):
             named = specs(getattr(self, f"{kind}s"))
-            if weights and (len(weights) != len(named) or min(weights) <= 0):
-                raise ValueError(f"{kind}_weights {weights} must be one positive number for each of {kind}s {named}")
+            if weights and (len(weights) != len(named) or not all(0 < weight < inf for weight in weights)):
+                raise ValueError(
+                    f"{kind}_weights {weights} must be one positive and finite number for each of {kind}s {named}"
+                )
 
 
 def specs(value: str | Sequence[str]) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from transfusion.data.sources import (
     in_split,
     is_unicode,
 )
-from transfusion.data.streams import SkipLog, belongs
+from transfusion.data.streams import SkipLog, belongs, identity_of
 
 _OPTIONS = ("split", "image", "caption", "text", "config")
 
@@ -143,6 +143,7 @@ class HubStream(SkipLog):
         self._split: Split = split
         self._test_fraction = test_fraction
         self.num_shards = int(self._columns.data.num_shards)
+        self.identity = identity_of(self._columns.name, str(self.num_shards))
 
     def _rows(self, shard: int, start: int) -> Iterator[tuple[int, str, dict[str, Any]]]:
         rows = self._columns.data.shard(self.num_shards, shard)

@@ -199,7 +199,7 @@ class Loader:
             raise ValueError(f"the state is of {len(state['sources'])} source(s), but there are {len(self._sources)}")
         self._restore(state)
         for number, (rows, place) in enumerate(zip(self._sources, state["sources"], strict=True)):
-            change = rows.change(place) if isinstance(rows, PlannedRows) else ""
+            change = rows.change(place)
             if change and self.rank == 0:
                 kind = "texts" if number < len(self._texts) else "images"
                 message = "the %s have changed since the checkpoint (%s): what follows is not what would have followed"

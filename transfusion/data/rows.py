@@ -1,7 +1,7 @@
 """Endless sequences of packed rows, and how several of them share one stream of rows.
 
     PlannedRows    of a map-style source: row n is a pure function of the seed
-    StreamRows     of a stream: blocks of samples, each packed and shuffled on its own; five integers tell its place
+    StreamRows     of a stream: blocks of samples, each packed and shuffled on its own; six integers tell its place
     Mix            row g of the whole belongs to one of them, by weight
 
 All are functions of the row's number alone: a run reads the same rows in the same order on any number of ranks.
@@ -19,7 +19,7 @@ import torch
 from transfusion.data.packing import RowPlan, pack, seeded
 from transfusion.data.streams import Stream
 
-_STREAM_STATE = 5  # integers
+_STREAM_STATE = 6  # integers
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -37,6 +37,9 @@ class Rows(Protocol[T_co]):
 
     def restore(self, state: list[int]) -> None:
         """Goes on where `state` says. Raises `ValueError` for the state of another kind of source."""
+
+    def change(self, state: list[int]) -> str:
+        """How the samples differ from those of `state`, in words; empty where they do not."""
 
 
 class PlannedRows(Generic[T]):
@@ -92,7 +95,8 @@ class StreamRows(Generic[S, T]):
 
     expand: one sample -> the documents of it (none where it is skipped); length: tokens of a document.
     Shards come in another order each epoch. Memory holds one block. State: [first row of the block, its number,
-    epoch, place among the epoch's shards, cursor]; the block is read again from there.
+    epoch, place among the epoch's shards, cursor, the stream's identity]; the block is read again from there, and where
+    the shards are others by then, the next epoch begins.
     """
 
     def __init__(
@@ -119,14 +123,20 @@ class StreamRows(Generic[S, T]):
     def state(self, index: int) -> list[int]:
         """Where the block of row `index` begins."""
         self._read_up_to(index)
-        return list(self._start)
+        return [*self._start, self._stream.identity]
 
     def restore(self, state: list[int]) -> None:
         """Reads the block of `state` when its first row is asked for."""
         if len(state) != _STREAM_STATE:
             raise ValueError(f"the state {state} is of a map-style source, but this one is a stream")
-        self._start, self._next = [state[0], state[1], 0, 0, 0], list(state[2:])
+        row, number, epoch, place, cursor, _ = state
+        self._start = [row, number, 0, 0, 0]
+        self._next = [epoch + 1, 0, 0] if self.change(state) else [epoch, place, cursor]
         self._deck, self._rows = [], []
+
+    def change(self, state: list[int]) -> str:
+        """A cursor into a shard is worth nothing in another one, or in one that was written anew."""
+        return "" if state[5] == self._stream.identity else "its shards are others; its next epoch begins"
 
     def _read_up_to(self, index: int) -> None:
         assert index >= self._start[0], f"row {index} is before the block that starts at {self._start[0]}"

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -219,6 +220,7 @@ class FolderSource:
             raise SampleError(where, 'expected {"image": "relative/path.jpg", "caption": "non-empty text"}')
         if not is_unicode(caption):
             raise SampleError(where, "the caption is no valid Unicode: half of a surrogate pair is in it")
+        name = os.path.normpath(name)  # all captions of a file stay together, "./a.png" and "a.png" too
         if not _is_file(self.path / name):
             raise SampleError(str(self.path / name), f"{where} names an image that does not exist")
         upright_size(FileSlice(self.path / name), str(self.path / name))
@@ -243,7 +245,11 @@ def upright_rgb(image: "Image.Image") -> "Image.Image":
     if upright.mode == "F" or (upright.mode == "I" and image.format != "PPM"):
         raise ValueError(f"pixels of mode {upright.mode!r} have no range that is known: save them with 8 or 16 bits")
     if upright.mode.startswith("I"):  # levels up to 65535, which PIL would hold to 255
-        return image_module.fromarray((np.asarray(upright) // 257).astype(np.uint8)).convert("RGB")
+        deep = np.asarray(upright)
+        levels = (deep // 257).astype(np.uint8)
+        if isinstance(clear := upright.info.get("transparency"), int):
+            levels[deep == clear] = 255
+        return image_module.fromarray(levels).convert("RGB")
     if "A" not in upright.getbands() and "transparency" not in upright.info:
         return upright.convert("RGB")
     rgba = upright.convert("RGBA")

@@ -32,6 +32,7 @@ class Stream(Protocol[T_co]):
 
     num_shards: int
     skipped: list[Skipped]
+    identity: int  # a hash that tells its shards from others: a cursor into one of them is none into another
 
     def read(self, shard: int, start: int = 0) -> Iterator[tuple[int, T_co]]:
         """The samples of one shard from the cursor `start` on, each with the cursor after it."""
@@ -50,6 +51,16 @@ class SkipLog:
             self._known.add(name)
             self.skipped.append((name, reason))
             logger.warning("skipped %s: %s", name, reason)
+
+
+def identity_of(*words: str) -> int:
+    """A hash of 48 bits."""
+    return int.from_bytes(hashlib.sha256(repr(words).encode(errors="surrogatepass")).digest()[:6], "big")
+
+
+def identity_of_files(paths: Sequence[Path]) -> int:
+    """Of names, order and sizes, wherever the files lie."""
+    return identity_of(*(f"{path.name} {path.stat().st_size}" for path in paths))
 
 
 def belongs(name: str, split: Split, test_fraction: float) -> bool:
@@ -99,7 +110,7 @@ class TarImages(SkipLog):
             raise ValueError(
                 f"{compressed[0]} is no plain .tar; a shard must be uncompressed to be read from its middle"
             )
-        self.paths, self.num_shards = list(paths), len(paths)
+        self.paths, self.num_shards, self.identity = list(paths), len(paths), identity_of_files(paths)
         self._split: Split = split
         self._test_fraction = test_fraction
 
@@ -127,6 +138,10 @@ class TarImages(SkipLog):
                         if not member.isfile():
                             continue
                         stem, _, suffix = PurePosixPath(member.name).name.partition(".")
+                        if (
+                            not stem or not suffix
+                        ):  # of no sample: "._a.png" beside "a.png", as macOS packs it, a README
+                            continue
                         found = str(PurePosixPath(member.name).parent / stem)
                         if members and found != key:
                             yield member.offset, key, members
@@ -152,7 +167,7 @@ def _captioned(path: Path, key: str, members: dict[str, FileSlice]) -> Captioned
         caption = _caption(
             {suffix: members[suffix].read() for suffix in ("txt", "caption", "json") if suffix in members}
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SampleError(name, f"unreadable caption ({error})") from error
     if not is_unicode(caption):
         raise SampleError(name, "the caption is no valid Unicode: half of a surrogate pair is in it")
@@ -175,7 +190,7 @@ class JsonlTexts(SkipLog):
 
     def __init__(self, paths: Sequence[Path], split: Split = "train", test_fraction: float = 0.01) -> None:
         super().__init__()
-        self.paths, self.num_shards = list(paths), len(paths)
+        self.paths, self.num_shards, self.identity = list(paths), len(paths), identity_of_files(paths)
         self._split: Split = split
         self._test_fraction = test_fraction
 

@@ -53,12 +53,21 @@ def text_figures(model: Transfusion, tokenizer: Tokenizer, texts: TextSource, ro
     return {"loss": loss, "unigram_entropy": entropy, "perplexity": perplexity, "tokens": tokens}
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` of the indices 0 .. count - 1, spread evenly."""
+    chosen = min(count, most)
+    return [index * count // chosen for index in range(chosen)]
+
+
 def read_images(
     images: ImageSource, tokenizer: Tokenizer, autoencoder: Autoencoder, image_size: int, max_caption_tokens: int
 ) -> tuple[list[Tensor], Tensor, int]:
-    """-> captions as token ids, clean latents, and how many samples could not be used, of at most 256."""
+    """-> captions as token ids, clean latents, and how many samples could not be used, of at most 256.
+
+    They are spread evenly over the images, so that each source of a mixture has its part.
+    """
     pairs, skipped = [], 0
-    for index in range(min(len(images), _MAX_IMAGES)):
+    for index in evenly(len(images), _MAX_IMAGES):
         try:
             ids = caption_ids(tokenizer, images.captions[index], max_caption_tokens)
             pairs.append((ids, to_tensor(images[index].image, image_size)))

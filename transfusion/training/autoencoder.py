@@ -6,6 +6,7 @@ KL is summed over the latents and divided by the pixels' numbers, which gives th
 training images mean 0 and deviation 1.
 """
 
+import contextlib
 import copy
 import json
 import logging
@@ -28,6 +29,7 @@ from transfusion.data.transforms import check_image_size, to_tensor
 from transfusion.evaluation.distances import load_features
 from transfusion.evaluation.sheets import contact_sheet
 from transfusion.training.checkpoint import Checkpoints
+from transfusion.training.metrics import JsonLines
 from transfusion.training.optimizer import (
     TrainConfig,
     average,
@@ -149,7 +151,8 @@ class AutoencoderTrainer:
         tqdm = require("tqdm").tqdm
         terminal = sys.stderr.isatty()
         bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not terminal)
-        with bar, stop_requested(second_interrupts=True) as stop, open(self.out / _LOG, "a", encoding="utf-8") as log:
+        log = JsonLines(self.out / _LOG, self.step)
+        with bar, stop_requested(second_interrupts=True) as stop, contextlib.closing(log):
             for batch in self._batches(self.step):
                 if self.step == self.config.steps or stop.is_set():
                     break
@@ -158,7 +161,7 @@ class AutoencoderTrainer:
                 bar.update()
                 if self.step % _LOG_EVERY == 0 or self.step == self.config.steps:
                     shown = self._report(losses)
-                    log.write(json.dumps({"step": self.step, **shown}) + "\n")
+                    log.scalars(self.step, shown)
                     bar.set_postfix(shown)
                     if not terminal:
                         print(f"step {self.step}/{self.config.steps}  {shown}", flush=True)

@@ -67,7 +67,8 @@ class Checkpoints:
         return written(self.folder)
 
     def save(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> Path:
-        """Writes tensors and `record` (JSON); every rank calls this. With `beside`, returns once they are copied.
+        """Writes tensors and `record` (JSON), once for a step; every rank calls this. With `beside`, returns once they
+        are copied.
 
         Raises `OSError` saying which checkpoint survives where a disk is full or broken: on every rank, and with
         `beside` at the next call of `save` or `wait`.
@@ -75,6 +76,8 @@ class Checkpoints:
         self.wait()
         path = self.folder / f"step-{step:08d}"
         aside = path.with_suffix(".tmp")
+        if any(self.world.total([int(self.world.main and path.exists())])):  # a signal at a step that was just saved
+            return path
         if self.world.main:
             shutil.rmtree(aside, ignore_errors=True)
         self.world.total([0])
@@ -126,8 +129,6 @@ class Checkpoints:
             json.dump({**record, "files": sizes}, file)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():  # the same step again
-            self._remove(path)
         os.replace(aside, path)
         for old in self.paths()[: -self.keep]:
             self._remove(old)

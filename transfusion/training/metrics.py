@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -30,7 +31,9 @@ class JsonLines:
 
     def __init__(self, path: Path, start_step: int) -> None:
         kept = [line for line in read_log(path) if line["step"] <= start_step]
-        path.write_text("".join(to_json(line) + "\n" for line in kept))
+        aside = path.with_name(f"{path.name}.tmp")  # a kill here must not take the log along
+        aside.write_text("".join(to_json(line) + "\n" for line in kept))
+        os.replace(aside, path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -44,6 +47,29 @@ class JsonLines:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+class DataErrors:
+    """`data_errors.jsonl`: a line for each sample that could not be used, once, also where the run is begun again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known = {(line["sample"], line["reason"]) for line in read_log(path)}
+
+    def add(self, step: int, found: Sequence[Sequence[tuple[str, str]]]) -> int:
+        """Adds what each rank found, (sample, reason), at `step`. -> how many there are."""
+        with open(self._path, "a", encoding="utf-8") as file:
+            for rank, errors in enumerate(found):
+                for sample, reason in errors:
+                    if (sample, reason) not in self._known:
+                        self._known.add((sample, reason))
+                        line = {"step": step, "rank": rank, "sample": sample, "reason": reason}
+                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        return len(self)
+
+    def __len__(self) -> int:
+        """Samples in the file."""
+        return len(self._known)
 
 
 class TensorBoard:

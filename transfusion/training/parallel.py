@@ -21,6 +21,7 @@ from transfusion.model.initialization import initial_value
 from transfusion.training.activations import Checkpointing, checkpointed
 from transfusion.training.world import World
 
+_YEAR = 365 * 24 * 3600
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -46,8 +47,8 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.shard < 0:
             raise ValueError(f"shard must be a number of ranks, or 0 for all, got {self.shard}")
-        if not self.timeout_seconds > 0:
-            raise ValueError(f"timeout_seconds must be positive, got {self.timeout_seconds}")
+        if not 0 < self.timeout_seconds <= _YEAR:
+            raise ValueError(f"timeout_seconds must be positive and at most a year, got {self.timeout_seconds}")
 
 
 def uses_bfloat16(precision: Precision, device: torch.device) -> bool:

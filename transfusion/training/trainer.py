@@ -10,7 +10,6 @@ checkpoint holds weights, average, optimizer, step number and place in the strea
 (on a CPU, on as many ranks as before).
 """
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from transfusion.sequence import Batch
 from transfusion.training import parallel
 from transfusion.training.checkpoint import Checkpoints, read
 from transfusion.training.meter import Counts, LossMeter, SpeedMeter, peak_tflops
-from transfusion.training.metrics import RunLog, open_log
+from transfusion.training.metrics import DataErrors, RunLog, open_log
 from transfusion.training.optimizer import (
     TrainConfig,
     average,
@@ -99,7 +98,8 @@ class Trainer:
         self.losses_seen = LossMeter(self.world, config.timestep_bins)
         self.speed = SpeedMeter(self.world, self._peak())
         self.all_trained = len(self.ema) == len(self.parameters)  # what FLOPs are counted for
-        self.step, self.errors_seen, self.bad_in_a_row = 0, 0, 0
+        self.data_errors = DataErrors(directory / "data_errors.jsonl")
+        self.step, self.errors_told, self.bad_in_a_row = 0, 0, 0
 
     def run(self) -> bool:
         """Trains to the last step. -> False where SIGTERM or SIGINT of any rank ended it early, after a checkpoint.
@@ -245,19 +245,15 @@ class Trainer:
         return tensors | {"skipped_steps": self.losses_seen.skipped}
 
     def _record_errors(self) -> int:
-        """Writes the names of samples that any rank could not use to data_errors.jsonl. -> how many there were."""
+        """Tells rank 0 of samples that any rank could not use. -> how many it knows of."""
         own = self.loader.skipped
-        new, total = self.world.total([len(own) - self.errors_seen, len(own)])
-        if new:
-            found = self.world.gather(own[self.errors_seen :])
-            self.errors_seen = len(own)
+        new = own[self.errors_told :]
+        self.errors_told = len(own)
+        if any(self.world.total([len(new)])):
+            found = self.world.gather(new)
             if self.world.main:
-                with open(self.directory / "data_errors.jsonl", "a", encoding="utf-8") as file:
-                    for rank, errors in enumerate(found):
-                        for name, reason in errors:
-                            line = {"step": self.step, "rank": rank, "sample": name, "reason": reason}
-                            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        return total
+                self.data_errors.add(self.step, found)
+        return len(self.data_errors)
 
     def _peak(self) -> float | None:
         device = self.world.device

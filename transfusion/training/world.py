@@ -64,8 +64,13 @@ class World:
 
     def main_first(self, make: Callable[[], T]) -> T:
         """`make()` on rank 0, then on the others, which find what it has written. Raises on all where rank 0 fails."""
-        made = make() if self.main else None
-        self.total([0])
+        try:
+            made = make() if self.main else None
+        except Exception:
+            self.total([1])
+            raise
+        if any(self.total([0])):
+            raise ConnectionError(f"rank {self.rank}: rank 0 cannot go on, and says why")
         return made if made is not None else make()
 
 

@@ -115,7 +115,7 @@ def test_it_is_said_in_toml_and_mistakes_are_named(tmp_path):
     data = DataConfig(("a", "b"), "pydoc", "pixels", LOADER, (2.0, 1.0))
     configs.save(data, tmp_path / "data.toml")
     assert configs.load(DataConfig, tmp_path / "data.toml") == data
-    for weights in ((1.0,), (1.0, -1.0)):
+    for weights in ((1.0,), (1.0, -1.0), (1.0, float("nan")), (1.0, float("inf"))):
         with pytest.raises(ValueError, match="image_weights"):
             replace(data, image_weights=weights)
     with pytest.raises(ValueError, match="pixels need none"):

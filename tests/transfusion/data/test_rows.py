@@ -19,7 +19,7 @@ class Numbers:
         for count in counts:
             self.shards.append(list(range(first, first + count)))
             first += count
-        self.num_shards, self.skipped, self.total = len(counts), [], first
+        self.num_shards, self.skipped, self.total, self.identity = len(counts), [], first, 1
 
     def read(self, shard: int, start: int = 0):
         for place in range(start - 7 if start else 0, len(self.shards[shard])):
@@ -89,11 +89,24 @@ def test_a_stream_without_any_sample_ends_with_a_reason(stream, expand, message)
         _stream_rows(stream, 0, 3, expand).row(0)
 
 
+def test_a_stream_of_other_shards_begins_its_next_epoch():
+    """A place in one file is none in another: a sample cut in two would be the least of it."""
+    before = _stream_rows(Numbers(13, 17), 3)
+    state = before.state(4)
+    changed = Numbers(13, 18)
+    changed.identity = 2
+    rows, fresh = _stream_rows(changed, 3), _stream_rows(changed, 3)
+    assert not before.change(state) and "its shards are others" in rows.change(state)
+    rows.restore(state)
+    fresh.restore([*state[:2], state[2] + 1, 0, 0, 2])
+    assert _documents(rows, range(4, 9)) == _documents(fresh, range(4, 9))
+
+
 def test_states_of_another_kind_of_source_are_refused():
     planned = PlannedRows([1, 2], RowPlan([1, 2], 4, 0, "x"), Contents())
     planned.restore(planned.state(5))
     with pytest.raises(ValueError, match="map-style"):
-        planned.restore([0, 0, 0, 0, 0])
+        planned.restore([0] * 6)
     with pytest.raises(ValueError, match="stream"):
         _stream_rows(Numbers(3), 0).restore([])
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfusion.data.sources import FolderSource, SampleError, held_out
+from transfusion.data.sources import FolderSource, SampleError, held_out, open_rgb
 from transfusion.data.texts import PydocTextSource, TextFolderSource
 
 
@@ -35,6 +35,18 @@ def test_folder_gives_captions_and_pixels(write_folder):
         item = source[index]
         assert (item.caption, item.name) == (f"caption {index}", f"{folder}/images/{index}.png")
         assert np.array_equal(np.asarray(item.image), np.asarray(Image.open(item.name)))
+
+
+def test_a_file_has_one_name(write_folder):
+    others = [json.dumps({"image": name, "caption": "again"}) for name in ("./images/0.png", "x/../images/1.png")]
+    folder = write_folder(2, *others)
+    assert FolderSource(folder, "all").names == [f"images/{index}.png" for index in (0, 1, 0, 1)]
+
+
+def test_deep_pixels_that_are_transparent_are_white(tmp_path):
+    levels = np.array([[0, 257, 40_000, 65_535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png", transparency=257)
+    assert [pixel[0] for pixel in open_rgb(tmp_path / "deep.png", "deep").get_flattened_data()] == [0, 255, 155, 255]
 
 
 def test_folder_split_is_a_stable_partition(write_folder):

@@ -94,6 +94,7 @@ def test_incomplete_samples_are_skipped_counted_and_named(tmp_path):
         "b": {"png": png(2)},
         "c": {"png": png(3), "json": b"{"},
         "d": {"png": png(4), "txt": b"\xff\xfe"},
+        "deep": {"png": png(5), "json": b"[" * 200_000},
         "e": {"png": b"no png", "txt": b"broken pixels"},
         "f": good,
     }
@@ -101,9 +102,21 @@ def test_incomplete_samples_are_skipped_counted_and_named(tmp_path):
     stream = TarImages([tmp_path / "x.tar"], "all")
     read = [sample for _, sample in stream.read(0)]
     assert [sample.name for sample in read] == [f"{tmp_path}/x.tar/{key}" for key in "ef"]
-    assert [name for name, _ in stream.skipped] == [f"{tmp_path}/x.tar/{key}" for key in "abcd"]
+    assert [name for name, _ in stream.skipped] == [f"{tmp_path}/x.tar/{key}" for key in (*"abcd", "deep")]
     with pytest.raises(SampleError, match=r"x\.tar/e: unreadable image"):
         read[0].image  # noqa: B018
+
+
+def test_what_macos_puts_beside_every_file_is_of_no_sample(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for key in "ab":
+            for name, content in ((f"{key}.png", png(1)), ("README", b"?"), (f"{key}.txt", key.encode())):
+                for member in (f"./._{name}", name):
+                    header = tarfile.TarInfo(member)
+                    header.size = len(content)
+                    tar.addfile(header, io.BytesIO(content))
+    stream = TarImages([tmp_path / "x.tar"], "all")
+    assert [sample.caption for _, sample in stream.read(0)] == ["a", "b"] and stream.skipped == []
 
 
 def test_a_path_is_a_path_whatever_it_holds(tmp_path):

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from transfusion.data.autoencoder import DiffusersAutoencoder
 from transfusion.data.sources import CaptionedImage, SampleError
 from transfusion.data.transforms import to_tensor
+from transfusion.training import autoencoder
 from transfusion.training.autoencoder import AutoencoderConfig, AutoencoderTrainer, feature_distance
+from transfusion.training.metrics import read_log
 
 CONFIG = AutoencoderConfig(
     image_size=8,
@@ -101,6 +103,25 @@ def test_a_signal_saves_and_the_next_run_ends_it(tmp_path):
     assert trainer.checkpoints.paths()[-1].name == "step-00000002" and not (tmp_path / "config.json").exists()
     again = AutoencoderTrainer(CONFIG, Pictures(), tmp_path, perceptual=lambda x, y: (x - y).square())
     assert again.run() and (tmp_path / "config.json").exists()
+
+
+def test_its_log_is_on_disk_and_has_each_step_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(autoencoder, "_LOG_EVERY", 1)
+    trainer, lines = AutoencoderTrainer(CONFIG, Pictures(), tmp_path), []
+    step = trainer.train_step
+
+    def killed(images):
+        lines.append([line["step"] for line in read_log(tmp_path / "log.jsonl")])
+        if trainer.step == CONFIG.steps - 1:
+            raise KeyboardInterrupt  # after a checkpoint, before the next
+        return step(images)
+
+    trainer.train_step = killed
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert lines == [list(range(1, 1 + count)) for count in range(CONFIG.steps)]
+    assert AutoencoderTrainer(CONFIG, Pictures(), tmp_path).run()
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == list(range(1, 1 + CONFIG.steps))
 
 
 def test_the_loss_is_what_the_first_line_says(tmp_path):
