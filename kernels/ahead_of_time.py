@@ -342,7 +342,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (options.all or representative(case, target)) and case.function in (options.function or [case.function])
     ]
     if not numbers:
-        parser.error(f"no launch is of {' or '.join(options.function)}")
+        part = "" if options.all else " in the part that is compiled without --all"
+        parser.error(f"no launch{part} is of {' or '.join(options.function)}")
     as_table = options.format == "table"
     if as_table:
         print(header(), flush=True)

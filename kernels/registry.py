@@ -86,7 +86,7 @@ _warned: set[tuple[str, str]] = set()
 
 
 def register(op: Op) -> Op:
-    """Adds `op` to `OPS`, which `doctor` and `verify` list."""
+    """Adds `op` to `OPS`, which `doctor` lists."""
     OPS[op.name] = op
     return op
 

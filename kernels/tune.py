@@ -301,6 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--jobs", type=int, default=jobs, help="processes that compile and check (default: %(default)s)"
     )
     options = parser.parse_args(argv)
+    _check_options(parser, options)
     if not torch.cuda.is_available():
         print("tuning needs a GPU, and torch finds none", file=sys.stderr)
         return 1
@@ -312,6 +313,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Checkers(options.jobs, pools) if options.jobs > 1 else nullcontext() as checkers:
         _tune_all(plan, dtype, options, checkers)
     return 0
+
+
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the command, with status 2, where an option does not fit."""
+    for head_dim in options.head_dim or ():
+        if not 16 <= head_dim <= 256:
+            parser.error(f"--head-dim {head_dim}: the kernels take 16 to 256")
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: there must be one process at least")
+    if not options.seconds >= 0:
+        parser.error(f"--seconds {options.seconds:g}: time does not run backwards")
+    if options.rows:
+        try:
+            options.rows.open("a").close()
+        except OSError as error:
+            parser.error(f"--rows {options.rows}: {error.strerror}; name a file in a folder that can be written to")
 
 
 def _tune_all(plan: Sequence[tuple[int, str]], dtype: torch.dtype, options: Any, checkers: Checkers | None) -> None:

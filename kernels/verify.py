@@ -12,13 +12,13 @@ import multiprocessing
 import os
 import platform
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import product
-from typing import IO, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 from xml.etree import ElementTree
 
@@ -140,7 +140,7 @@ def format_row(row: Row) -> str:
     return "\n".join(line(name, "FAIL") for name, verdict in row.verdicts.items() if not verdict.passed)
 
 
-def write_junit(rows: Sequence[Row], file: IO[bytes]) -> None:
+def write_junit(rows: Sequence[Row], file: Path) -> None:
     """One JUnit test case for each row."""
     failures = sum(not row.passed for row in rows)
     suite = ElementTree.Element("testsuite", name="verify", tests=str(len(rows)), failures=str(failures))
@@ -176,15 +176,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (torch.cuda.is_available() or registry.TRITON_INTERPRET):
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "transfusion.kernels.verify", *arguments]
-        return subprocess.run(command, env=environment, check=False).returncode
-    with ExitStack() as files:
-        try:  # before the checks: they take minutes
-            junit = files.enter_context(open(options.junit, "wb")) if options.junit else None
-        except OSError as error:
-            parser.error(f"--junit {options.junit}: {error.strerror}; name a file in a folder that can be written to")
+        sys.stdout.flush()
+        os.execve(sys.executable, command, environment)  # in this process's place: who ends it ends the checks
+    aside = Path(f"{options.junit}.tmp") if options.junit else None
+    try:
+        if aside:  # before the checks: they take minutes
+            aside.touch()
         rows = _printed(options)
-        if junit:
-            write_junit(rows, junit)
+        if aside:
+            write_junit(rows, aside)
+            os.replace(aside, options.junit)
+    except OSError as error:
+        parser.error(f"--junit {options.junit}: {error.strerror}; name a file in a folder that can be written to")
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    finally:
+        if aside:
+            with suppress(OSError):
+                aside.unlink()
     failed = sum(not row.passed for row in rows)
     print(f"\n{len(rows) - failed} passed, {failed} failed")
     return 1 if failed else 0

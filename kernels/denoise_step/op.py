@@ -77,12 +77,13 @@ def denoise_step(
     if unconditional is not None:
         check_tokens("unconditional", unconditional, values, expected, patch_size)
         refuse_gradient("denoise_step", "unconditional", unconditional)
-    check_weights("denoise_step", latents, guidance=guidance)
+    if guidance is not None:
+        check_weights("denoise_step", latents, guidance=guidance)
     _check_coefficients(coefficients, values)
     if noise is not None or seed is not None:
         check_noise("denoise_step", values, noise, seed)
     refuse_gradient("denoise_step", "prediction", prediction)
-    refuse_gradient("denoise_step", "latents", values)
+    refuse_gradient("denoise_step", "latents", latents)
     refuse_forward_mode("denoise_step", prediction, values, coefficients, unconditional, guidance, noise)
     others = [values.dtype, *(tensor.dtype for tensor in (unconditional, noise) if tensor is not None)]
     impl = choose(OP, impl, device=values.device, dtype=prediction.dtype, others=tuple(others))

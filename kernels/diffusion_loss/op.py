@@ -68,9 +68,10 @@ def diffusion_loss(
     values, layout = unwrap(latents)
     expected = token_shape(values, layout[0], layout[2], patch_size)
     check_tokens("prediction", prediction, values, expected, patch_size)
-    check_weights("diffusion_loss", latents, data_weight=data_weight, noise_weight=noise_weight, weight=weight)
+    optional = {} if weight is None else {"weight": weight}
+    check_weights("diffusion_loss", latents, data_weight=data_weight, noise_weight=noise_weight, **optional)
     check_noise("diffusion_loss", values, noise, seed)
-    refuse_gradient("diffusion_loss", "latents", values)
+    refuse_gradient("diffusion_loss", "latents", latents)
     refuse_forward_mode("diffusion_loss", prediction, values, data_weight, noise_weight, noise, weight)
     others = (values.dtype,) if noise is None else (values.dtype, noise.dtype)
     impl = choose(OP, impl, device=values.device, dtype=prediction.dtype, others=others)

@@ -76,6 +76,8 @@ def token_shape(latents: Tensor, planes: Tensor | None, channels: int, patch_siz
 
 def check_latents(latents: Latents, patch_size: int) -> None:
     """Raises unless `latents` are ragged, or floating point (I, C, h, w) not empty, and patches tile every image."""
+    if not isinstance(patch_size, int | torch.SymInt):
+        raise TypeError(f"patch_size={patch_size!r} must be a whole number")
     if patch_size < 1:
         raise ValueError(f"patch_size={patch_size} must be at least 1")
     if isinstance(latents, RaggedLatents):
@@ -116,12 +118,10 @@ def check_tokens(name: str, tokens: Tensor, latents: Tensor, expected: tuple[int
     check_device(latents, name, tokens)
 
 
-def check_weights(op: str, latents: Latents, **weights: Tensor | None) -> None:
-    """Raises unless each of `weights` is None or (I,) float32 on the latents' device and asks for no gradient."""
+def check_weights(op: str, latents: Latents, **weights: Tensor) -> None:
+    """Raises unless each of `weights` is (I,) float32 on the latents' device and asks for no gradient."""
     images = len(latents) if isinstance(latents, RaggedLatents) else latents.shape[0]
     for name, weight in weights.items():
-        if weight is None:
-            continue
         check_tensor(name, weight, " of one float32 for each image")
         if weight.ndim != 1 or weight.shape[0] != images:
             raise ValueError(f"{name} must have one value per image, ({images},), got {tuple(weight.shape)}")
@@ -155,7 +155,10 @@ def check_device(latents: Latents, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device}, the latents are on {latents.device}; move it with .to(...)")
 
 
-def refuse_gradient(op: str, name: str, tensor: Tensor) -> None:
-    """Raises where a gradient would be asked of `tensor`, for which the op has none."""
+def refuse_gradient(op: str, name: str, given: Latents) -> None:
+    """Raises where a gradient would be asked of the argument `name`, for which the op has none."""
+    tensor, cure = given, f"{name}.detach()"
+    if isinstance(tensor, RaggedLatents):
+        tensor, cure = tensor.values, f"{name}.with_values({name}.values.detach())"
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires grad, but {op} gives it no gradient; pass {name}.detach()")
+        raise ValueError(f"{name} requires grad, but {op} gives it no gradient; pass {cure}")

@@ -67,8 +67,8 @@ def patchify_noise(
     check_noise("patchify_noise", values, noise, seed)
     refuse_forward_mode("patchify_noise", values, alpha, sigma, noise)
     dtype = values.dtype if dtype is None else dtype
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype={dtype} is not a floating-point dtype")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype={dtype!r} is not a floating-point dtype")
     others = (dtype,) if noise is None else (dtype, noise.dtype)
     impl = choose(OP, impl, device=values.device, dtype=values.dtype, others=others)
     return _patchify_noise(values, alpha, sigma, noise, seed, dtype, *layout, patch_size, impl)

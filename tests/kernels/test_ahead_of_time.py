@@ -1,5 +1,6 @@
 """Ahead-of-time compilation: the shipped kernels keep their limits on GPUs that this machine need not have."""
 
+import ast
 import json
 import os
 import subprocess
@@ -66,6 +67,17 @@ def test_every_kernel_and_target_is_compiled(compiled: list[dict[str, Any]]) -> 
     attention = {"forward", "combine", "delta", "backward_query", "backward_key", *SPECIALISED_KERNELS.values()}
     assert functions["sm_90"] == attention | fused
     assert functions["sm_80"] == functions["sm_100"] == functions["gfx942"] == {"forward", *fused}
+
+
+def test_every_kernel_there_is_ships() -> None:
+    """What is jitted and named a kernel, anywhere in kernels/, has its launches in `all_cases`."""
+    folder, written = Path(ahead_of_time.__file__).parent, set()
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            jitted = isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
+            if jitted and node.name.endswith("_kernel"):
+                written.add(node.name.removesuffix("_kernel"))
+    assert {case.function for target in TARGETS for case in ahead_of_time.all_cases(target)} == written
 
 
 @pytest.mark.xdist_group("ahead_of_time")

@@ -258,6 +258,12 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"data_weight": ZEROS(())}, ValueError, r"data_weight .*\(2,\), got \(\)"),
     ({"noise_weight": ZEROS(2).double()}, TypeError, r"noise_weight must be float32, got torch\.float64"),
     ({"noise_weight": ZEROS(2, device="meta")}, ValueError, "noise_weight is on meta"),
+    ({"data_weight": None}, TypeError, "data_weight must be a tensor of one float32"),
+    (
+        {"latents": RaggedLatents(ZEROS(384, requires_grad=True), 3, [(8, 8)] * 2), "prediction": ZEROS(8, 48)},
+        ValueError,
+        r"pass latents\.with_values\(latents\.values\.detach\(\)\)",
+    ),
     ({"weight": ZEROS(3)}, ValueError, r"weight must have one value per image, \(2,\), got \(3,\)"),
     ({"weight": ZEROS(2, dtype=torch.float64)}, TypeError, "weight must be float32"),
     ({"seed": None}, ValueError, "exactly one of noise= and seed=, got neither"),

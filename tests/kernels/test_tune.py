@@ -233,6 +233,25 @@ def test_fastest_of_none() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--head-dim", "300"], "--head-dim 300: the kernels take 16 to 256"),
+        (["--head-dim", "8"], "--head-dim 8"),
+        (["--jobs", "0"], "--jobs 0: there must be one process"),
+        (["--seconds", "-5"], "--seconds -5"),
+        (["--seconds", "nan"], "--seconds nan"),
+        (["--rows", "{tmp}/missing/rows.jsonl"], "missing/rows.jsonl: No such file or directory; name a file"),
+    ],
+)
+def test_options_that_do_not_fit_end_it_before_anything_is_timed(
+    arguments: list[str], message: str, machine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        tune.main([argument.replace("{tmp}", str(tmp_path)) for argument in arguments])
+    assert message in capsys.readouterr().err
+
+
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main([]) == 1
     assert "needs a GPU" in capsys.readouterr().err

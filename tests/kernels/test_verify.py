@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -122,6 +123,43 @@ def test_options_that_cannot_be_met_end_before_the_checks(
         with pytest.raises(SystemExit, match="2"):
             main(options)
         assert message in capsys.readouterr().err
+
+
+def test_an_interrupt_is_a_line_and_leaves_the_last_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupted(*_: object) -> Iterator[Row]:
+        yield Row("op", torch.float16, "case", {"out": Verdict(0.0, 1.0)})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(registry, "TRITON_INTERPRET", True)
+    monkeypatch.setattr("transfusion.kernels.verify.verify", interrupted)
+    junit = tmp_path / "verify.xml"
+    junit.write_text("the last one")
+    assert main(["--junit", str(junit)]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+    assert [(path, path.read_text()) for path in tmp_path.iterdir()] == [(junit, "the last one")]
+
+
+def test_the_interpreter_is_chosen_in_the_process_s_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child would go on when the command is killed."""
+    calls = []
+
+    class ReplacedError(Exception):
+        pass
+
+    def execve(*call: object) -> None:
+        calls.append(call)
+        raise ReplacedError
+
+    monkeypatch.setattr(registry, "TRITON_INTERPRET", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "execve", execve)
+    with pytest.raises(ReplacedError):
+        main(["--op", "denoise_step"])
+    ((program, command, environment),) = calls
+    assert command == [program, "-m", "transfusion.kernels.verify", "--op", "denoise_step"]
+    assert environment["TRITON_INTERPRET"] == "1"
 
 
 def nearly_right(result: Tensor) -> Tensor:
