@@ -16,6 +16,14 @@ from torch._compile import _disable_dynamo as disable_dynamo  # torch.compiler.d
 _LIBRARY = torch.library.Library("transfusion", "FRAGMENT")
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on `device`; None where it is off."""
+    kind = device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch refuses to say it of meta
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def define(
     name: str,
     schema: str,

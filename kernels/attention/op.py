@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transfusion.kernels.attention import torch_paths
 from transfusion.kernels.attention.plan import plan_backward, plan_forward
-from transfusion.kernels.dispatch import define, new_like
+from transfusion.kernels.dispatch import autocast_dtype, define, new_like
 from transfusion.kernels.interval_mask import IntervalMask
 from transfusion.kernels.registry import (
     Implementation,
@@ -123,8 +123,7 @@ def transfusion_attention(
     """
     for letter, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(letter, tensor, " (B, H, N, D)")
-    if _is_autocast_on(q.device):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    if dtype := autocast_dtype(q.device):
         q, k, v = (tensor.to(dtype) if _is_cast(tensor) else tensor for tensor in (q, k, v))
     _check(q, k, v, mask)
     if isinstance(scale, Tensor):
@@ -166,8 +165,8 @@ def prepare_attention(
     no change from inside `torch.utils.checkpoint`. With gradients enabled, tiles of the backward are made too. dtype is
     that of q; under autocast, autocast's. Raises as `transfusion_attention` does where `impl` cannot run.
     """
-    if _is_autocast_on(mask.device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(mask.device.type)
+    if dtype != torch.float64:
+        dtype = autocast_dtype(mask.device) or dtype
     needs_grad = torch.is_grad_enabled()
     call = {"head_dim": head_dim, "return_lse": False, "needs_grad": needs_grad}
     name = choose(OP, impl, device=mask.device, dtype=dtype, **call)
@@ -257,11 +256,6 @@ def _run_backward(grad_out: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]
     return grads
 
 
-def _is_autocast_on(device: torch.device) -> bool:
-    kind = device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind)  # which torch does not say of meta
-
-
 def _is_cast(tensor: Tensor) -> bool:
     """Whether autocast would, of torch's own operations' inputs."""
     return tensor.dtype.is_floating_point and tensor.dtype != torch.float64
@@ -269,7 +263,7 @@ def _is_cast(tensor: Tensor) -> bool:
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     """Autocast would round inside the reference's formula."""
-    if _is_autocast_on(tensor.device):
+    if autocast_dtype(tensor.device):
         return torch.autocast(tensor.device.type, enabled=False)
     return nullcontext()
 

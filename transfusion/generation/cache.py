@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from transfusion.kernels import IntervalMask, transfusion_attention
+from transfusion.kernels.dispatch import autocast_dtype
 from transfusion.model import Transfusion
 
 _STEP = 64  # the cut at the used part moves by so many keys
@@ -45,8 +46,7 @@ class KVCache:
     def of(model: Transfusion, rows: int, capacity: int) -> "KVCache":
         """An empty cache for `model`: in its dtype, or in autocast's where that is on, on its device."""
         config, weight = model.config, model.embedding.weight
-        on, kind = torch.is_autocast_enabled(weight.device.type), weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if on else weight.dtype
+        dtype = autocast_dtype(weight.device) or weight.dtype
         sizes = (config.layers, rows, config.num_kv_heads, capacity, config.head_dim)
         return KVCache(*sizes, dtype=dtype, device=weight.device)
 

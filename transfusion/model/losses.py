@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transfusion.kernels.dispatch import autocast_dtype
+
 CHUNK = 1024  # rows; with 32,000 tokens their logits are 131 MB in float32
 
 
@@ -41,9 +43,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, *, chun
         )
     if not hidden.shape[0] or chunk < 1:
         raise ValueError(f"the mean over {hidden.shape[0]} rows in chunks of {chunk} is not defined")
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        hidden, weight = (t.to(torch.get_autocast_dtype(kind)) for t in (hidden, weight))
+    if dtype := autocast_dtype(hidden.device):
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
     if hidden.dtype != weight.dtype:
         raise TypeError(f"hidden is {hidden.dtype}, weight is {weight.dtype}; cast one of them")
     wants = torch.is_grad_enabled()
