@@ -162,6 +162,11 @@ class IntervalMask:
                 f"{prefix_lengths.shape[0]} prefix_lengths for a mask of {new.batch_size} rows; give one for each"
             )
         key = torch.arange(num_keys, device=new.query_start.device)[None]
+        if new.num_queries == new.num_keys == 1:  # a step of decoding: few launches, for it waits for them
+            hidden = key > prefix_lengths[:, None] - new.query_start
+            mask = object.__new__(IntervalMask)
+            mask._hold(torch.stack([hidden, torch.ones_like(hidden)], -1).to(torch.int32), 1)
+            return mask
         offset = key - prefix_lengths[:, None]
         inside = (offset >= 0) & (offset < new.num_keys)
         batch = prefix_lengths.shape[0]

@@ -274,22 +274,17 @@ def sample(
     unit = schedule.sigma_data if schedule.path == "trigflow" else 1.0
     scale_input = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
     options = _step_options(scheduler, generators)
+    times = _model_timestep(moments, schedule).to(noise.device)  # at once: each by itself would wait for the device
+    health = _Health(type(scheduler).__name__, moments)
     latents = noise.float() * (unit * getattr(scheduler, "init_noise_sigma", 1.0))
     for step, moment in enumerate(_bar(moments, progress)):
         if known is not None:
             latents = torch.where(known.unknown, latents, _noised(known.latents, noise, moment, scheduler, schedule))
-        prediction = predict(scale_input(latents, moment), _expanded(moment, latents, schedule)).float()
-        if not prediction.isfinite().all():
-            where = f"denoising step {step + 1} of {len(moments)} (timestep {moment.item():g})"
-            raise FloatingPointError(
-                f"the prediction of {where} is not finite; look for NaN in the weights, or for guidance or a precision "
-                "that overflows"
-                if latents.isfinite().all()
-                else f"the latents that {type(scheduler).__name__} hands to {where} are not finite; take more steps "
-                "or another scheduler"
-            )
+        prediction = predict(scale_input(latents, moment), times[step].expand(len(latents))).float()
+        health.see(step, latents, prediction)
         latents = scheduler.step(unit * prediction, moment, latents, **options, return_dict=False)[0]
         latents = latents if on_step_end is None else on_step_end(step, moment, latents)
+    health.check()
     return latents if known is None else torch.where(known.unknown, latents, known.latents.float())
 
 
@@ -308,7 +303,8 @@ def _noised(latents: Tensor, noise: Tensor, moment: Tensor, scheduler: Any, sche
     elif hasattr(scheduler, "scale_noise"):
         noised = scheduler.scale_noise(latents.float(), times, noise)
     else:
-        alpha, sigma, *_ = (c.view(-1, 1, 1, 1) for c in schedule.coefficients(_expanded(moment, noise, schedule)))
+        clock = _model_timestep(moment, schedule).to(noise.device)
+        alpha, sigma, *_ = (c.view(-1, 1, 1, 1) for c in schedule.coefficients(clock.expand(len(noise))))
         noised = alpha * latents.float() + sigma * noise
     return noised
 
@@ -333,9 +329,36 @@ def _model_timestep(moment: Tensor, schedule: NoiseSchedule) -> Tensor:
     return (moment.round() if moment.is_floating_point() else moment).to(torch.int64).clamp(min=0)
 
 
-def _expanded(moment: Tensor, latents: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """The network's timestep for each image, (I,) on the device of the latents."""
-    return _model_timestep(moment, schedule).to(latents.device).expand(latents.shape[0])
+class _Health:
+    """Whether predictions are finite: looked at once on a CPU; a GPU's at the end, for the host waits for none."""
+
+    def __init__(self, name: str, moments: Tensor) -> None:
+        self._name, self._moments = name, moments
+        self._flags: list[Tensor] = []
+
+    def see(self, step: int, latents: Tensor, prediction: Tensor) -> None:
+        """What goes into a step, and what the network says of it."""
+        flags = torch.stack([prediction.isfinite().all(), latents.isfinite().all()])
+        if flags.device.type == "cpu":
+            self._judge(step, *flags.tolist())
+        else:
+            self._flags.append(flags)
+
+    def check(self) -> None:
+        """Raises `FloatingPointError` naming the first step whose prediction was not finite."""
+        for step, flags in enumerate(torch.stack(self._flags).tolist() if self._flags else ()):
+            self._judge(step, *flags)
+
+    def _judge(self, step: int, prediction: bool, latents: bool) -> None:
+        if prediction:
+            return
+        where = f"denoising step {step + 1} of {len(self._moments)} (timestep {self._moments[step].item():g})"
+        raise FloatingPointError(
+            f"the prediction of {where} is not finite; look for NaN in the weights, or for guidance or a precision "
+            "that overflows"
+            if latents
+            else f"the latents that {self._name} hands to {where} are not finite; take more steps or another scheduler"
+        )
 
 
 def _bar(moments: Tensor, progress: bool) -> Any:

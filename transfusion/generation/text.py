@@ -60,22 +60,30 @@ class Choice(NamedTuple):
 def choose(logits: Tensor, sampling: TextSampling, generators: Sequence[torch.Generator]) -> Choice:
     """The next token of each row of logits (B, vocab_size); row i draws from generators[i] alone.
 
-    Greedy, only the choice is copied to the host. Raises `FloatingPointError` where a logit is not finite.
+    Only the choice is copied to the host. Raises `FloatingPointError` where a logit is not finite.
     """
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
     else:
-        logits = logits.cpu()
-        _check_finite(logits.isfinite().all())
-        shares = token_probabilities(logits, sampling)
-        drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(shares, generators, strict=True)]
-        tokens = torch.cat(drawn)
+        tokens = _drawn(token_probabilities(logits, sampling), generators)
     wide = logits.double()
     logprobs = wide.gather(1, tokens[:, None])[:, 0] - wide.logsumexp(-1)
     finite = logits.isfinite().all(-1)
     ids, values, sound = torch.stack([tokens.double(), logprobs, finite.double()]).cpu()
     _check_finite(sound.all())
     return Choice([int(token) for token in ids.tolist()], values.tolist())
+
+
+def _drawn(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Of each row the token at which the running sum passes a share of the whole, uniform, that the host draws: (B,).
+
+    A token of probability 0 passes nothing. Of a row that is not finite any token, which `choose` refuses.
+    """
+    shares = torch.stack([torch.rand((), dtype=torch.float64, generator=own) for own in generators])
+    running = probabilities.cumsum(-1)
+    whole = running[:, -1:]
+    share = torch.minimum(shares.to(whole.device)[:, None] * whole, whole.nextafter(torch.zeros_like(whole)))
+    return torch.searchsorted(running, share, right=True)[:, 0].clamp(max=probabilities.shape[1] - 1)
 
 
 def _check_finite(finite: Tensor) -> None:

@@ -3,7 +3,7 @@
 The rows are taken in chunks. While a chunk's logits are there, so is everything for its gradient: softmax minus the
 target, times W and times h. So the forward pass makes the gradients too, and the backward pass scales them.
 
-    bytes = chunk·V·4 + (V·D + T·D)·itemsize, and V·D·4 for the sum of W's gradient     instead of T·V·(2·itemsize + 8)
+    bytes = (chunk·V + V·D + T·D)·itemsize + (chunk·V + V·D)·4      instead of T·V·(2·itemsize + 8)
 
 torch 2.13's own `linear_cross_entropy` does the same, but not in torch 2.11, and it writes into what it saved for
 backward, which keeps it out of a compiled graph; so there is an op of our own.
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from transfusion.kernels.dispatch import autocast_dtype
 
@@ -65,20 +66,24 @@ def _with_gradients(
     summed = torch.zeros_like(weight, dtype=exact) if for_weight else weight.new_empty(0)
     for first in range(0, rows, chunk):
         part, wanted = hidden[first : first + chunk], target[first : first + chunk, None]
-        logits = (part @ weight.T).to(exact)
-        normalizer = logits.logsumexp(1, keepdim=True)
-        losses[first : first + chunk] = (normalizer - logits.gather(1, wanted))[:, 0]
+        log_p = functional.log_softmax(part @ weight.T, 1, dtype=exact)
+        right = log_p.gather(1, wanted)
+        losses[first : first + chunk] = -right[:, 0]
         if not (for_hidden or for_weight):
             continue
-        probabilities = logits.sub_(normalizer).exp_()  # in place: the chunk's logits are needed no more
-        probabilities.scatter_(1, wanted, probabilities.gather(1, wanted) - 1)
-        grad_logits = probabilities.div_(rows).to(hidden.dtype)
+        # rows times the gradient of the logits: p, and p - 1 of the target
+        grad_logits = torch.exp(
+            log_p, out=log_p if hidden.dtype == exact else torch.empty_like(log_p, dtype=part.dtype)
+        )
+        grad_logits.scatter_(1, wanted, right.expm1().to(part.dtype))
         if for_hidden:
-            torch.mm(grad_logits, weight, out=grad_hidden[first : first + chunk])
+            into = grad_hidden[first : first + chunk]
+            torch.addmm(into, grad_logits, weight, beta=0, alpha=1 / rows, out=into)
         if for_weight and weight.dtype == exact:
-            summed.addmm_(grad_logits.T, part)
+            summed.addmm_(grad_logits.T, part, alpha=1 / rows)
         elif for_weight:
-            summed += grad_logits.T @ part
+            summed.add_(grad_logits.T @ part, alpha=1 / rows)
+        del log_p, grad_logits  # before the next chunk's are made
     return losses.mean(), grad_hidden, summed.to(weight.dtype)
 
 
@@ -95,10 +100,13 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, grad_hidden, grad_weight = output
     ctx.mark_non_differentiable(grad_hidden, grad_weight)
+    ctx.set_materialize_grads(False)  # of the other two there are none: zeros as large as they would be filled
     ctx.save_for_backward(grad_hidden, grad_weight)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 6
     grads = [saved * grad_loss.to(saved.dtype) if saved.numel() else None for saved in ctx.saved_tensors]
     return (*grads, None, None, None, None)
 

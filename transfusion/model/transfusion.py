@@ -69,9 +69,9 @@ class Transfusion(nn.Module):
         text = image = torch.zeros((), device=hidden.device)
         per_image = torch.zeros(0, device=hidden.device)
         if batch.text_rows.numel():
-            text = linear_cross_entropy(hidden[batch.text_rows], self.head.weight, batch.text_targets)
+            text = linear_cross_entropy(hidden.index_select(0, batch.text_rows), self.head.weight, batch.text_targets)
         if batch.num_images:
-            of_images = hidden[batch.image_rows]
+            of_images = hidden.index_select(0, batch.image_rows)
             if not isinstance(batch.latents, RaggedLatents):
                 of_images = of_images.unflatten(0, (batch.num_images, -1))
             prediction = self.decode_images(of_images, skips)

@@ -60,7 +60,7 @@ def step_memory(config: ModelConfig, ranks: int, rows: int, row_length: int, mod
         gathered=(2 + 2) * (2 * block + shared) + 4 * block,
         activations=config.layers * kept,
         recomputed=0 if mode == "none" else block_activations(config, rows, row_length, "none") - kept,
-        head=CHUNK * config.vocab_size * 4 + config.vocab_size * config.dim * (4 + 2) + tokens * config.dim * 2,
+        head=CHUNK * config.vocab_size * (4 + 2) + config.vocab_size * config.dim * (4 + 2) + tokens * config.dim * 2,
     )
 
 

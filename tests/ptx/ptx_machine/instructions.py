@@ -38,7 +38,7 @@ class Instructions(Writer):
         if words[0] in BINARY:
             template = BINARY[words[0]]
         elif kind == "f":
-            template = FLOAT[words[0]]
+            template = FLOAT.get(f"{words[0]}.{words[1]}") or FLOAT[words[0]]
         else:
             template = INTEGER.get(f"{words[0]}.{words[1]}") or INTEGER[words[0]]
         wide = "wide" in words

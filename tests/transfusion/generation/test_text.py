@@ -24,7 +24,7 @@ from rigged import (
 )
 
 from transfusion.generation import TextSampling, generate
-from transfusion.generation.text import choose, token_probabilities
+from transfusion.generation.text import _drawn, choose, token_probabilities
 from transfusion.kernels.testing import judge
 from transfusion.sequence import Image
 
@@ -189,3 +189,12 @@ def test_logits_that_are_not_finite_are_refused():
         for sampling in (TextSampling(), TextSampling(1.0)):
             with pytest.raises(FloatingPointError, match="look for NaN"):
                 choose(logits, sampling, [torch.Generator(), torch.Generator()])
+
+
+def test_no_share_draws_a_token_that_is_cut(monkeypatch):
+    probabilities = torch.tensor([[0, 0.3, 0, 0.7, 0], [0.1] * 5, [torch.nan] * 5], dtype=torch.float64)
+    generators = [torch.Generator()] * 3
+    for share, wanted in ((0.0, [1, 0]), (0.3 - 1e-9, [1, 1]), (0.3 + 1e-9, [3, 1]), (1 - 2**-53, [3, 4])):
+        monkeypatch.setattr(torch, "rand", lambda *_, share=share, **__: torch.tensor(share, dtype=torch.float64))
+        drawn = _drawn(probabilities, generators).tolist()
+        assert drawn[:2] == wanted and 0 <= drawn[2] < 5
