@@ -157,10 +157,13 @@ def evaluate(arguments: Sequence[str]) -> int:
     """`transfusion eval --run DIR`."""
     import tyro
 
+    from transfusion.files import write_whole
     from transfusion.run import Run
     from transfusion.training.metrics import to_json
 
     options = tyro.cli(EvalOptions, args=list(arguments), prog="transfusion eval")
+    if options.draws < 1:  # before the distances, which take long
+        raise ValueError(f"--draws {options.draws}: there must be one at least; 8 is the usual number")
     run = Run.open(options.run)
     model = run.model(pick_device(options.device))
     distances = {}
@@ -169,7 +172,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         distances["image_distances"] = run.distances(model, *chosen)
     figures = run.evaluate(model, options.draws, options.seed) | distances
     result = to_json(figures, indent=2)
-    (options.run / "metrics.json").write_text(result + "\n")
+    write_whole(options.run / "metrics.json", result + "\n")
     print(result)
     return 0
 

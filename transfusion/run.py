@@ -28,7 +28,8 @@ from transfusion.data import (
 )
 from transfusion.data.config import check_sources
 from transfusion.data.documents import caption_image_length
-from transfusion.data.sources import SampleError, Split
+from transfusion.data.drafting import caption_ids
+from transfusion.data.sources import Split
 from transfusion.data.transforms import check_image_size
 from transfusion.diffusion.sampler import default_steps
 from transfusion.evaluation import (
@@ -244,16 +245,20 @@ class Run:
         texts = text_source(data, "test")
         if texts is not None:
             figures["text_held_out"] = text_figures(model, self.tokenizer, texts, data.loader.row_length)
-        beside = caption_image_length(0, image_tokens(self.latent_shape, data.loader.patch_size))
-        limit = data.loader.row_length - beside
         splits: tuple[tuple[Split, str], ...] = (("train", "images_train"), ("test", "images_held_out"))
         for split, name in splits:
             images = image_source(data, split)
             if images is not None:
                 size = data.loader.image_size
-                captions, latents, skipped = read_images(images, self.tokenizer, self.autoencoder, size, limit)
+                captions, latents, skipped = read_images(images, self.tokenizer, self.autoencoder, size, self._longest)
                 figures[name] = image_figures(model, captions, latents, draws, seed) | {"skipped": skipped}
         return figures
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of a caption that fits in a row beside its image."""
+        loader = self.config.data.loader
+        return loader.row_length - caption_image_length(0, image_tokens(self.latent_shape, loader.patch_size))
 
     def distances(
         self, model: Transfusion, features: str | Path, samples: int = 256, guidance_scale: float = 3.0, seed: int = 0
@@ -280,14 +285,15 @@ class Run:
         return {"split": split, **distances}
 
     def _read(self, split: Split, limit: int) -> tuple[list[str], list[torch.Tensor]]:
-        """Captions and pixels of those of `limit` images of `split`, spread evenly over it, that can be read."""
+        """Captions and pixels of `limit` images of `split`, spread evenly over it, but for those that are no use."""
         source = image_source(self.config.data, split)
         captions: list[str] = []
         pixels: list[torch.Tensor] = []
         if source is None:
             return captions, pixels
         for index in evenly(len(source), limit):
-            with contextlib.suppress(SampleError):
+            with contextlib.suppress(ValueError):  # a SampleError is one
+                caption_ids(self.tokenizer, source.captions[index], self._longest)
                 pixels.append(to_tensor(source[index].image, self.config.data.loader.image_size))
                 captions.append(source.captions[index])
         return captions, pixels

@@ -1,13 +1,18 @@
 """transfusion sample: images, captions, edits, continuations and stories from a run or a saved pipeline, as files."""
 
+import io
 import json
-import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from transfusion.files import write_whole
 
 if TYPE_CHECKING:
     from transfusion.generation import TransfusionPipeline
@@ -94,11 +99,19 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check_folder(out: Path) -> None:
-    """Raises `ValueError` where no folder `out` can be made or written to, while nothing is lost yet."""
+    """Raises `ValueError` where no folder `out` can be made or written to, while nothing is lost yet; leaves none."""
     there = next(path for path in (out, *out.parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        reason = "cannot be written to" if there.is_dir() else "is no folder"
-        raise ValueError(f"--out {out}: {there} {reason}; give another one")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"--out {out}: no folder that can be written to ({reason}); give another one") from error
+    finally:
+        for path in takewhile(lambda path: path != there, (out, *out.parents)):
+            with suppress(OSError):
+                path.rmdir()
 
 
 def with_model(options: SampleOptions) -> SampleOptions:
@@ -184,14 +197,16 @@ def write_samples(options: SampleOptions, pipeline: "TransfusionPipeline") -> li
     options.out.mkdir(parents=True, exist_ok=True)
     names = _names(jobs, done)
     for name, image in zip(names, done.images, strict=True):
-        image.save(options.out / name)
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        write_whole(options.out / name, buffer.getvalue())
     rows = [
         _row(job, options.seed + index, [names[part] if isinstance(part, int) else part for part in document])
         for index, (job, document) in enumerate(zip(jobs, done.documents, strict=True))
     ]
     settings = {"options": {name: str(value) for name, value in vars(options).items()}, "rows": rows}
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    (options.out / "settings.json").write_text(text, encoding="utf-8")
+    write_whole(options.out / "settings.json", text)
     _write_sheet(options, jobs, done, settings)
     return rows
 

@@ -7,6 +7,7 @@ who come at once wait for each other and the model runs for one of them at a tim
 """
 
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,12 @@ def serve(pipeline: "TransfusionPipeline", options: UiOptions, block: bool = Tru
 
     Raises `OSError` where the port is taken.
     """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((options.host, options.port))
+        except OSError as error:
+            raise OSError(f"--port {options.port} of {options.host}: {error.strerror}; give another one") from error
     blocks = page(pipeline)
     blocks.launch(
         server_name=options.host,
@@ -307,7 +314,7 @@ def _controls(gr: Any, pipeline: "TransfusionPipeline") -> tuple[list[Any], Any,
     """The settings, in the order of `settings_of`; of them the seed; and whether it moves on after each answer."""
     mode = gr.Radio(list(MODES), value="auto", label="What to make", info=MODES["auto"], elem_id="mode")
     with gr.Row():
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=80, elem_id="seed")
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=80, elem_id="seed")
         moves_on = gr.Checkbox(True, label="next seed after each", min_width=80)
     with gr.Accordion("Images"):
         guidance = gr.Slider(1.0, 10.0, 3.0, step=0.1, label="Guidance scale", info="1 is none")

@@ -107,7 +107,7 @@ def test_eval_refuses_a_file_without_features_before_it_measures(
 
 def test_eval_needs_a_draw(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", "--run", str(run), "--draws", "0"]) == 2
-    assert capsys.readouterr().err.endswith("draws must be at least 1, got 0; 8 is the usual number\n")
+    assert capsys.readouterr().err.endswith("--draws 0: there must be one at least; 8 is the usual number\n")
 
 
 def test_a_run_with_another_config_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

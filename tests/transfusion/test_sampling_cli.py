@@ -1,8 +1,10 @@
 """`transfusion sample` on a saved pipeline: every kind of row, the files it writes, and every mistake in one line."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import rigged
@@ -10,6 +12,7 @@ from PIL import Image
 
 from transfusion import cli
 from transfusion.data import PixelAutoencoder, Tokenizer
+from transfusion.files import write_whole
 from transfusion.generation import TransfusionPipeline
 from transfusion.generation.sheet import Card, write_sheet
 
@@ -94,10 +97,11 @@ def test_equal_prompts_and_those_in_other_scripts_are_all_kept(folder, tmp_path)
 def test_a_folder_that_cannot_be_written_to_fails_before_any_work(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(TransfusionPipeline, "from_pretrained", None)
     (tmp_path / "file").write_text("kept")
-    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "dangling"):
         assert cli.main(["sample", "--model", str(folder / "pipe"), "--prompt", "red", "--out", str(out)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line == f"transfusion sample: --out {out}: {tmp_path / 'file'} is no folder; give another one"
+        assert line.startswith(f"transfusion sample: --out {out}: no folder that can be written to (")
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -123,6 +127,23 @@ def test_mistakes_end_with_one_line_and_write_nothing(folder, tmp_path, capsys, 
     assert cli.main([*options, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_names_that_are_no_unicode_are_kept(folder, tmp_path):
+    picture = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    Image.new("RGB", (16, 16), "red").save(picture)
+    out = tmp_path / "out"
+    status, settings = sample(folder, out, "--image", str(picture), "--max-tokens", "2")
+    (row,) = settings["rows"]
+    assert status == 0 and row["image"] == str(picture) and (out / "sheet.html").is_file()
+
+
+def test_what_was_there_outlives_a_full_disk(tmp_path, monkeypatch):
+    write_whole(tmp_path / "a.json", "old")
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "a.json", "new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.json", "old")]
 
 
 def test_a_folder_that_is_no_pipeline(tmp_path, capsys):

@@ -285,6 +285,9 @@ def sample(
         latents = scheduler.step(unit * prediction, moment, latents, **options, return_dict=False)[0]
         latents = latents if on_step_end is None else on_step_end(step, moment, latents)
     health.check()
+    if not latents.isfinite().all():
+        made = "on_step_end" if on_step_end else type(scheduler).__name__
+        raise FloatingPointError(f"the latents after the last of {len(moments)} denoising steps are not finite: {made}")
     return latents if known is None else torch.where(known.unknown, latents, known.latents.float())
 
 
@@ -357,7 +360,8 @@ class _Health:
             f"the prediction of {where} is not finite; look for NaN in the weights, or for guidance or a precision "
             "that overflows"
             if latents
-            else f"the latents that {self._name} hands to {where} are not finite; take more steps or another scheduler"
+            else f"the latents that {self._name} hands to {where} are not finite; take more steps, another scheduler, "
+            "or look at what on_step_end makes of them"
         )
 
 

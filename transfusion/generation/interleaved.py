@@ -221,10 +221,10 @@ def _draw(plan: _Plan, drawing: list[_Group]) -> list[tuple[list[_Row], Rows, Te
     rows, state = [row for group, _ in drawing for row in group], Rows.stack([each for _, each in drawing])
     state.next(torch.tensor([plan.model.config.special.boi]).expand(len(rows)))
     generators = [row.image_generator() for row in rows]
-    noise = torch.stack([torch.randn(plan.latent_shape, generator=generator) for generator in generators])
+    drawn = [torch.randn(plan.latent_shape, generator=each, dtype=torch.float32) for each in generators]
     latents = sample(
         _predictor(plan, state),
-        noise.to(state.device),
+        torch.stack(drawn).to(state.device),
         schedule=plan.model.config.schedule,
         scheduler=plan.scheduler,
         steps=plan.steps,

@@ -43,8 +43,9 @@ def to_unknown(mask: Any, picture: Any, size: tuple[int, int], latent_size: tupl
     """A mask, white or 1 where to paint -> (1, h, w) bool. A latent is painted where any pixel of it is to be, however
     small in a large mask.
 
-    mask: a PIL image or a file of the size of `picture`, whatever that is, and cropped with it; or a tensor (H, W) in
-    [0, 1] of the model's `size`, in which what is left of the picture is meant. Raises `ValueError` for another size.
+    mask: a PIL image or a file of the size of `picture`, whatever that is, and cropped with it, where what is
+    transparent is not marked; or a tensor (H, W) in [0, 1] of the model's `size`, in which what is left of the
+    picture is meant. Raises `ValueError` for another size.
     """
     if isinstance(mask, Tensor):
         if tuple(mask.shape) != size:
@@ -61,7 +62,8 @@ def to_unknown(mask: Any, picture: Any, size: tuple[int, int], latent_size: tupl
                 "not be what is painted: give a mask of the image's size"
             )
         left, top, right, bottom = window(upright.size, size)
-        marked = torch.from_numpy(np.array(upright.convert("L"))).float()[None] / 255
+        levels, seen = upright_rgb(_opened(mask)).convert("L"), upright.convert("RGBA").getchannel("A")
+        marked = torch.from_numpy(np.array(levels) / 255 * (np.array(seen) / 255)).float()[None]
         white = marked[:, math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)]
     return functional.adaptive_max_pool2d(white, latent_size) >= 0.5
 

@@ -105,6 +105,7 @@ class TransfusionPipeline:
                 "DiffusersAutoencoder; save the model and the tokenizer by themselves"
             )
         folder = Path(path)
+        (folder / CONFIG).unlink(missing_ok=True)  # of what was here: a mixture of two would pass for one
         self.model.save_pretrained(folder)
         self.tokenizer.save(folder / TOKENIZER)
         kind = "pixels"
@@ -130,8 +131,14 @@ class TransfusionPipeline:
         if config.autoencoder not in ("pixels", VAE):
             raise ValueError(f"{folder / CONFIG}: autoencoder={config.autoencoder!r} must be 'pixels' or {VAE!r}")
         in_pixels = config.autoencoder == "pixels"
+        if not (in_pixels or (folder / VAE).is_dir()):
+            raise FileNotFoundError(f"{folder} has no {VAE}/, of which its {CONFIG} speaks")
         autoencoder = PixelAutoencoder() if in_pixels else DiffusersAutoencoder(folder / VAE, device)
         model, tokenizer = Transfusion.from_pretrained(folder, device, dtype), Tokenizer.load(folder / TOKENIZER)
+        if tokenizer.special != model.config.special:
+            raise ValueError(
+                f"{folder}: the tokenizer's special tokens are {tokenizer.special}, the model's {model.config.special}"
+            )
         return TransfusionPipeline(model.eval(), tokenizer, autoencoder, config.latent_shape, config.max_length)
 
     # ---------------------------------------------------------------- the call

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transfusion.files import write_whole
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -59,7 +61,7 @@ def write_sheet(path: Path, title: str, cards: Sequence[Card], settings: dict[st
     """Writes the page, pictures and all."""
     shown = json.dumps(settings, indent=2, ensure_ascii=False)
     page = _PAGE.format(title=html.escape(title), cards="\n".join(map(_card, cards)), settings=html.escape(shown))
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
 
 
 def _card(card: Card) -> str:

@@ -171,6 +171,58 @@ def test_a_mask_tensor_lies_within_0_and_1(value):
         to_unknown(torch.full((32, 32), value), None, (32, 32), (16, 16))
 
 
+def test_a_mask_marks_by_levels_of_any_depth_and_where_it_is_seen():
+    picture = Pil.new("RGB", (8, 8))
+    for level, marked in ((20_000, 0), (50_000, 64)):
+        deep = Pil.fromarray(np.full((8, 8), level, dtype=np.uint16))
+        assert to_unknown(deep, picture, (8, 8), (8, 8)).sum() == marked
+    seen = np.full((8, 8, 4), 255, dtype=np.uint8)
+    seen[3:, :, 3] = 0
+    assert (
+        to_unknown(Pil.fromarray(seen, "RGBA"), picture, (8, 8), (8, 8))[0].any(1).tolist() == [True] * 3 + [False] * 5
+    )
+    with pytest.raises(ValueError, match="mode 'F' have no range"):
+        to_unknown(Pil.fromarray(np.ones((8, 8), dtype=np.float32)), picture, (8, 8), (8, 8))
+
+
+def test_noise_is_of_the_seed_whatever_torchs_default(pipeline):
+    wanted = pipeline(prompt="red", seed=3, num_inference_steps=2, output_type="pt").images
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = pipeline(prompt="red", seed=3, num_inference_steps=2, output_type="pt").images
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (found[0] - wanted[0]).abs().max() < 1e-4
+
+
+def test_latents_that_end_without_numbers_are_no_picture(pipeline):
+    def last(pipe, step, timestep, values):
+        return {"latents": values["latents"] * (torch.nan if step == 1 else 1)}
+
+    with pytest.raises(FloatingPointError, match="after the last of 2 denoising steps are not finite: on_step_end"):
+        pipeline(prompt="red", num_inference_steps=2, callback_on_step_end=last)
+
+
+def test_a_folder_of_two_pipelines_is_none(pipeline, tmp_path, monkeypatch):
+    pipeline.save_pretrained(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            pipeline.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no saved pipeline"):
+        TransfusionPipeline.from_pretrained(tmp_path)
+    pipeline.save_pretrained(tmp_path)
+    text = (tmp_path / "pipeline.toml").read_text()
+    (tmp_path / "pipeline.toml").write_text(text.replace('"pixels"', '"vae"'))
+    with pytest.raises(FileNotFoundError, match="has no vae/"):  # nor is a hub asked for one of that name
+        TransfusionPipeline.from_pretrained(tmp_path)
+    (tmp_path / "pipeline.toml").write_text(text)
+    config = (tmp_path / "config.toml").read_text()
+    (tmp_path / "config.toml").write_text(config.replace("boi = 3", "boi = 9"))
+    with pytest.raises(ValueError, match="the tokenizer's special tokens are"):
+        TransfusionPipeline.from_pretrained(tmp_path)
+
+
 def test_levels_of_16_bits_are_scaled(tmp_path):
     levels = np.array([[0, 257 * 100], [257 * 200, 65535]], dtype=np.uint16)
     pixels = to_pixels(Pil.fromarray(levels), (2, 2))
