@@ -2,6 +2,7 @@ import json
 import logging
 import random
 from itertools import islice
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -91,6 +92,29 @@ def test_cached_latents_are_those_of_encoding_on_the_fly_bit_for_bit(folder, vae
     for a, b in zip(direct, cached, strict=True):
         assert a.num_images > 0 and torch.equal(a.latents, b.latents) and torch.equal(a.token_ids, b.token_ids)
     assert [name for name, _ in cached_loader.skipped] == [str(folder / "4.png")]
+
+
+def test_a_gpu_encodes_beside_the_training_step(folder, vae, monkeypatch):
+    """On the step's own stream every image would wait for all that is queued there."""
+    loader = _loader(folder, vae)
+    wanted = loader.batch(0).latents
+    monkeypatch.setattr(type(vae), "device", property(lambda self: torch.device("cuda:1")))
+    monkeypatch.setattr(torch, "cuda", MagicMock())
+    inside = []
+    torch.cuda.stream.return_value.__enter__ = lambda each: inside.append(1)
+    torch.cuda.stream.return_value.__exit__ = lambda each, *error: inside.pop() and None
+    genuine = vae.encode
+
+    def encode(images, draws):
+        assert inside == [1]
+        with monkeypatch.context() as patch:
+            patch.setattr(type(vae), "device", property(lambda self: self._vae.device))
+            return genuine(images, draws)
+
+    monkeypatch.setattr(vae, "encode", encode)
+    assert torch.equal(loader.batch(0).latents, wanted) and not inside
+    torch.cuda.Stream.assert_called_once_with(torch.device("cuda:1"))
+    assert torch.cuda.stream.call_args.args == (torch.cuda.Stream.return_value,)
 
 
 def test_sampling_differs_from_the_mode_and_between_uses(folder, vae):
