@@ -133,7 +133,7 @@ class Attention(nn.Module):
             turning = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
         q, k = rotate(turning, cos, sin).transpose(1, 2).split([self.heads, self.kv_heads], dim=1)
         v = v.transpose(1, 2)
-        attended = attend(q, k, v, impl) if attend else transfusion_attention(q, k, v, mask, impl=impl)
+        attended = attend(q, k, v, impl) if attend is not None else transfusion_attention(q, k, v, mask, impl=impl)
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
