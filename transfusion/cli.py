@@ -225,6 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"transfusion {given[0]}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\ntransfusion {given[0]}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _is_refusal(error: RuntimeError) -> bool:

@@ -14,6 +14,7 @@ from transfusion import cli
 from transfusion.data import image_source, to_tensor
 from transfusion.evaluation import image_distances
 from transfusion.evaluation.metrics import image_figures
+from transfusion.generation import TransfusionPipeline
 from transfusion.kernels import registry
 from transfusion.run import Run
 
@@ -162,6 +163,14 @@ def test_a_device_that_is_not_there_is_named(
     assert cli.pick_device("auto") == ("cuda" if devices else "cpu") and cli.pick_device("cpu") == "cpu"
     assert current == []
     assert not devices or (cli.pick_device("cuda:1") == "cuda:1" and current == ["cuda:1"])
+
+
+def test_an_interrupt_is_a_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TransfusionPipeline, "__call__", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["sample", "--run", str(run), "--prompt", "red", "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err.endswith("\ntransfusion sample: interrupted\n")
 
 
 def test_every_command_names_a_device_that_is_not_there(

@@ -1,7 +1,8 @@
 """What a call of the pipeline is given, row by row, and what it gives back."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -119,12 +120,14 @@ class StopStrings:
         if not all(strings):
             raise ValueError("a stop string is empty; every text would end at it")
         self._tokenizer, self.strings = tokenizer, strings
-        # a token says at least one byte, so a string lies within as many tokens as it has bytes
+        # a token says at least one byte, but for the special ones: within so many others a string lies
         self._reach = max((len(string.encode()) for string in strings), default=0)
+        self._silent = frozenset(astuple(tokenizer.special))
 
     def reached(self, token_ids: Sequence[int]) -> bool:
         """Whether the last tokens say one of the strings."""
-        tail = self._tokenizer.decode(token_ids[-self._reach :])
+        speaking = (token for token in reversed(token_ids) if token not in self._silent)
+        tail = self._tokenizer.decode(list(islice(speaking, self._reach))[::-1])
         return any(string in tail for string in self.strings)
 
     def cut(self, text: str) -> str:

@@ -171,6 +171,8 @@ def test_stop_strings_end_a_text_before_them(pipeline, monkeypatch):
 
 def test_a_stop_string_may_lie_across_tokens_and_letters(pipeline):
     stops = StopStrings(pipeline.tokenizer, ("né", "zz"))
+    first, *others = pipeline.tokenizer.encode("né").tolist()
+    assert others and stops.reached([first, *[pipeline.tokenizer.special.pad] * 9, *others])  # which says nothing
     ids = pipeline.tokenizer.encode("xx né y").tolist()
     assert [stops.reached(ids[:count]) for count in range(1, len(ids) + 1)].index(True) == len(ids) - 3
     assert stops.cut("a zz né") == "a " and stops.cut("nothing") == "nothing"
