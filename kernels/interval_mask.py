@@ -161,6 +161,8 @@ class IntervalMask:
             raise ValueError(
                 f"{prefix_lengths.shape[0]} prefix_lengths for a mask of {new.batch_size} rows; give one for each"
             )
+        if num_keys < 1:
+            raise ValueError(f"a cache holds at least one key, got num_keys={num_keys}")
         key = torch.arange(num_keys, device=new.query_start.device)[None]
         if new.num_queries == new.num_keys == 1:  # a step of decoding: few launches, for it waits for them
             hidden = key > prefix_lengths[:, None] - new.query_start

@@ -15,7 +15,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -149,7 +149,19 @@ def write_junit(rows: Sequence[Row], file: Path) -> None:
         case = ElementTree.SubElement(suite, "testcase", classname=row.op, name=name)
         if not row.passed:
             ElementTree.SubElement(case, "failure", message="error above bound").text = format_row(row)
-    ElementTree.ElementTree(suite).write(file, encoding="utf-8", xml_declaration=True)
+    file.write_bytes(ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))
+
+
+def _check_report(parser: argparse.ArgumentParser, file: Path) -> None:
+    """Ends the command, with status 2, where no report can be written; one that is there stays till then."""
+    there = file.exists()
+    try:
+        with open(file, "ab"):
+            pass
+        if not there:
+            file.unlink()
+    except OSError as error:
+        parser.error(f"--junit {file}: {error.strerror}; name a file in a folder that can be written to")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -178,23 +190,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "transfusion.kernels.verify", *arguments]
         sys.stdout.flush()
         os.execve(sys.executable, command, environment)  # in this process's place: who ends it ends the checks
-    aside = Path(f"{options.junit}.tmp") if options.junit else None
+    if options.junit:  # before the checks: they take minutes
+        _check_report(parser, Path(options.junit))
     try:
-        if aside:  # before the checks: they take minutes
-            aside.touch()
         rows = _printed(options)
-        if aside:
-            write_junit(rows, aside)
-            os.replace(aside, options.junit)
-    except OSError as error:
-        parser.error(f"--junit {options.junit}: {error.strerror}; name a file in a folder that can be written to")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    finally:
-        if aside:
-            with suppress(OSError):
-                aside.unlink()
+    if options.junit:
+        write_junit(rows, Path(options.junit))
     failed = sum(not row.passed for row in rows)
     print(f"\n{len(rows) - failed} passed, {failed} failed")
     return 1 if failed else 0

@@ -276,7 +276,12 @@ def save(config: Any, path: Path) -> None:
     """Writes `config` as TOML."""
     import tomli_w
 
-    path.write_bytes(tomli_w.dumps(to_dict(config)).encode())
+    try:
+        content = tomli_w.dumps(to_dict(config)).encode()
+    except UnicodeEncodeError as error:
+        name = error.object[max(error.start - 40, 0) : error.end + 20]
+        raise ValueError(f"{path.name} cannot hold a name that is no Unicode: ...{name!r}...; rename it") from error
+    path.write_bytes(content)
 
 
 def read(path: Path) -> dict[str, Any]:

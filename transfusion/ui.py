@@ -96,12 +96,14 @@ def serve(pipeline: "TransfusionPipeline", options: UiOptions, block: bool = Tru
 
     Raises `OSError` where the port is taken.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((options.host, options.port))
-        except OSError as error:
-            raise OSError(f"--port {options.port} of {options.host}: {error.strerror}; give another one") from error
+    if not 0 < options.port < 2**16:
+        raise ValueError(f"--port {options.port} is no port; give one of 1 to 65535")
+    host = options.host.strip("[]")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, options.port), family=family).close()
+    except OSError as error:
+        raise OSError(f"--port {options.port} of {options.host}: {error.strerror}; give another one") from error
     blocks = page(pipeline)
     blocks.launch(
         server_name=options.host,

@@ -157,17 +157,19 @@ def prepare_attention(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    needs_grad: bool | None = None,
     impl: str = "auto",
 ) -> None:
     """Makes what attention of q (batch, heads, N, head_dim) over k (batch, kv_heads, M, head_dim) keeps with `mask`.
 
     The first call makes it anyway, but a layer that is compiled and checkpointed may only read it: torch.compile takes
-    no change from inside `torch.utils.checkpoint`. With gradients enabled, tiles of the backward are made too. dtype is
-    that of q; under autocast, autocast's. Raises as `transfusion_attention` does where `impl` cannot run.
+    no change from inside `torch.utils.checkpoint`. needs_grad: make tiles of the backward too; by default where
+    gradients are enabled. dtype is that of q; under autocast, autocast's. Raises as `transfusion_attention` does where
+    `impl` cannot run.
     """
     if dtype != torch.float64:
         dtype = autocast_dtype(mask.device) or dtype
-    needs_grad = torch.is_grad_enabled()
+    needs_grad = torch.is_grad_enabled() if needs_grad is None else needs_grad
     call = {"head_dim": head_dim, "return_lse": False, "needs_grad": needs_grad}
     name = choose(OP, impl, device=mask.device, dtype=dtype, **call)
     if name == "triton":

@@ -76,7 +76,7 @@ def token_shape(latents: Tensor, planes: Tensor | None, channels: int, patch_siz
 
 def check_latents(latents: Latents, patch_size: int) -> None:
     """Raises unless `latents` are ragged, or floating point (I, C, h, w) not empty, and patches tile every image."""
-    if not isinstance(patch_size, int | torch.SymInt):
+    if not hasattr(patch_size, "__index__"):
         raise TypeError(f"patch_size={patch_size!r} must be a whole number")
     if patch_size < 1:
         raise ValueError(f"patch_size={patch_size} must be at least 1")

@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from einops import rearrange
@@ -314,3 +315,9 @@ def test_bad_calls(changes: dict[str, Any], error: type[Exception], message: str
 def test_is_registered() -> None:
     assert op.OP.cuda_order == ("triton", "reference")
     assert op.OP.order(torch.device("cpu")) == ("reference",)
+
+
+def test_a_patch_size_of_any_whole_kind() -> None:
+    latents, weights = torch.randn(2, 3, 8, 8), torch.ones(2)
+    tokens = [patchify_noise(latents, weights, weights, size, seed=torch.tensor(7)) for size in (2, np.int64(2))]
+    assert torch.equal(*tokens)

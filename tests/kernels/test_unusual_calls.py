@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from transfusion.kernels import IntervalMask, RaggedLatents, interval_mask, transfusion_attention, tuning
+from transfusion.kernels import IntervalMask, RaggedLatents, interval_mask, registry, transfusion_attention, tuning
 from transfusion.kernels.testing import poison_empty
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,8 +120,8 @@ def test_one_graph_for_all_lengths() -> None:
         assert counter.frame_count == 1
 
 
-def test_no_number_stays_in_its_document() -> None:
-    """Also where documents of a batch go through together, some of them padded."""
+def test_no_number_stays_in_its_piece() -> None:
+    """Also where documents of a batch go through together, some of them padded; short ones are one piece."""
     mask = IntervalMask.stack([IntervalMask.from_spans(192, documents=[40, 60, 92], device=DEVICE)] * 2)
     q, k, v = torch.randn(3, 2, 2, 192, 16, device=DEVICE).unbind()
     broken = torch.zeros(192, dtype=torch.bool, device=DEVICE)
@@ -142,6 +142,12 @@ def test_no_rows_at_all() -> None:
     q = torch.randn(0, 2, 24, 16, device=DEVICE)
     for impl in ("triton", "reference", "sdpa"):
         assert transfusion_attention(q, q, q, IntervalMask(nothing, nothing + 1, 24), impl=impl).shape == q.shape
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_stand_ins_of_a_gpu_need_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "TRITON_INTERPRET", False)
+    assert registry.triton_reasons(device=torch.device("cuda:0"), dtype=torch.float16) == []
 
 
 def test_autocast_casts_what_torch_would() -> None:

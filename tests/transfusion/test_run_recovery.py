@@ -24,6 +24,7 @@ from transfusion.evaluation import evenly
 from transfusion.model.flops import codec_flops
 from transfusion.run import CHECKPOINTS, STEP, Run
 from transfusion.run_config import MODEL, RunConfig, with_saved_model
+from transfusion.training.metrics import DataErrors, read_log
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
@@ -125,6 +126,25 @@ def test_what_a_source_skips_is_counted_once_however_often_the_run_begins(folder
         assert sorted(line["sample"] for line in lines) == [f"{folder}/gone.png", f"{folder}/teal.png"]
         log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
         assert len(log) == int(steps) and log[-1]["skipped_samples"] == 2
+
+
+def test_a_folder_whose_name_is_no_unicode_is_told_of_before_training(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(os.fsdecode(os.fsencode(tmp_path) + b"/im\xffages"))
+    shutil.copytree(folder, other)
+    assert train(tmp_path / "run", other) == 2
+    assert "config.toml.tmp cannot hold a name that is no Unicode" in capsys.readouterr().err
+
+
+def test_what_a_kill_cut_short_is_mended(tmp_path: Path) -> None:
+    file = tmp_path / "data_errors.jsonl"
+    for number in range(3):
+        errors = DataErrors(file)
+        errors.add(number, [[("a\u2028\udcff.png", "no image"), (f"{number}.png", "no image")]])
+        with open(file, "a") as log:
+            log.write('{"step": 1, "ra')
+    assert [line["sample"] for line in read_log(file)] == ["a\u2028\udcff.png", "0.png", "1.png", "2.png"]
 
 
 def test_ids_that_the_tokenizer_does_not_have_are_refused(

@@ -111,7 +111,7 @@ class Drafter:
                 ids = caption_ids(self.tokenizer, caption, self.max_caption_tokens)
                 size = self.sizes[0] if len(self.sizes) == 1 else nearest_size(*images[index].size, self.sizes)
             except ValueError as error:  # a SampleError is one
-                self.skip(source, images.names[index], error.reason if isinstance(error, SampleError) else str(error))
+                self.skip(source, *_told(images, index, error))
             else:
                 yield index, ids, size
 
@@ -132,6 +132,15 @@ class Drafter:
 
     def _length(self, caption: Tensor, size: Size) -> int:
         return caption_image_length(len(caption), self._patches(size))
+
+
+def _told(images: ImageSource, index: int, error: ValueError) -> tuple[str, str]:
+    """Sample `index` as messages name it, and why it cannot be used."""
+    try:
+        name = images[index].name
+    except SampleError as unreadable:
+        name = unreadable.name
+    return name, error.reason if isinstance(error, SampleError) else str(error)
 
 
 def _draft_length(draft: Draft) -> int:

@@ -151,7 +151,7 @@ class Loader:
         encoder: Autoencoder = PixelAutoencoder() if autoencoder is None else autoencoder
         self._reader = ImageReader(encoder, cache, config.workers, config.sample_latents)
         self._skipped: dict[tuple[str, str], str] = {}
-        self._unreadable: dict[tuple[str, str], SampleError] = {}
+        self._unreadable: dict[tuple[str, str], str] = {}  # not the errors: these hold what was being decoded
         if not config.aspect_ratios:
             check_image_size(config.image_size, encoder.downscale, config.patch_size)
         pixels = encoder.downscale * config.patch_size
@@ -319,7 +319,7 @@ class Loader:
         for draft in wanted:
             error = contents[id(draft)]
             if isinstance(error, SampleError):
-                self._unreadable[draft.key] = error
+                self._unreadable[draft.key] = str(error)
                 self._skip(draft.key[0], error.name, error.reason)
         found = [contents.get(id(draft)) for draft in drafts]
         return [None if isinstance(content, SampleError) else content for content in found]

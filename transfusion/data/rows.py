@@ -58,7 +58,7 @@ class PlannedRows(Generic[T]):
 
     def restore(self, state: list[int]) -> None:
         """Nothing to restore."""
-        if len(state) == _STREAM_STATE:
+        if len(state) >= _STREAM_STATE - 1:
             raise ValueError("the state is of a stream, but this source is map-style: the data config has changed")
 
     def change(self, state: list[int]) -> str:
@@ -127,16 +127,17 @@ class StreamRows(Generic[S, T]):
 
     def restore(self, state: list[int]) -> None:
         """Reads the block of `state` when its first row is asked for."""
-        if len(state) != _STREAM_STATE:
+        if len(state) < _STREAM_STATE - 1:
             raise ValueError(f"the state {state} is of a map-style source, but this one is a stream")
-        row, number, epoch, place, cursor, _ = state
+        row, number, epoch, place, cursor = state[: _STREAM_STATE - 1]
         self._start = [row, number, 0, 0, 0]
         self._next = [epoch + 1, 0, 0] if self.change(state) else [epoch, place, cursor]
         self._deck, self._rows = [], []
 
     def change(self, state: list[int]) -> str:
         """A cursor into a shard is worth nothing in another one, or in one that was written anew."""
-        return "" if state[5] == self._stream.identity else "its shards are others; its next epoch begins"
+        known = state[_STREAM_STATE - 1 :]  # which checkpoints before this was kept do not say
+        return "" if known in ([], [self._stream.identity]) else "its shards are others; its next epoch begins"
 
     def _read_up_to(self, index: int) -> None:
         assert index >= self._start[0], f"row {index} is before the block that starts at {self._start[0]}"

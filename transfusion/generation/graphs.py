@@ -9,6 +9,7 @@ from torch import Tensor
 # Calls before the capture: Triton compiles and PyTorch picks its algorithms, and what is called no more often than this
 # (a token of one row, say) is not worth a graph.
 EAGER = 2
+_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 _ONE_AT_A_TIME = threading.Lock()  # a capture begins with a wait for the device, which breaks another that is under way
 
 
@@ -52,7 +53,10 @@ class Replayed:
         graph = torch.cuda.CUDAGraph()
         # Left alone, torch captures on a stream of the device that was current at the first capture of all: the graph
         # of another would be empty. "thread_local": what other threads do on the GPU meanwhile is no part of it.
-        stream = torch.cuda.Stream(device)
-        with _ONE_AT_A_TIME, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._result = function(*self._arguments)
+        # One for all captures: of a device's 32 streams a new one would in time be one that a loader's thread works on.
+        with _ONE_AT_A_TIME:
+            if device not in _STREAMS:
+                _STREAMS[device] = torch.cuda.Stream(device)
+            with torch.cuda.graph(graph, stream=_STREAMS[device], capture_error_mode="thread_local"):
+                self._result = function(*self._arguments)
         return graph

@@ -203,9 +203,10 @@ def _write(plan: _Plan, rows: list[_Row], state: Rows, logits: Tensor) -> list[_
     drawing: list[_Group] = []
     going = list(range(len(rows)))
     while True:
-        tokens, logprobs = choose(logits, plan.sampling, [row.generator for row in rows])
-        for i in going:
-            rows[i].add_token(tokens[i], logprobs[i])
+        theirs = logits if len(going) == len(rows) else logits[going]  # who rests draws nothing
+        tokens, logprobs = choose(theirs, plan.sampling, [rows[i].generator for i in going])
+        for i, token, logprob in zip(going, tokens, logprobs, strict=True):
+            rows[i].add_token(token, logprob)
         drawing += _those(rows, state, [i for i in going if rows[i].wants_image])
         going = [i for i in going if not (rows[i].finish or rows[i].wants_image)]
         if not going:

@@ -82,7 +82,7 @@ def _with_gradients(
         if for_weight and weight.dtype == exact:
             summed.addmm_(grad_logits.T, part, alpha=1 / rows)
         elif for_weight:
-            summed.add_(grad_logits.T @ part, alpha=1 / rows)
+            summed += torch.addmm(weight, grad_logits.T, part, beta=0, alpha=1 / rows)  # scaled before it is rounded
         del log_p, grad_logits  # before the next chunk's are made
     return losses.mean(), grad_hidden, summed.to(weight.dtype)
 

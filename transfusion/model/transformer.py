@@ -189,7 +189,8 @@ class Transformer(nn.Module):
         if cache is None:  # here, for a compiled block under checkpointing may only read what is kept with the mask
             heads, kv_heads, head_dim = self.config.heads, self.config.num_kv_heads, self.config.head_dim
             sizes = {"batch": len(x), "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-            prepare_attention(mask, dtype=x.dtype, impl=impl, **sizes)
+            trains = torch.is_grad_enabled() and (x.requires_grad or self.norm.weight.requires_grad)
+            prepare_attention(mask, dtype=x.dtype, needs_grad=trains, impl=impl, **sizes)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, mask, impl, None if cache is None else partial(cache.attend, layer))
         return self.norm(x)

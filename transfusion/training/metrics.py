@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from transfusion.files import write_whole
+
 
 class Sink(Protocol):
     """Somewhere that scalars and pictures go."""
@@ -54,22 +56,28 @@ class DataErrors:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known = {(line["sample"], line["reason"]) for line in read_log(path)}
+        self._kept: list[dict[str, Any]] | None = read_log(path)
+        self._known = {line["sample"] for line in self._kept}
 
-    def add(self, step: int, found: Sequence[Sequence[tuple[str, str]]]) -> int:
-        """Adds what each rank found, (sample, reason), at `step`. -> how many there are."""
-        with open(self._path, "a", encoding="utf-8") as file:
+    def add(self, step: int, found: Sequence[Sequence[tuple[str, str]]]) -> None:
+        """Adds what each rank found, (sample, reason), at `step`."""
+        if self._kept is not None:  # without the last line, where a kill cut it
+            write_whole(self._path, "".join(map(_as_line, self._kept)))
+            self._kept = None
+        with open(self._path, "a", encoding="utf-8", errors="backslashreplace") as file:
             for rank, errors in enumerate(found):
                 for sample, reason in errors:
-                    if (sample, reason) not in self._known:
-                        self._known.add((sample, reason))
-                        line = {"step": step, "rank": rank, "sample": sample, "reason": reason}
-                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        return len(self)
+                    if sample not in self._known:
+                        self._known.add(sample)
+                        file.write(_as_line({"step": step, "rank": rank, "sample": sample, "reason": reason}))
 
     def __len__(self) -> int:
         """Samples in the file."""
         return len(self._known)
+
+
+def _as_line(error: dict[str, Any]) -> str:
+    return json.dumps(error, ensure_ascii=False) + "\n"
 
 
 class TensorBoard:
@@ -217,7 +225,9 @@ def to_json(values: dict[str, Any], indent: int | None = None) -> str:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a `log.jsonl`, null as NaN; a last line cut off by a kill is left out."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+        if not line:
+            continue
         try:
             found = json.loads(line)
             lines.append({name: math.nan if value is None else value for name, value in found.items()})

@@ -107,6 +107,11 @@ def test_states_of_another_kind_of_source_are_refused():
     planned.restore(planned.state(5))
     with pytest.raises(ValueError, match="map-style"):
         planned.restore([0] * 6)
+    old = _stream_rows(Numbers(13, 17), 3)
+    state = old.state(4)[:5]  # of a checkpoint that says nothing of the shards
+    again = _stream_rows(Numbers(13, 17), 3)
+    again.restore(state)
+    assert not again.change(state) and _documents(again, range(4, 9)) == _documents(old, range(4, 9))
     with pytest.raises(ValueError, match="stream"):
         _stream_rows(Numbers(3), 0).restore([])
 

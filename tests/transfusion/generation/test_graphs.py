@@ -10,10 +10,11 @@ import pytest
 import torch
 from rigged import BOI, EOS, SHAPE, contexts, options_of, paint, random_model, write
 
-from transfusion.generation import Guidance, generate, interleaved
+from transfusion.generation import Guidance, generate, graphs, interleaved
 from transfusion.generation.cache import KVCache
 from transfusion.generation.graphs import Replayed
 from transfusion.generation.rows import Denoiser, Rows, inference
+from transfusion.generation.text import TextSampling
 
 
 @pytest.fixture
@@ -93,6 +94,7 @@ def test_caches_and_graphs_die_with_the_call_that_made_them(seed):
 def second_gpu(monkeypatch):
     """A tensor of cuda:1, and a `torch.cuda` that takes notes."""
     monkeypatch.setattr(torch, "cuda", MagicMock())
+    monkeypatch.setattr(graphs, "_STREAMS", {})
     tensor = MagicMock()
     tensor.device = torch.device("cuda:1")
     return tensor
@@ -137,6 +139,20 @@ def test_one_capture_at_a_time(second_gpu):
     for thread in threads:
         thread.join()
     assert most == [1] * 4
+
+
+def test_who_rests_draws_nothing(seed, monkeypatch):
+    """What a row writes after its image is its own seed's, however long it waited for the others before."""
+    model = random_model(seed).double()
+    requests = [paint(*context, tokens=12, images=3, seed=seed + i) for i, context in enumerate(contexts() * 2)]
+    options = options_of(model, sampling=TextSampling(2.0))
+
+    def results(requests):
+        return [each.token_ids.tolist() for each in generate(model, requests, **options)]
+
+    alone = [row for request in requests for row in results([request])]
+    monkeypatch.setattr(interleaved, "is_replayed", lambda device: True)
+    assert results(requests) == alone
 
 
 def test_rows_that_are_done_rest_until_half_are(seed, monkeypatch):
