@@ -280,7 +280,8 @@ def save(config: Any, path: Path) -> None:
         content = tomli_w.dumps(to_dict(config)).encode()
     except UnicodeEncodeError as error:
         name = error.object[max(error.start - 40, 0) : error.end + 20]
-        raise ValueError(f"{path.name} cannot hold a name that is no Unicode: ...{name!r}...; rename it") from error
+        file = path.name.removesuffix(".tmp")
+        raise ValueError(f"{file} cannot hold a name that is no Unicode: ...{name!r}...; rename it") from error
     path.write_bytes(content)
 
 

@@ -135,3 +135,11 @@ def test_peak_memory_is_that_of_a_chunk():
     all_logits = 4096 * 16000 * 4
     assert peak("plain") > all_logits
     assert peak("256") < 0.4 * all_logits
+
+
+def test_float16_does_not_overflow_in_sums_over_rows() -> None:
+    hidden = torch.full((1024, 8), 100.0, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(16, 8, dtype=torch.float16, requires_grad=True)
+    linear_cross_entropy(hidden, weight, torch.full((1024,), 3)).backward()
+    wanted = 100 * (1 / 16 - torch.nn.functional.one_hot(torch.tensor(3), 16).float())
+    torch.testing.assert_close(weight.grad.float(), wanted[:, None].expand(16, 8), rtol=2e-3, atol=0.0)

@@ -134,7 +134,7 @@ def test_a_folder_whose_name_is_no_unicode_is_told_of_before_training(
     other = Path(os.fsdecode(os.fsencode(tmp_path) + b"/im\xffages"))
     shutil.copytree(folder, other)
     assert train(tmp_path / "run", other) == 2
-    assert "config.toml.tmp cannot hold a name that is no Unicode" in capsys.readouterr().err
+    assert "config.toml cannot hold a name that is no Unicode" in capsys.readouterr().err
 
 
 def test_what_a_kill_cut_short_is_mended(tmp_path: Path) -> None:
