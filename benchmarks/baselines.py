@@ -23,11 +23,10 @@ class Ours(Baseline):
         super().__init__("ours", "triton" if DEVICE == "cuda" else "auto", ours=True)
 
     def prepare(self, mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Any:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and q.requires_grad):
-            batch, heads, _, head_dim = q.shape
-            prepare_attention(
-                mask, dtype=q.dtype, batch=batch, heads=heads, kv_heads=k.shape[1], head_dim=head_dim, impl=self.impl
-            )
+        batch, heads, _, head_dim = q.shape
+        sizes = {"batch": batch, "heads": heads, "kv_heads": k.shape[1], "head_dim": head_dim}
+        trains = torch.is_grad_enabled() and q.requires_grad
+        prepare_attention(mask, dtype=q.dtype, needs_grad=trains, impl=self.impl, **sizes)
         return mask
 
 

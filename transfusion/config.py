@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from transfusion.diffusion.schedule import NoiseSchedule
+from transfusion.files import write_whole
 from transfusion.sequence import SpecialTokens
 
 if sys.version_info >= (3, 11):
@@ -280,9 +281,8 @@ def save(config: Any, path: Path) -> None:
         content = tomli_w.dumps(to_dict(config)).encode()
     except UnicodeEncodeError as error:
         name = error.object[max(error.start - 40, 0) : error.end + 20]
-        file = path.name.removesuffix(".tmp")
-        raise ValueError(f"{file} cannot hold a name that is no Unicode: ...{name!r}...; rename it") from error
-    path.write_bytes(content)
+        raise ValueError(f"{path.name} cannot hold a name that is no Unicode: ...{name!r}...; rename it") from error
+    write_whole(path, content)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ With a `World` of several processes, all of them call both, and rank 0 alone wri
 import contextlib
 import functools
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +103,7 @@ class Run:
             run.loader(world)  # its mistakes come before anything is written
             directory.mkdir(parents=True, exist_ok=True)
             run.tokenizer.save(directory / TOKENIZER)
-        configs.save(config, directory / f"{CONFIG}.tmp")
-        os.replace(directory / f"{CONFIG}.tmp", directory / CONFIG)  # last: a folder with a config is a whole run
+        configs.save(config, directory / CONFIG)  # last: a folder with a config is a whole run
         return run
 
     def _check_changes(self) -> None:

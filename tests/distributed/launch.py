@@ -35,15 +35,20 @@ def start(scenario: str, folder: Path, ranks: int) -> list["subprocess.Popen[str
     ]
 
 
-def run(scenario: str, folder: Path, ranks: int, timeout: float = 240) -> list[Any]:
-    """What the scenario gave on each rank. Fails with the output of all ranks where one of them fails."""
+def end(scenario: str, folder: Path, ranks: int, timeout: float) -> tuple[list[int], list[str]]:
+    """The exit code and the output of each rank."""
     processes = start(scenario, folder, ranks)
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    codes = [process.returncode for process in processes]
+    return [process.returncode for process in processes], outputs
+
+
+def run(scenario: str, folder: Path, ranks: int, timeout: float = 240) -> list[Any]:
+    """What the scenario gave on each rank. Fails with the output of all ranks where one of them fails."""
+    codes, outputs = end(scenario, folder, ranks, timeout)
     assert codes == [0] * ranks, f"{scenario}: exit codes {codes}\n" + "\n=====\n".join(outputs)
     return [torch.load(folder / f"{scenario}-{rank}.pt", weights_only=False) for rank in range(ranks)]
 

@@ -176,25 +176,15 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_four_in_two_copies(pair: Any, at_f
 
 
 def test_a_mistake_is_told_by_one_rank_and_no_other_is_accused(tmp_path: Path) -> None:
-    processes = launch.start("mistaken", tmp_path, ranks=2)
-    try:
-        outputs = [process.communicate(timeout=60)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    _, outputs = launch.end("mistaken", tmp_path, ranks=2, timeout=60)
     assert "ValueError: nothing to train on" in outputs[0]
     assert "rank 1: rank 0 cannot go on, and says why" in outputs[1] and "another rank died" not in outputs[1]
 
 
 def test_the_others_end_when_a_rank_dies(tmp_path: Path) -> None:
-    processes = launch.start("killed_in_a_step", tmp_path, ranks=2)
-    try:
-        outputs = [process.communicate(timeout=60)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert processes[1].returncode == -9
-    assert processes[0].returncode > 0, outputs[0]
+    codes, outputs = launch.end("killed_in_a_step", tmp_path, ranks=2, timeout=60)
+    assert codes[1] == -9
+    assert codes[0] > 0, outputs[0]
     assert "another rank died or did not answer" in outputs[0]
 
 

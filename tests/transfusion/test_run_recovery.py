@@ -172,7 +172,7 @@ def test_a_file_says_what_a_saved_model_leaves_open(
     assert with_saved_model(begun).data.autoencoder == "pixels"
 
 
-def test_an_evaluation_looks_at_all_of_a_mixture() -> None:
+def test_what_is_looked_at_is_spread_evenly() -> None:
     assert evenly(368, 256)[-1] > 330 and len(set(evenly(368, 256))) == 256
     assert evenly(7, 256) == list(range(7)) and evenly(0, 4) == []
 

@@ -140,7 +140,13 @@ def test_names_that_are_no_unicode_are_kept(folder, tmp_path):
 
 def test_what_was_there_outlives_a_full_disk(tmp_path, monkeypatch):
     write_whole(tmp_path / "a.json", "old")
-    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+    def half(path, content):
+        with open(path, "wb") as file:
+            file.write(content[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space"):
         write_whole(tmp_path / "a.json", "new")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.json", "old")]

@@ -120,7 +120,7 @@ class Drafter:
             ids = caption_ids(self.tokenizer, sample.caption, self.max_caption_tokens)
             size = self.sizes[0] if len(self.sizes) == 1 else nearest_size(*sample.size, self.sizes)
         except ValueError as error:
-            self.skip(source, sample.name, error.reason if isinstance(error, SampleError) else str(error))
+            self.skip(source, sample.name, _reason(error))
             return []
         return [Draft((source, sample.name), ids, size, self._length(ids, size), lambda: sample)]
 
@@ -140,7 +140,11 @@ def _told(images: ImageSource, index: int, error: ValueError) -> tuple[str, str]
         name = images[index].name
     except SampleError as unreadable:
         name = unreadable.name
-    return name, error.reason if isinstance(error, SampleError) else str(error)
+    return name, _reason(error)
+
+
+def _reason(error: ValueError) -> str:
+    return error.reason if isinstance(error, SampleError) else str(error)
 
 
 def _draft_length(draft: Draft) -> int:

@@ -1,7 +1,6 @@
 """Byte-level BPE: every text has tokens, and `decode(encode(text)) == text`."""
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from transfusion.data.optional import require
 from transfusion.data.sources import is_unicode
+from transfusion.files import write_whole
 from transfusion.sequence import SpecialTokens
 
 _SPECIAL = SpecialTokens()
@@ -74,10 +74,8 @@ class Tokenizer:
             raise ValueError(f"{path} is not a tokenizer written by Tokenizer.save: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Writes one JSON file, aside first: a failed write leaves the file that was there."""
-        aside = Path(f"{path}.tmp")
-        aside.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
-        os.replace(aside, path)
+        """Writes one JSON file; a failed write leaves the one that was there."""
+        write_whole(Path(path), self._backend.to_str(pretty=True))
 
     @property
     def vocab_size(self) -> int:

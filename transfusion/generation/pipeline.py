@@ -9,7 +9,6 @@ pipe(prompt="a hat", image=picture, mask_image=mask).images[0]  inpainting
 pipe(prompt="a story", output="both").documents[0]              text and images in turn
 """
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -112,8 +111,8 @@ class TransfusionPipeline:
         if isinstance(self.autoencoder, DiffusersAutoencoder):
             kind = VAE
             self.autoencoder.save_pretrained(folder / VAE)
-        configs.save(PipelineConfig(self.latent_shape, kind, self.max_length), folder / f"{CONFIG}.tmp")
-        os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)  # last: a folder that has it is whole
+        # last: a folder that has it is whole
+        configs.save(PipelineConfig(self.latent_shape, kind, self.max_length), folder / CONFIG)
 
     @staticmethod
     def from_pretrained(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -33,9 +32,7 @@ class JsonLines:
 
     def __init__(self, path: Path, start_step: int) -> None:
         kept = [line for line in read_log(path) if line["step"] <= start_step]
-        aside = path.with_name(f"{path.name}.tmp")  # a kill here must not take the log along
-        aside.write_text("".join(to_json(line) + "\n" for line in kept))
-        os.replace(aside, path)
+        write_whole(path, "".join(to_json(line) + "\n" for line in kept))  # a kill here must not take the log along
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:

@@ -41,7 +41,7 @@ FLOAT = {
     "neg": "-{0}",
     "abs": "np.abs({0})",
     "sqrt": "np.sqrt({0})",
-    # What a device approximates, as far off as it may be: units in the last place.
+    # What a device approximates, off by as many units in the last place as are assumed of it; no device was asked.
     "div.full": "near({0} / {1}, {0}, 2)",
     "ex2.approx": "near(np.exp2({0}), {0}, 2)",
     "sqrt.approx": "near(np.sqrt({0}), {0}, 1)",
