@@ -73,7 +73,7 @@ class DenseSdpa(Baseline):
         return scores_too_large(case, bytes_each=8, heads=1)
 
     def prepare(self, mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Any:
-        mask.once("dense", mask.to_dense)
+        torch_paths.prepare_dense(mask)
         return mask
 
     def __call__(self, prepared: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -38,10 +38,26 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> T
 
 def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> Tensor:
     """`scaled_dot_product_attention` under the dense mask: O(N·M) bytes for the mask."""
-    return _attention(q, k, v, mask.once("dense", mask.to_dense)[:, None], scale)
+    return _attention(q, k, v, prepare_dense(mask), scale)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+def prepare_dense(mask: IntervalMask) -> Tensor | None:
+    """(B or 1, 1, N, M) bool, kept with the mask; on a CPU, which can look, None where every query sees every key."""
+    return mask.once("dense", lambda: _dense(mask))
+
+
+def _dense(mask: IntervalMask) -> Tensor | None:
+    visible = mask.to_dense()[:, None]
+    return None if _can_look(mask) and visible.all() else visible
+
+
+def _can_look(mask: IntervalMask) -> bool:
+    """Whether the host may read the mask, for which a GPU would have to wait, a graph to break, and of which a trace
+    has no numbers."""
+    return mask.device.type == "cpu" and not (torch.compiler.is_compiling() or is_traced())
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=visible, scale=scale, enable_gqa=_is_grouped(q, k)
     )
@@ -57,13 +73,11 @@ def _is_grouped(q: Tensor, k: Tensor) -> bool:
 
 def prepare(mask: IntervalMask, batch: int) -> "Pieces | None":
     """What `sdpa` makes of a new batch's mask, kept with it: the pieces, or None and the dense mask."""
-    # The cut reads the mask, for which a GPU would have to wait, a graph to break, and of which a trace has no numbers.
-    traced = torch.compiler.is_compiling() or is_traced()
-    if mask.device.type == "cpu" and mask.batch_size == batch and not traced:
-        pieces = mask.once("pieces", lambda: cut(mask))
+    if mask.batch_size == batch and _can_look(mask):
+        pieces: Pieces | None = mask.once("pieces", lambda: cut(mask))
         if pieces is not None:
             return pieces
-    mask.once("dense", mask.to_dense)
+    prepare_dense(mask)
     return None
 
 

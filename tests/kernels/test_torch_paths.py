@@ -6,7 +6,7 @@ import torch
 
 from transfusion.kernels import IntervalMask, transfusion_attention
 from transfusion.kernels.attention import check as rule
-from transfusion.kernels.attention.torch_paths import cut
+from transfusion.kernels.attention.torch_paths import cut, prepare_dense
 from transfusion.kernels.testing import Layout, random_layout
 
 
@@ -70,3 +70,21 @@ def test_one_mask_row_for_a_batch_is_not_cut() -> None:
     out = transfusion_attention(q, q, q, mask, impl="sdpa")
     assert out.isfinite().all()
     assert "pieces" not in mask._derived
+
+
+def test_where_all_is_seen_there_is_no_mask() -> None:
+    """A fast path of its own; that of few queries over a cache cut at what is used is all seen too."""
+    lengths = torch.tensor([5, 5])
+    for mask in (
+        IntervalMask.full(3, 7),
+        IntervalMask.continuation(IntervalMask.causal(1), lengths, 6),
+        IntervalMask.continuation(IntervalMask.full(4, 4), lengths, 9),
+    ):
+        assert prepare_dense(mask) is None
+    for mask in (
+        IntervalMask.causal(2),
+        IntervalMask.continuation(IntervalMask.causal(1), lengths, 7),
+        IntervalMask.continuation(IntervalMask.causal(1), torch.tensor([5, 4]), 6),
+    ):
+        visible = prepare_dense(mask)
+        assert visible is not None and torch.equal(visible[:, 0], mask.to_dense())

@@ -7,6 +7,7 @@ overwrites what the step before it wrote. What is to stay is committed by `KVCac
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,6 @@ from torch import Tensor
 from transfusion.kernels import IntervalMask, transfusion_attention
 from transfusion.kernels.dispatch import autocast_dtype
 from transfusion.model import Transfusion
-
-_STEP = 64  # the cut at the used part moves by so many keys
 
 
 class KVCache:
@@ -54,6 +53,11 @@ class KVCache:
     def capacity(self) -> int:
         """M."""
         return self.keys.shape[3]
+
+    @property
+    def is_static(self) -> bool:
+        """Whether one step serves every length: a captured CUDA graph, whose kernels skip what no query sees."""
+        return self.keys.device.type == "cuda"
 
     @property
     def nbytes(self) -> int:
@@ -110,14 +114,9 @@ class KVCache:
             )
 
     def reach(self, tokens: int) -> int:
-        """How many keys attention looks at when every row gets so many more tokens.
-
-        A kernel on CUDA skips what no query sees, and a captured graph needs one size for every length. PyTorch's
-        attention under a dense mask computes everything, so elsewhere it is cut at the used part.
-        """
-        if self.keys.device.type == "cuda":
-            return self.capacity
-        return min(self.capacity, -(-(max(self.used) + tokens) // _STEP) * _STEP)
+        """How many keys attention looks at when every row gets so many more tokens: PyTorch's own, under a dense
+        mask, computes them all, so it is cut at the used part."""
+        return self.capacity if self.is_static else max(self.used) + tokens
 
     def window(self, new: IntervalMask) -> "Window":
         """Room for N more tokens of every row, `new` the mask among them. Raises `ValueError` where it is full."""
@@ -135,15 +134,17 @@ class Window:
         self.cache, self.new = cache, new
         device = cache.lengths.device
         self.positions = cache.lengths[:, None] + torch.arange(new.num_queries, device=device)
-        self._rows = torch.arange(len(cache.used), device=device)[:, None]
         self._keys = cache.reach(new.num_queries)
+        self._places: tuple[Any, Any] = torch.arange(len(cache.used), device=device)[:, None], self.positions
+        if not cache.is_static and len(set(cache.used)) == 1:
+            self._places = slice(None), slice(cache.used[0], self._keys)
         self.mask = IntervalMask.continuation(new, cache.lengths, self._keys)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:
         """Writes k, v (B, H_kv, N, D) behind each row's length; q (B, H, N, D) over what it then sees -> like q."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         for buffer, fresh in ((keys, k), (values, v)):
-            buffer.transpose(1, 2)[self._rows, self.positions] = fresh.transpose(1, 2).to(buffer.dtype)
+            buffer.transpose(1, 2)[self._places] = fresh.transpose(1, 2).to(buffer.dtype)
         part = slice(0, self._keys)
         return transfusion_attention(q.to(keys.dtype), keys[:, :, part], values[:, :, part], self.mask, impl=impl)
 

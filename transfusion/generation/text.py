@@ -66,8 +66,7 @@ def choose(logits: Tensor, sampling: TextSampling, generators: Sequence[torch.Ge
         tokens = logits.argmax(-1)
     else:
         tokens = _drawn(token_probabilities(logits, sampling), generators)
-    wide = logits.double()
-    logprobs = wide.gather(1, tokens[:, None])[:, 0] - wide.logsumexp(-1)
+    logprobs = logits.log_softmax(-1, dtype=torch.float64).gather(1, tokens[:, None])[:, 0]
     finite = logits.isfinite().all(-1)
     ids, values, sound = torch.stack([tokens.double(), logprobs, finite.double()]).cpu()
     _check_finite(sound.all())

@@ -19,9 +19,9 @@ from transfusion.generation.text import TextSampling
 
 @pytest.fixture
 def one_graph(monkeypatch):
-    """`Replayed` through `torch.compile` in place of a captured graph; the cache's length as on CUDA: all of it."""
+    """`Replayed` through `torch.compile` in place of a captured graph; a cache for every length, as on CUDA."""
     torch._dynamo.reset()
-    monkeypatch.setattr(KVCache, "reach", lambda self, tokens: self.capacity)
+    monkeypatch.setattr(KVCache, "is_static", True)
     compiled = []
 
     def call(self, function, *arguments):
