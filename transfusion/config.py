@@ -96,7 +96,7 @@ class ModelConfig:
         norm_eps: of RMSNorm.
         qk_norm: RMSNorm over each head's query and key before they are turned. Not in the paper.
         image_positions: "sequence" turns an image token by its place in the document, as the paper does; "grid" by its
-            row and column (`transfusion.model.transformer.grid_positions`).
+            row and column (`transfusion.model.positions.grid_positions`).
         latent_channels: C of an image latent.
         patch_size: P; a P×P window of latents is one token.
         codec: between latents and tokens, "linear" or "unet".

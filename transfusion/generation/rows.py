@@ -17,7 +17,7 @@ from transfusion.generation.graphs import Replayed
 from transfusion.kernels import IntervalMask
 from transfusion.kernels.patchify_noise.reference import patchify, unpatchify
 from transfusion.model import Transfusion
-from transfusion.model.transformer import one_image_on_grid
+from transfusion.model.positions import one_image_on_grid
 from transfusion.model.unet_codec import Skips
 from transfusion.sequence import Document, Image, collate, document_length, image_tokens
 

@@ -17,7 +17,8 @@ from transfusion.kernels import RaggedLatents, diffusion_loss, patchify_noise
 from transfusion.model import initialization, llama, pretrained
 from transfusion.model.image_codec import LinearCodec
 from transfusion.model.losses import linear_cross_entropy
-from transfusion.model.transformer import Cache, Transformer, on_grid
+from transfusion.model.positions import on_grid
+from transfusion.model.transformer import Cache, Transformer
 from transfusion.model.unet_codec import Skips, UNetCodec
 from transfusion.sequence import Batch, SpecialTokens
 
