@@ -26,7 +26,7 @@ SPLITS = (16, 264)  # a few, and the most that an H200 takes: two programs of on
 
 _TYPES = {
     **dict.fromkeys(("p_lse", "p_grad_lse", "p_delta", "p_parts", "p_part_lse"), "*fp32"),
-    **dict.fromkeys(("p_intervals", "p_tiles"), "*i32"),
+    **dict.fromkeys(("p_intervals", "p_tiles", "p_next"), "*i32"),
     "scale": "fp32",
 }
 

@@ -39,6 +39,19 @@ def test_forward(sizes: tuple[int, ...], specialised: bool, packed: bool, split:
     assert plan_forward(CPU, torch.float32, *sizes).launch == FORWARD.plain
 
 
+@pytest.mark.parametrize(
+    ("batch", "splits"),
+    [(1, 16), (3, 5), (4, 4), (5, 3), (6, 2), (8, 2), (9, 3), (10, 3), (16, 1), (17, 4), (20, 4), (24, 2), (160, 1)],
+)
+def test_few_queries_leave_little_of_the_device_idle(batch: int, splits: int) -> None:
+    """Of 16 places, two on each processor of the interpreter: turns of the device, times the share of one program."""
+    plan = plan_forward(CPU, torch.float32, batch, 1, 1, 1, 2**20, 32)
+    assert plan.splits == splits
+    turns = -(-batch * splits // 16) / splits
+    assert turns <= min(-(-batch * other // 16) / other for other in range(1, 5)) / 0.95
+    assert batch / 16 <= turns <= max(1.34 * batch / 16, 1 / 16)
+
+
 @pytest.mark.parametrize(("stage", "launch"), [("query", QUERY), ("key", KEY)])
 def test_backward(stage: str, launch: Launch) -> None:
     def plan(queries: int, keys: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> Launch:

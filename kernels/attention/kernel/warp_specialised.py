@@ -8,9 +8,11 @@ queries, and keep the tensor cores at work while they exponentiate:
     p_t           =  exp2(scale·scores_t - m)   is computed, and acc decays by what m has grown
     acc          +=  p_t v_t                    issued and awaited, with the scores
 
-What the other consumer has issued runs meanwhile. A program stays on its multiprocessor and takes block after block:
-the producer fetches the next one while the consumers write the last. A place of a ring has two barriers: `full`, its
-bytes have arrived, and `free`, both consumers are done with them. The n-th use of a place is awaited by n's parity.
+What the other consumer has issued runs meanwhile. A consumer keeps its rows of q in registers: with 128 lanes, products
+of two operands in shared memory would take all that it can read, 128 bytes a cycle, and q's place is free at once for
+the next block's. A program stays on its multiprocessor and takes block after block: the producer fetches the next one
+while the consumers compute the last. A place of a ring has two barriers: `full`, its bytes have arrived, and `free`,
+both consumers are done with them. The n-th use of a place is awaited by n's parity.
 
 Numbers are those of `online_softmax.py` in 16 bits, operation by operation; that file has the derivation.
 """
@@ -31,20 +33,24 @@ from transfusion.kernels.attention.kernel.blocks import FULL_RUNS, LN_2, MASKED_
 from transfusion.kernels.attention.kernel.specialised_blocks import (
     ROWS,
     SECTION_BYTES,
+    allocate_feed,
     column_intervals,
     constexprs,
-    count_tiles,
     describe,
     describe_numbers,
+    following,
+    no_items,
     place,
     products,
     store_rows,
+    tell,
+    told,
 )
 from transfusion.kernels.launching import launch
 
 
 @gluon.jit
-def _produce(descriptors, rings, q_bars, k_bars, v_bars, work, group, own_mask):
+def _produce(descriptors, rings, q_bars, k_bars, v_bars, feed, work, p_next, group, own_mask):
     """Copies q of each block, then k, intervals and v of each of its tiles: of masked runs, then of full ones."""
     q_desc, k_desc, v_desc, i_desc = descriptors
     q_tile, k_ring, v_ring, i_ring = rings
@@ -57,42 +63,44 @@ def _produce(descriptors, rings, q_bars, k_bars, v_bars, work, group, own_mask):
     V_BYTES: gl.constexpr = 2 * BLOCK_K * BLOCK_D
     K_BYTES: gl.constexpr = V_BYTES + 8 * BLOCK_K
     n = 0  # tiles so far
-    taken = 0  # blocks so far that have tiles
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        head, block, line = place(item, work, True)
+    count = 0  # and blocks
+    item = gl.program_id(0)
+    while item < items:
+        head, block, line = tell(item, count, feed, work, True)
         b, h = head // heads, head % heads
-        if gl.load(line + 2) > 0:
-            mbarrier.wait(q_bars.index(1), taken & 1 ^ 1)
-            mbarrier.expect(q_bars.index(0), Q_BYTES)
-            q_to = q_tile.reshape([1, 1, BLOCK_Q, BLOCK_D])
-            tma.async_copy_global_to_shared(q_desc, [b, h, block * BLOCK_Q, 0], q_bars.index(0), q_to)
-            taken += 1
-            for kind in gl.static_range(2):
-                p_runs = line + (FULL_RUNS if kind else MASKED_RUNS)
-                for run in range(gl.load(line + kind)):
-                    for tile in range(gl.load(p_runs + 2 * run), gl.load(p_runs + 2 * run + 1)):
-                        at, free = n % STAGES, n // STAGES & 1 ^ 1
-                        key = tile * BLOCK_K
-                        mbarrier.wait(k_bars.index(STAGES + at), free)
-                        full = k_bars.index(at)
-                        mbarrier.expect(full, K_BYTES)
-                        k_to = k_ring.index(at).reshape([1, 1, BLOCK_K, BLOCK_D])
-                        tma.async_copy_global_to_shared(k_desc, [b, h // group, key, 0], full, k_to)
-                        tma.async_copy_global_to_shared(i_desc, [b * own_mask, 2 * key], full, i_ring.index(at))
-                        mbarrier.wait(v_bars.index(STAGES + at), free)
-                        full = v_bars.index(at)
-                        mbarrier.expect(full, V_BYTES)
-                        v_to = v_ring.index(at).reshape([1, 1, BLOCK_K, BLOCK_D])
-                        tma.async_copy_global_to_shared(v_desc, [b, h // group, key, 0], full, v_to)
-                        n += 1
+        mbarrier.wait(q_bars.index(1), count & 1 ^ 1)
+        mbarrier.expect(q_bars.index(0), Q_BYTES)
+        q_to = q_tile.reshape([1, 1, BLOCK_Q, BLOCK_D])
+        tma.async_copy_global_to_shared(q_desc, [b, h, block * BLOCK_Q, 0], q_bars.index(0), q_to)
+        for kind in gl.static_range(2):
+            p_runs = line + (FULL_RUNS if kind else MASKED_RUNS)
+            for run in range(gl.load(line + kind)):
+                for tile in range(gl.load(p_runs + 2 * run), gl.load(p_runs + 2 * run + 1)):
+                    at, free = n % STAGES, n // STAGES & 1 ^ 1
+                    key = tile * BLOCK_K
+                    mbarrier.wait(k_bars.index(STAGES + at), free)
+                    full = k_bars.index(at)
+                    mbarrier.expect(full, K_BYTES)
+                    k_to = k_ring.index(at).reshape([1, 1, BLOCK_K, BLOCK_D])
+                    tma.async_copy_global_to_shared(k_desc, [b, h // group, key, 0], full, k_to)
+                    tma.async_copy_global_to_shared(i_desc, [b * own_mask, 2 * key], full, i_ring.index(at))
+                    mbarrier.wait(v_bars.index(STAGES + at), free)
+                    full = v_bars.index(at)
+                    mbarrier.expect(full, V_BYTES)
+                    v_to = v_ring.index(at).reshape([1, 1, BLOCK_K, BLOCK_D])
+                    tma.async_copy_global_to_shared(v_desc, [b, h // group, key, 0], full, v_to)
+                    n += 1
+        item = following(p_next)
+        count += 1
+    tell(item, count, feed, work, True)
 
 
 @gluon.jit
-def _scores(n, q_rows, k_ring, k_bars, S: gl.constexpr):
+def _scores(n, q, k_ring, k_bars, S: gl.constexpr):
     """q kᵀ of the n-th tile, issued."""
     STAGES: gl.constexpr = k_ring.shape[0]
     mbarrier.wait(k_bars.index(n % STAGES), n // STAGES & 1)
-    return products(q_rows, k_ring.index(n % STAGES), S)
+    return products(q, k_ring.index(n % STAGES), S)
 
 
 @gluon.jit
@@ -135,7 +143,7 @@ def _absorbed(
 
 @gluon.jit
 def _step(
-    acc, l, m, scores, n, q_rows, rings, k_bars, v_bars, queries, scale,
+    acc, l, m, scores, n, q, rings, k_bars, v_bars, queries, scale,
     S: gl.constexpr, P: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """The n-th tile, beside the next one's scores.
@@ -144,7 +152,7 @@ def _step(
     """
     _, k_ring, v_ring, _ = rings
     STAGES: gl.constexpr = v_ring.shape[0]
-    next_scores = _scores(n + 1, q_rows, k_ring, k_bars, S)
+    next_scores = _scores(n + 1, q, k_ring, k_bars, S)
     acc, l, m = _absorbed(acc, l, m, scores, n, rings, k_bars, v_bars, queries, scale, S, P, MASKED)
     next_scores, acc = warpgroup_mma_wait(0, deps=[next_scores, acc])
     mbarrier.arrive(v_bars.index(STAGES + n % STAGES))
@@ -153,18 +161,16 @@ def _step(
 
 @gluon.jit
 def _two_steps(
-    acc, l, m, scores, n, q_rows, rings, k_bars, v_bars, queries, scale,
+    acc, l, m, scores, n, q, rings, k_bars, v_bars, queries, scale,
     S: gl.constexpr, P: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """What loops are over: registers of next and present scores change places. In a loop over one all are copied."""
-    acc, l, m, others, n = _step(acc, l, m, scores, n, q_rows, rings, k_bars, v_bars, queries, scale, S, P, MASKED)
-    return _step(acc, l, m, others, n, q_rows, rings, k_bars, v_bars, queries, scale, S, P, MASKED)
+    acc, l, m, others, n = _step(acc, l, m, scores, n, q, rings, k_bars, v_bars, queries, scale, S, P, MASKED)
+    return _step(acc, l, m, others, n, q, rings, k_bars, v_bars, queries, scale, S, P, MASKED)
 
 
 @gluon.jit
-def _attended(
-    n, masked_tiles, tiles, q_rows, rings, q_bars, k_bars, v_bars, queries, scale, S: gl.constexpr, O: gl.constexpr
-):
+def _attended(n, masked_tiles, tiles, q, rings, k_bars, v_bars, queries, scale, S: gl.constexpr, O: gl.constexpr):
     """acc, l, m of a block that sees tiles from the n-th on, masked ones before full ones.
 
     Full ones that make a pair with a masked one, or come last, are masked too: right for every tile.
@@ -176,20 +182,15 @@ def _attended(
     acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
     l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
     m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-    scores = warpgroup_mma_wait(0, deps=[_scores(n, q_rows, k_ring, k_bars, S)])
+    scores = warpgroup_mma_wait(0, deps=[_scores(n, q, k_ring, k_bars, S)])
     pairs = (tiles - 1) // 2
     masked_pairs = gl.minimum((masked_tiles + 1) // 2, pairs)
     for _ in range(masked_pairs):
-        acc, l, m, scores, n = _two_steps(
-            acc, l, m, scores, n, q_rows, rings, k_bars, v_bars, queries, scale, S, P, True
-        )
+        acc, l, m, scores, n = _two_steps(acc, l, m, scores, n, q, rings, k_bars, v_bars, queries, scale, S, P, True)
     for _ in range(masked_pairs, pairs):
-        acc, l, m, scores, n = _two_steps(
-            acc, l, m, scores, n, q_rows, rings, k_bars, v_bars, queries, scale, S, P, False
-        )
+        acc, l, m, scores, n = _two_steps(acc, l, m, scores, n, q, rings, k_bars, v_bars, queries, scale, S, P, False)
     if tiles % 2 == 0:
-        acc, l, m, scores, n = _step(acc, l, m, scores, n, q_rows, rings, k_bars, v_bars, queries, scale, S, P, True)
-    mbarrier.arrive(q_bars.index(1))
+        acc, l, m, scores, n = _step(acc, l, m, scores, n, q, rings, k_bars, v_bars, queries, scale, S, P, True)
     acc, l, m = _absorbed(acc, l, m, scores, n, rings, k_bars, v_bars, queries, scale, S, P, True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(v_bars.index(STAGES + n % STAGES))
@@ -198,7 +199,7 @@ def _attended(
 
 @gluon.jit
 def _consume(
-    rings, q_bars, k_bars, v_bars, work, results, num_queries, scale, HALF: gl.constexpr, HEAD_DIM: gl.constexpr
+    rings, q_bars, k_bars, v_bars, feed, work, results, num_queries, scale, HALF: gl.constexpr, HEAD_DIM: gl.constexpr
 ):
     """out and lse of one half of each block's rows."""
     q_tile, k_ring, _, _ = rings
@@ -209,24 +210,21 @@ def _consume(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     dtype: gl.constexpr = k_ring.dtype
-    q_rows = q_tile.slice(HALF * ROWS, ROWS, 0)
     n = 0
-    taken = 0
-    first_item, programs = gl.program_id(0), gl.num_programs(0)
-    next_masked, next_all = count_tiles(first_item, work, True)
-    for item in range(first_item, items, programs):
-        masked_tiles, tiles = next_masked, next_all  # read ahead, while the block before was computed
-        next_masked, next_all = count_tiles(item + programs, work, True)
+    count = 0
+    item, masked_tiles, tiles = told(0, feed)
+    while item < items:
         head, block, _line = place(item, work, True)
         first_row = block * q_tile.shape[0] + HALF * ROWS
         queries = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, S))
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
         l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
         m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-        if masked_tiles + tiles > 0:
-            mbarrier.wait(q_bars.index(0), taken & 1)
-            taken += 1
-            acc, l, m = _attended(n, masked_tiles, tiles, q_rows, rings, q_bars, k_bars, v_bars, queries, scale, S, O)
+        mbarrier.wait(q_bars.index(0), count & 1)
+        q = q_tile.slice(HALF * ROWS, ROWS, 0).load(gl.DotOperandLayout(0, S, 2))
+        mbarrier.arrive(q_bars.index(1))
+        if tiles > 0:
+            acc, l, m = _attended(n, masked_tiles, tiles, q, rings, k_bars, v_bars, queries, scale, S, O)
             n += tiles
         some = l != 0  # NaN is some
         total = gl.where(some, l, 1.0)
@@ -235,11 +233,13 @@ def _consume(
         out = acc / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, O)), 1)
         base = p_out + gl.cast(head // heads, gl.int64) * out_b + gl.cast(head % heads, gl.int64) * out_h
         store_rows(base, out_n, first_row, num_queries, out.to(dtype), HEAD_DIM)
+        count += 1
+        item, masked_tiles, tiles = told(count, feed)
 
 
 @gluon.jit
 def specialised_forward_kernel(
-    q_desc, k_desc, v_desc, i_desc, p_out, p_lse, p_tiles, out_b, out_h, out_n, own_mask, tiles_b, tiles_n,
+    q_desc, k_desc, v_desc, i_desc, p_out, p_lse, p_tiles, p_next, out_b, out_h, out_n, own_mask, tiles_b, tiles_n,
     batch, heads, group, num_queries, scale, section,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -265,6 +265,7 @@ def specialised_forward_kernel(
         mbarrier.init(v_bars.index(at), count=1)
         mbarrier.init(k_bars.index(STAGES + at), count=2)
         mbarrier.init(v_bars.index(STAGES + at), count=2)
+    feed = allocate_feed()
     fence_async_shared()  # the copies signal what these instructions wrote
     rings = (q_tile, k_ring, v_ring, i_ring)
     blocks, all_heads = gl.cdiv(num_queries, BLOCK_Q), batch * heads
@@ -273,9 +274,9 @@ def specialised_forward_kernel(
     descriptors = (q_desc, k_desc, v_desc, i_desc)
     gl.warp_specialize(
         [
-            (_consume, (rings, q_bars, k_bars, v_bars, work, results, num_queries, scale, 0, HEAD_DIM)),
-            (_consume, (rings, q_bars, k_bars, v_bars, work, results, num_queries, scale, 1, HEAD_DIM)),
-            (_produce, (descriptors, rings, q_bars, k_bars, v_bars, work, group, own_mask)),
+            (_consume, (rings, q_bars, k_bars, v_bars, feed, work, results, num_queries, scale, 0, HEAD_DIM)),
+            (_consume, (rings, q_bars, k_bars, v_bars, feed, work, results, num_queries, scale, 1, HEAD_DIM)),
+            (_produce, (descriptors, rings, q_bars, k_bars, v_bars, feed, work, p_next, group, own_mask)),
         ],
         [4, 1],
         [240, 24],
@@ -295,7 +296,8 @@ def forward(
         specialised_forward_kernel, programs,
         describe(q, chosen.block_q), *(describe(tensor, chosen.block_k) for tensor in (k, v)),
         describe_numbers(intervals.flatten(1), 2 * chosen.block_k),
-        out, lse, tiles, *out.stride()[:3], int(intervals.shape[0] > 1), row_strides(intervals, tiles)[1],
-        tiles.stride(1), batch, heads, heads // kv_heads, num_queries, scale, max(1, heads_of_a_section),
+        out, lse, tiles, no_items(q.device), *out.stride()[:3], int(intervals.shape[0] > 1),
+        row_strides(intervals, tiles)[1], tiles.stride(1),
+        batch, heads, heads // kv_heads, num_queries, scale, max(1, heads_of_a_section),
         **constexprs(chosen, head_dim), num_warps=4,
     )  # fmt: skip

@@ -28,10 +28,12 @@ from transfusion.kernels.attention.kernel.specialised_blocks import (
     constexprs,
     describe,
     describe_numbers,
+    no_items,
     place,
     produce,
     products,
     store_rows,
+    told,
 )
 from transfusion.kernels.launching import launch
 
@@ -68,7 +70,18 @@ def _step(
 
 @gluon.jit
 def _consume(
-    tiles, rings, block_bars, bars, work, mask, results, group, scale, HALF: gl.constexpr, HEAD_DIM: gl.constexpr
+    tiles,
+    rings,
+    block_bars,
+    bars,
+    feed,
+    work,
+    mask,
+    results,
+    group,
+    scale,
+    HALF: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
 ):
     """dk and dv of one half of each block's rows."""
     items, heads, _order, _lines = work
@@ -84,11 +97,11 @@ def _consume(
     k_rows, v_rows = tiles[0].slice(HALF * ROWS, ROWS, 0), tiles[1].slice(HALF * ROWS, ROWS, 0)
     exponent = scale * LOG2_E
     n = 0
-    taken = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    count = 0
+    item, masked_tiles, tile_count = told(0, feed)
+    while item < items:
         head, block, line = place(item, work, False)
-        masked_runs, tile_count = gl.load(line), gl.load(line + 2)
-        full_tiles = tile_count - gl.load(line + 3)
+        masked_runs = gl.load(line)
         first_row = block * BLOCK_K + HALF * ROWS
         keys = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, S))
         p_pairs = p_intervals + gl.cast(head // heads, gl.int64) * mask_b + 2 * keys
@@ -96,9 +109,8 @@ def _consume(
         end = gl.expand_dims(gl.load(p_pairs + 1, mask=keys < num_keys, other=0), 1)
         dk = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
         dv = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
+        mbarrier.wait(block_bars.index(0), count & 1)
         if tile_count > 0:
-            mbarrier.wait(block_bars.index(0), taken & 1)
-            taken += 1
             for _ in range(group):
                 for run in range(masked_runs):
                     p_run = line + MASKED_RUNS + 2 * run
@@ -106,17 +118,19 @@ def _consume(
                         dk, dv, n = _step(
                             dk, dv, n, tile * BLOCK_Q, k_rows, v_rows, rings, bars, start, end, exponent, S, P, True
                         )
-                for _ in range(full_tiles):
+                for _ in range(tile_count - masked_tiles):
                     dk, dv, n = _step(dk, dv, n, 0, k_rows, v_rows, rings, bars, start, end, exponent, S, P, False)
-            mbarrier.arrive(block_bars.index(1))
+        mbarrier.arrive(block_bars.index(1))
         b, h = gl.cast(head // heads, gl.int64), gl.cast(head % heads, gl.int64)
         store_rows(p_dk + b * dk_b + h * dk_h, dk_n, first_row, num_keys, (dk * scale).to(dtype), HEAD_DIM)
         store_rows(p_dv + b * dv_b + h * dv_h, dv_n, first_row, num_keys, dv.to(dtype), HEAD_DIM)
+        count += 1
+        item, masked_tiles, tile_count = told(count, feed)
 
 
 @gluon.jit
 def specialised_key_kernel(
-    k_desc, v_desc, q_desc, go_desc, lse_desc, delta_desc, p_dk, p_dv, p_intervals, p_tiles,
+    k_desc, v_desc, q_desc, go_desc, lse_desc, delta_desc, p_dk, p_dv, p_intervals, p_tiles, p_next,
     dk_b, dk_h, dk_n, dv_b, dv_h, dv_n, mask_b, tiles_b, tiles_n, batch, heads, group, num_keys, scale, section,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -125,7 +139,7 @@ def specialised_key_kernel(
     Grid: as many programs as stay on the device, at most. Descriptors: blocks (1, 1, BLOCK_K or BLOCK_Q, BLOCK_D) of
     k, v, q and grad_out, and (1, BLOCK_Q) of lse and delta as (B·H, N).
     """
-    tiles, q_ring, go_ring, block_bars, bars = allocate(k_desc.dtype, BLOCK_K, BLOCK_Q, BLOCK_D, STAGES)
+    tiles, q_ring, go_ring, block_bars, bars, feed = allocate(k_desc.dtype, BLOCK_K, BLOCK_Q, BLOCK_D, STAGES)
     lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_Q], lse_desc.layout)
     delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_Q], delta_desc.layout)
     rings = (q_ring, go_ring, lse_ring, delta_ring)
@@ -135,9 +149,9 @@ def specialised_key_kernel(
     owned, streamed = (k_desc, v_desc), (q_desc, go_desc, lse_desc, delta_desc)
     gl.warp_specialize(
         [
-            (_consume, (tiles, rings, block_bars, bars, work, mask, results, group, scale, 0, HEAD_DIM)),
-            (_consume, (tiles, rings, block_bars, bars, work, mask, results, group, scale, 1, HEAD_DIM)),
-            (produce, (owned, streamed, tiles, rings, block_bars, bars, work, group, 0, True)),
+            (_consume, (tiles, rings, block_bars, bars, feed, work, mask, results, group, scale, 0, HEAD_DIM)),
+            (_consume, (tiles, rings, block_bars, bars, feed, work, mask, results, group, scale, 1, HEAD_DIM)),
+            (produce, (owned, streamed, tiles, rings, block_bars, bars, feed, work, p_next, group, 0, True)),
         ],
         [4, 1],
         [240, 24],
@@ -159,7 +173,8 @@ def backward_key(
         *(describe(tensor, chosen.block_k) for tensor in (k, v)),
         *(describe(tensor, chosen.block_q) for tensor in (q, grad_out)),
         *(describe_numbers(tensor, chosen.block_q) for tensor in (lse, delta)),
-        dk, dv, intervals, tiles, *dk.stride()[:3], *dv.stride()[:3], *row_strides(intervals, tiles), tiles.stride(1),
+        dk, dv, intervals, tiles, no_items(q.device), *dk.stride()[:3], *dv.stride()[:3],
+        *row_strides(intervals, tiles), tiles.stride(1),
         batch, kv_heads, group, num_keys, scale, max(1, heads_of_a_section),
         **constexprs(chosen, head_dim), num_warps=4,
     )  # fmt: skip

@@ -24,13 +24,14 @@ from transfusion.kernels.attention.kernel.specialised_blocks import (
     allocate,
     column_intervals,
     constexprs,
-    count_tiles,
     describe,
     describe_numbers,
+    no_items,
     place,
     produce,
     products,
     store_rows,
+    told,
 )
 from transfusion.kernels.launching import launch
 
@@ -113,7 +114,7 @@ def _dq(
 
 @gluon.jit
 def _consume(
-    tiles, rings, block_bars, bars, work, numbers, results, num_queries, scale,
+    tiles, rings, block_bars, bars, feed, work, numbers, results, num_queries, scale,
     HALF: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
     """dq of one half of each block's rows."""
@@ -127,12 +128,9 @@ def _consume(
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     q_rows, go_rows = tiles[0].slice(HALF * ROWS, ROWS, 0), tiles[1].slice(HALF * ROWS, ROWS, 0)
     n = 0
-    taken = 0
-    first_item, programs = gl.program_id(0), gl.num_programs(0)
-    next_masked, next_count = count_tiles(first_item, work, True)
-    for item in range(first_item, items, programs):
-        masked_tiles, tile_count = next_masked, next_count  # read ahead, while the block before was computed
-        next_masked, next_count = count_tiles(item + programs, work, True)
+    count = 0
+    item, masked_tiles, tile_count = told(0, feed)
+    while item < items:
         head, block, _line = place(item, work, True)
         first_row = block * BLOCK_Q + HALF * ROWS
         queries = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, S))
@@ -142,18 +140,22 @@ def _consume(
         delta = gl.load(p_delta + numbers_at, mask=queries < num_queries, other=0.0)
         rows = (gl.expand_dims(queries, 1), gl.expand_dims(lse, 1), gl.expand_dims(delta, 1))
         dq = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
-        if masked_tiles + tile_count > 0:
-            mbarrier.wait(block_bars.index(0), taken & 1)
-            taken += 1
-            dq = _dq(n, masked_tiles, tile_count, q_rows, go_rows, rings, block_bars, bars, rows, scale * LOG2_E, S, O)
+        mbarrier.wait(block_bars.index(0), count & 1)
+        if tile_count > 0:
+            exponent = scale * LOG2_E
+            dq = _dq(n, masked_tiles, tile_count, q_rows, go_rows, rings, block_bars, bars, rows, exponent, S, O)
             n += tile_count
+        else:
+            mbarrier.arrive(block_bars.index(1))
         base = p_dq + gl.cast(head // heads, gl.int64) * dq_b + gl.cast(head % heads, gl.int64) * dq_h
         store_rows(base, dq_n, first_row, num_queries, (dq * scale).to(rings[0].dtype), HEAD_DIM)
+        count += 1
+        item, masked_tiles, tile_count = told(count, feed)
 
 
 @gluon.jit
 def specialised_query_kernel(
-    q_desc, go_desc, k_desc, v_desc, i_desc, p_dq, p_lse, p_delta, p_tiles, dq_b, dq_h, dq_n, own_mask,
+    q_desc, go_desc, k_desc, v_desc, i_desc, p_dq, p_lse, p_delta, p_tiles, p_next, dq_b, dq_h, dq_n, own_mask,
     tiles_b, tiles_n, batch, heads, group, num_queries, scale, section,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -162,7 +164,7 @@ def specialised_query_kernel(
     Descriptors: blocks (1, 1, BLOCK_Q or BLOCK_K, BLOCK_D) of q, grad_out, k and v, and (1, 2·BLOCK_K) of the
     intervals; own_mask is 1 where each row of the batch has its own, else 0.
     """
-    tiles, k_ring, v_ring, block_bars, bars = allocate(q_desc.dtype, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES)
+    tiles, k_ring, v_ring, block_bars, bars, feed = allocate(q_desc.dtype, BLOCK_Q, BLOCK_K, BLOCK_D, STAGES)
     i_ring = gl.allocate_shared_memory(gl.int32, [STAGES, 1, 2 * BLOCK_K], i_desc.layout)
     rings = (k_ring, v_ring, i_ring)
     blocks, all_heads = gl.cdiv(num_queries, BLOCK_Q), batch * heads
@@ -171,9 +173,9 @@ def specialised_query_kernel(
     owned, streamed = (q_desc, go_desc), (k_desc, v_desc, i_desc)
     gl.warp_specialize(
         [
-            (_consume, (tiles, rings, block_bars, bars, work, numbers, results, num_queries, scale, 0, HEAD_DIM)),
-            (_consume, (tiles, rings, block_bars, bars, work, numbers, results, num_queries, scale, 1, HEAD_DIM)),
-            (produce, (owned, streamed, tiles, rings, block_bars, bars, work, group, own_mask, False)),
+            (_consume, (tiles, rings, block_bars, bars, feed, work, numbers, results, num_queries, scale, 0, HEAD_DIM)),
+            (_consume, (tiles, rings, block_bars, bars, feed, work, numbers, results, num_queries, scale, 1, HEAD_DIM)),
+            (produce, (owned, streamed, tiles, rings, block_bars, bars, feed, work, p_next, group, own_mask, False)),
         ],
         [4, 1],
         [240, 24],
@@ -194,7 +196,8 @@ def backward_query(
         *(describe(tensor, chosen.block_q) for tensor in (q, grad_out)),
         *(describe(tensor, chosen.block_k) for tensor in (k, v)),
         describe_numbers(intervals.flatten(1), 2 * chosen.block_k),
-        dq, lse, delta, tiles, *dq.stride()[:3], int(intervals.shape[0] > 1), row_strides(intervals, tiles)[1],
-        tiles.stride(1), batch, heads, heads // kv_heads, num_queries, scale, max(1, heads_of_a_section),
+        dq, lse, delta, tiles, no_items(q.device), *dq.stride()[:3], int(intervals.shape[0] > 1),
+        row_strides(intervals, tiles)[1], tiles.stride(1),
+        batch, heads, heads // kv_heads, num_queries, scale, max(1, heads_of_a_section),
         **constexprs(chosen, head_dim), num_warps=4,
     )  # fmt: skip

@@ -204,6 +204,12 @@ class Instructions(Writer):
         address, mask = self._address(operands[0]), self.mask(statement)
         self.lines.append(f"w.store_{space}({address}, ({', '.join(values)},), {bits}, {mask})")
 
+    def _atom(self, statement: Statement, words: Words, operands: Operands) -> None:
+        assert words[1:-1] == ["global", "gpu", "relaxed", "add"], words
+        bits, _ = _type(words[-1])
+        address, value = self._address(operands[1]), self.use(operands[2], "u", bits)
+        self.define(operands[0], "u", f"w.add_global({address}, {value}, {bits}, {self.mask(statement)})", statement)
+
     def _ldmatrix(self, statement: Statement, words: Words, operands: Operands) -> None:
         targets, parts = _list(operands[0]), self.fresh()
         transposed = "trans" in words

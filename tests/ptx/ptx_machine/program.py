@@ -1,5 +1,6 @@
 """Programs of a grid, each with its warps: who runs next is chosen at random, from a seed.
 
+Programs run one after another, those that tell each other by atomic operations in turns.
 Between two barriers a warp runs alone until it waits or is interrupted between blocks, so two accesses that no barrier
 orders happen in either order. Lanes that branch differently run apart, the ones behind first. Warps may also run
 together, as a team of many lanes: several times as fast, and blind for races among them.
@@ -32,6 +33,7 @@ class Kernel:
         self.program = program
         warps = program.threads // 32
         specialised = any("mbarrier" in statement.opcode for block in program.blocks for statement in block)
+        self.in_turns = any(statement.opcode.startswith("atom.") for block in program.blocks for statement in block)
         self.teams = [warps] if together else [1] * warps
         if together and specialised:
             self.teams = [4] * (warps // 4 - 1) + [1] * 4
@@ -67,9 +69,16 @@ class Kernel:
         order = list(range(grid[0]))
         generator.shuffle(order)
         parameters = dict(zip(self.program.parameters, arguments, strict=True))
+        programs = (Block(self, number, grid[0], parameters, memory, shared_bytes, generator) for number in order)
         with np.errstate(all="ignore"):
-            for number in order:
-                Block(self, number, grid[0], parameters, memory, shared_bytes, generator).run()
+            running = list(programs) if self.in_turns else []
+            while running:
+                program = generator.choice(running)
+                if not program.turn():
+                    running.remove(program)
+            for program in programs:
+                while program.turn():
+                    pass
 
 
 class Block:
@@ -94,23 +103,24 @@ class Block:
         firsts = accumulate([0, *kernel.teams])
         self.teams = [Team(self, first, warps) for first, warps in zip(firsts, kernel.teams, strict=False)]
 
-    def run(self) -> None:
+    def turn(self) -> bool:
+        """One event, or some blocks of one team -> whether anything was left to do."""
         choose = self.generator
-        while True:
-            ready = [team for team in self.teams if team.ready()]
-            lines = list(self.events.lines)
-            if not ready and not lines:
-                break
-            if lines and (not ready or choose.random() < self.events.between):
-                self.events.happen_one(choose.choice(lines))
-                continue
-            team = choose.choice(ready)
+        ready = [team for team in self.teams if team.ready()]
+        lines = list(self.events.lines)
+        if not ready and not lines:
+            stuck = [team for team in self.teams if team.at != END]
+            if stuck:
+                raise Fault("deadlock: " + "; ".join(map(str, stuck)))
+            return False
+        if lines and (not ready or choose.random() < self.events.between):
+            self.events.happen_one(choose.choice(lines))
+            return True
+        team = choose.choice(ready)
+        team.step()
+        while team.ready() and choose.random() >= INTERRUPTED:
             team.step()
-            while team.ready() and choose.random() >= INTERRUPTED:
-                team.step()
-        stuck = [team for team in self.teams if team.at != END]
-        if stuck:
-            raise Fault("deadlock: " + "; ".join(map(str, stuck)))
+        return True
 
     def meet(self, team: "Team", identifier: int, threads: int) -> None:
         """bar.sync: the last to come lets all go on."""
@@ -200,6 +210,15 @@ class Team:
 
     def store_global(self, address: Any, values: Any, bits: int, mask: Any) -> None:
         self.block.memory.store(address, [_narrow(value, bits) for value in values], bits, mask)
+
+    def add_global(self, address: Any, value: Any, bits: int, mask: Any) -> Any:
+        """atom.add: lanes one after another; what those not in the mask get is anything."""
+        found = self.full(-1, f"i{bits // 8}").view(f"u{bits // 8}")
+        for lane in np.flatnonzero(self.full(True, bool) if mask is None else mask):
+            one = np.arange(self.lanes) == lane
+            found[lane] = self.block.memory.load(address, 1, bits, one)[0][lane]
+            self.block.memory.store(address, [found + value], bits, one)
+        return found
 
     def load_shared(self, address: Any, count: int, bits: int, mask: Any) -> Any:
         return self.shared.load_at(address, count, bits, mask)
