@@ -81,12 +81,13 @@ def test_random_intervals(device: None, queries: int, keys: int, seed: int) -> N
 
 
 def test_long_sums_in_float32(device: None, seed: int) -> None:
-    """dk and dv err from float64 no more than the formula does, though of causal queries the first weigh the most."""
+    """dk and dv keep the bound, half of which is the formula's own error, though of causal queries the first weigh the
+    most: added first, they would make it three to ten times as large."""
     case = make_case(IntervalMask.causal(700), torch.float32, seed, head_dim=16, heads=(1, 1))
     found, gold = check.run(case, "triton"), check.formula(case, torch.float64, torch.float64)
     for *each, name in zip(found, check.eager_orders(case), gold, check.RESULTS, strict=True):
         if name in ("dk", "dv"):
-            assert (verdict := testing.judge(*each, factor=1.0)).passed, (name, verdict)
+            assert (verdict := testing.judge(*each)).passed, (name, verdict)
 
 
 def test_strides(device: None, seed: int) -> None:
