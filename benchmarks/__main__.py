@@ -7,18 +7,23 @@
     python -m benchmarks --report                     plots, and the tables of README.md, from the rows
 
 Exits with 1 where a check failed: such a kernel is not timed. With 2 where nothing is chosen, or options do not fit.
+With 3 where the GPU was lost, or a pair did not end: its row says so, and --resume goes on with the next.
 """
 
 import argparse
 import importlib
+import os
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from benchmarks import rows
+from benchmarks.cases import DEVICE
 from benchmarks.clock import QUICK, Effort
 
 SUITES = ("attention", "ops", "host", "tiles", "train", "denoise", "generation")
@@ -83,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a few calls each, for a look; rows say so")
     parser.add_argument("--list", action="store_true", help="names, and nothing else")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start nothing after so long; say what is left")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        default=300.0 if DEVICE == "cuda" else None,
+        help="of one pair, which ends the run where it takes longer (here by default: %(default)s)",
+    )
     parser.add_argument("--resume", action="store_true", help="skip what this commit has rows of")
     parser.add_argument("--rows", type=Path, metavar="FOLDER", help="where rows go; default: benchmarks/results")
     parser.add_argument("--compare", metavar="REF", help="against another commit; implies --ours")
@@ -105,20 +117,45 @@ def _run(work: list[tuple[str, str, str]], options: argparse.Namespace) -> int:
         if options.budget is not None and time.monotonic() - began > options.budget:
             left.append((suite, case, baseline))
             continue
-        measured = []
-        for row in _module(suite).run(case, baseline, *([] if suite == "tiles" else [effort])):
-            measured.append(row | {"quick": options.quick})
-            print(_line(row), flush=True)
-            if row["status"] == "failed":
-                failed.append(row)
+        measured: list[rows.Row] = []
+        try:
+            with _ending((suite, case, baseline), measured, files[suite], options.limit):
+                for row in _module(suite).run(case, baseline, *([] if suite == "tiles" else [effort])):
+                    measured.append(row | {"quick": options.quick})
+                    print(_line(row), flush=True)
+        except rows.DeviceLostError as error:
+            rows.append(measured, files[suite])
+            print(f"\nthe GPU is lost to this process: {error}; --resume goes on with the next", file=sys.stderr)
+            return 3
         # a pair at a time and at once on disk: a run that is killed loses the pair it was measuring, and nothing else
         rows.append(measured, files[suite])
+        failed += [row for row in measured if row["status"] == "failed"]
     if left:
         print(f"\nthe budget is spent; {len(left)} left, --resume goes on with them:")
         print("\n".join("  " + "  ".join(item) for item in left))
     if failed:
         print(f"\n{len(failed)} FAILED and were not timed:\n" + "\n".join(_line(row) for row in failed))
     return 1 if failed else 0
+
+
+@contextmanager
+def _ending(pair: tuple[str, str, str], measured: list[rows.Row], file: Path, seconds: float | None) -> Iterator[None]:
+    """Ends the process, its rows kept, where a pair takes longer: a launch that hangs ends by nothing else."""
+
+    def end() -> None:
+        row = rows.row(*pair, "pair", "failed", reason=f"it did not end within {seconds:g} s (--limit)")
+        rows.append([*measured, row], file)
+        print(_line(row), flush=True)
+        os._exit(3)
+
+    timer = threading.Timer(seconds or 0.0, end)
+    timer.daemon = True
+    if seconds is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -73,8 +73,9 @@ def run(case_name: str, baseline_name: str, effort: Effort) -> Iterator[rows.Row
         yield row(baseline.measures[0], "skipped", reason=reason)
         return
     torch._dynamo.reset()  # else a library that compiles for each shape soon meets its limit, and falls back silently
-    what = (SUITE, case_name, baseline_name, baseline.measures[0])
-    yield from rows.explained(_measured(case, baseline, effort, row), what, baseline.ours)
+    pair = (SUITE, case_name, baseline_name)
+    measures = [each for each in baseline.measures if each != "backward" or case.backward]
+    yield from rows.explained(_measured(case, baseline, effort, row), pair, measures, baseline.ours)
 
 
 def _measured(case: AttentionCase, baseline: Baseline, effort: Effort, row: Any) -> Iterator[rows.Row]:

@@ -56,7 +56,7 @@ def run(case_name: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:
     if reason := why_not():
         yield rows.row(SUITE, case_name, baseline, "step", "skipped", reason=reason)
         return
-    yield from rows.explained(_rows(case_name, baseline, effort), (SUITE, case_name, baseline, "step"), ours=True)
+    yield from rows.explained(_rows(case_name, baseline, effort), (SUITE, case_name, baseline), ("step",), ours=True)
 
 
 def _rows(case_name: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:

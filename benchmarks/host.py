@@ -42,7 +42,7 @@ def run(case: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:
     if reason := why_not():
         yield rows.row(*what, "skipped", reason=reason)
         return
-    yield from rows.explained(_rows(case, baseline, effort), what, ours=baseline == "ours")
+    yield from rows.explained(_rows(case, baseline, effort), what[:3], what[3:], ours=baseline == "ours")
 
 
 def _rows(case: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:

@@ -96,8 +96,8 @@ def run(case: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:
         yield rows.row(SUITE, case, baseline, "forward", "skipped", reason="it needs a C++ compiler on a CPU")
         return
     torch._dynamo.reset()
-    what = (SUITE, case, baseline, "forward")
-    yield from rows.explained(_rows(case, baseline, effort), what, ours=kind != "torch.compile")
+    work = _rows(case, baseline, effort)
+    yield from rows.explained(work, (SUITE, case, baseline), ("forward", "backward"), ours=kind != "torch.compile")
 
 
 def _rows(case: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:

@@ -11,7 +11,7 @@ import platform
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -59,17 +59,34 @@ def row(suite: str, case: str, baseline: str, measure: str, status: str, **value
     return {**key, "status": status, **values, "date": now, **environment()}
 
 
-def explained(work: Iterator[Row], what: tuple[str, str, str, str], ours: bool) -> Iterator[Row]:
-    """The rows of `work`, and where it ends in an error one of the key `what` that says which: the run goes on.
+class DeviceLostError(RuntimeError):
+    """An error after which this process can use the GPU no more: whatever it measured now would fail like it."""
 
-    What is `ours` has "failed"; what is not, or finds no memory, is "skipped".
+
+def explained(work: Iterator[Row], pair: tuple[str, str, str], measures: Sequence[str], ours: bool) -> Iterator[Row]:
+    """The rows of `work`, and where it ends in an error one that says which, of the first of the measures that has no
+    row yet: the run goes on.
+
+    What is `ours` has "failed"; what is not, or finds no memory, is "skipped". Raises `DeviceLostError` after it.
     """
+    known = []
     try:
-        yield from work
+        for line in work:
+            known.append(line["measure"])
+            yield line
     except torch.OutOfMemoryError as error:
-        yield row(*what, "skipped", reason=f"out of memory: {_first_line(error)}")
+        status, reason = "skipped", f"out of memory: {_first_line(error)}"
     except Exception as error:  # a compiler's, a launch's, a library's
-        yield row(*what, "failed" if ours else "skipped", reason=f"{type(error).__name__}: {_first_line(error)}")
+        status, reason = "failed" if ours else "skipped", f"{type(error).__name__}: {_first_line(error)}"
+    else:
+        return
+    measure = next((each for each in measures if each not in known), measures[-1])
+    yield row(*pair, measure, status, reason=reason)
+    if DEVICE == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise DeviceLostError(reason) from error
 
 
 def prepare(folder: Path) -> None:

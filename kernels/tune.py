@@ -36,7 +36,7 @@ from transfusion.kernels.interval_mask import IntervalMask
 from transfusion.kernels.tuning import SPECIALISED, Launch
 
 STAGES = ("forward", "backward_query", "backward_key", "decode")
-GRACE_SECONDS = 60.0  # for checks that are under way when their time is up
+GRACE_SECONDS = 60.0  # at most, for checks that are under way when no more are begun
 RESULTS = {"forward": ("out", "lse"), "decode": ("out", "lse"), "backward_query": ("dq",), "backward_key": ("dk", "dv")}
 
 
@@ -200,8 +200,10 @@ class Checkers:
         self.pool.shutdown()
 
     def reasons(self, ask: Callable[[Launch], str], launches: Sequence[Launch], seconds: float) -> list[str]:
-        """`ask` of each launch; of one that there was no time for, or that does not end, that it is so."""
-        self.ask, self.launches, self.end = ask, launches, time.monotonic() + seconds
+        """`ask` of each launch within so many seconds; of one that there was no time for, or that does not end, that it
+        is so."""
+        stop, grace = time.monotonic() + seconds, min(GRACE_SECONDS, seconds / 4)
+        self.ask, self.launches, self.end = ask, launches, stop - grace
         self.answers = ["no time was left to check it"] * len(launches)
         self.left, self.alone, self.running = deque(range(len(launches))), set[int](), dict[Future[str], int]()
         self.broken = False
@@ -209,8 +211,9 @@ class Checkers:
             if self.broken and not self.running:
                 self._renew()
             self._submit()
-            left = 0.0 if self.broken else max(self.end - time.monotonic(), 0.0)
-            done, _ = wait(self.running, left + GRACE_SECONDS, FIRST_COMPLETED)
+            left = max(stop - time.monotonic(), 0.0)
+            last = self.broken or not self.left  # nothing is begun any more
+            done, _ = wait(self.running, min(grace, left) if last else left, FIRST_COMPLETED)
             for future in done:
                 self._settle(future)
             if self.broken and not done:  # what still runs beside a broken process is not waited for: it may hang

@@ -14,7 +14,7 @@ import platform
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
@@ -31,7 +31,8 @@ from transfusion.kernels.diffusion_loss import check as diffusion_loss
 from transfusion.kernels.patchify_noise import check as patchify_noise
 from transfusion.kernels.testing import Verdict, poison_empty
 
-Checks = Callable[[torch.device, torch.dtype, torch.Generator], Iterator[tuple[str, dict[str, Verdict]]]]
+Check = Callable[[], dict[str, Verdict]]
+Checks = Callable[[torch.device, torch.dtype, torch.Generator], Iterator[tuple[str, Check]]]
 
 CHECKS: dict[str, Checks] = {
     "transfusion_attention": attention.checks,
@@ -42,17 +43,18 @@ CHECKS: dict[str, Checks] = {
 
 
 class Row(NamedTuple):
-    """One call of one op: the verdict on each of its results, forward and gradients."""
+    """One call of one op: the verdict on each of its results, forward and gradients, or the error that it ended in."""
 
     op: str
     dtype: torch.dtype
     case: str
     verdicts: dict[str, Verdict]
+    error: str = ""
 
     @property
     def passed(self) -> bool:
         """Every result keeps its bound."""
-        return all(verdict.passed for verdict in self.verdicts.values())
+        return not self.error and all(verdict.passed for verdict in self.verdicts.values())
 
     @property
     def worst(self) -> str:
@@ -70,9 +72,10 @@ def verify(
 ) -> Iterator[Row]:
     """Rows of every op (or those named), one after the other, on `device` (default: the GPU where there is one).
 
-    Inputs are drawn from `seed`, fresh by default; whatever a kernel leaves unwritten is NaN. Off a GPU the process
-    must have been started with TRITON_INTERPRET=1, else the first row raises the op's `RuntimeError`. jobs: processes
-    that share ops and dtypes; the rows are the same, in the same order, but those of one op and dtype come at once.
+    Inputs are drawn from `seed`, fresh by default; whatever a kernel leaves unwritten is NaN. A case that ends in an
+    error has failed, and the next follows, unless the GPU is lost to the process. Off a GPU the process must have been
+    started with TRITON_INTERPRET=1, else every row has the op's `RuntimeError`. jobs: processes that share ops and
+    dtypes; the rows are the same, but those of one op and dtype come at once, and the part first that is done first.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtypes = [torch.float32, torch.float16] + ([] if registry.TRITON_INTERPRET else [torch.bfloat16])
@@ -86,7 +89,7 @@ def verify(
     with ProcessPoolExecutor(min(jobs, len(parts)), spawn) as pool:
         running = [pool.submit(_whole_part, *part) for part in parts]
         try:
-            for each in running:
+            for each in as_completed(running):
                 yield from each.result()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -95,20 +98,35 @@ def verify(
 def _part(device: torch.device, op: str, dtype: torch.dtype, seed: int) -> Iterator[Row]:
     """Rows of one op in one dtype; its inputs are the same whatever else is verified."""
     generator = torch.Generator().manual_seed(random.Random(f"{seed} {op} {dtype}").randrange(2**63))
-    cases = CHECKS[op](device, dtype, generator)
-    while (checked := _next_poisoned(cases)) is not None:
-        yield Row(op, dtype, *checked)
+    for name, check in CHECKS[op](device, dtype, generator):
+        row = Row(op, dtype, name, *_checked(check))
+        yield row
+        if row.error and _is_lost(device):
+            return
 
 
 def _whole_part(device: torch.device, op: str, dtype: torch.dtype, seed: int) -> list[Row]:
     return list(_part(device, op, dtype, seed))
 
 
-def _next_poisoned(cases: Iterator[tuple[str, dict[str, Verdict]]]) -> tuple[str, dict[str, Verdict]] | None:
-    """The next case, with torch's empty tensors full of NaN while it runs and only then."""
+def _checked(check: Check) -> tuple[dict[str, Verdict], str]:
+    """Its verdicts, with torch's empty tensors full of NaN while it runs and only then, or what it ended in."""
     with ExitStack() as patches:
         poison_empty(lambda owner, name, value: patches.enter_context(mock.patch.object(owner, name, value)))
-        return next(cases, None)
+        try:
+            return check(), ""
+        except Exception as error:  # a compiler's, a launch's, an op's own
+            return {}, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+
+
+def _is_lost(device: torch.device) -> bool:
+    """Whether this process can use the GPU no more: every later check would fail like the one before."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def header(device: torch.device, seed: int) -> str:
@@ -128,13 +146,15 @@ _COLUMNS = f"{'op':21}  {'dtype':8}  {'case':32}  {'worst result':15}  {'error':
 
 
 def format_row(row: Row) -> str:
-    """A line of the table, and below it a line for every result that fails."""
+    """A line of the table, or one for every result that fails, or for the error."""
 
     def line(name: str, status: str) -> str:
         error, bound = row.verdicts[name]
         dtype = str(row.dtype).removeprefix("torch.")
         return f"{row.op:21}  {dtype:8}  {row.case:32}  {name:15}  {error:9.2e}  {bound:9.2e}  {status}"
 
+    if row.error:
+        return f"{row.op:21}  {str(row.dtype).removeprefix('torch.'):8}  {row.case:32}  FAIL: {row.error}"
     if row.passed:
         return line(row.worst, "pass")
     return "\n".join(line(name, "FAIL") for name, verdict in row.verdicts.items() if not verdict.passed)
@@ -148,7 +168,8 @@ def write_junit(rows: Sequence[Row], file: Path) -> None:
         name = f"{row.case}[{str(row.dtype).removeprefix('torch.')}]"
         case = ElementTree.SubElement(suite, "testcase", classname=row.op, name=name)
         if not row.passed:
-            ElementTree.SubElement(case, "failure", message="error above bound").text = format_row(row)
+            message = row.error or "error above bound"
+            ElementTree.SubElement(case, "failure", message=message).text = format_row(row)
     file.write_bytes(ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))
 
 

@@ -30,7 +30,7 @@ from transfusion.data.documents import caption_image_length
 from transfusion.data.drafting import caption_ids
 from transfusion.data.sources import Split
 from transfusion.data.transforms import check_image_size
-from transfusion.diffusion.sampler import default_steps
+from transfusion.diffusion.sampler import default_steps, make_scheduler
 from transfusion.evaluation import (
     evenly,
     image_distances,
@@ -208,6 +208,7 @@ class Run:
         if not prompts:
             return None
         steps = default_steps(self.config.model.schedule, about=20)
+        make_scheduler(self.config.model.schedule)  # raises now, not at the first picture, where diffusers is missing
         return lambda model: sheets.contact_sheet(self.pipeline(model).images(prompts, steps=steps).cpu())
 
     def _step_of_model(self) -> int:

@@ -4,7 +4,8 @@ The error of the formula in the inputs' own precision bounds a kernel's, see `tr
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -108,8 +109,8 @@ def verdicts(case: Case, results: list[Tensor]) -> dict[str, Verdict]:
 
 def checks(
     device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> Iterator[tuple[str, dict[str, Verdict]]]:
-    """(what, verdicts) of the Triton kernels over layouts, head dimensions, grouped heads and sizes."""
+) -> Iterator[tuple[str, Callable[[], dict[str, Verdict]]]]:
+    """(what, a call that judges it), in turn, of the Triton kernels over layouts, sizes and heads."""
     # A GPU's tiles are several times as wide as the interpreter's; an odd factor keeps the sizes undivided.
     factor = 17 if device.type == "cuda" else 1
 
@@ -118,24 +119,24 @@ def checks(
         return verdicts(case, run(case, "triton"))
 
     for name, layout in LAYOUTS.items():
-        yield name, check(_enlarged(layout, factor).mask(), heads=(1, 1))
+        yield name, partial(check, _enlarged(layout, factor).mask(), heads=(1, 1))
     images = _enlarged(LAYOUTS["adjacent_images"], factor).mask()
     for head_dim in (24, 64, 80, 128, 160, 256):
-        yield f"head_dim_{head_dim}", check(images, head_dim=head_dim, heads=(1, 1))
+        yield f"head_dim_{head_dim}", partial(check, images, head_dim=head_dim, heads=(1, 1))
     for head_dim in (64, 128) if device.type == "cuda" else (16,):
-        yield f"unsplit_head_dim_{head_dim}", check(**unsplit(device), head_dim=head_dim)
+        yield f"unsplit_head_dim_{head_dim}", partial(check, **unsplit(device), head_dim=head_dim)
     rng = random.Random(generator.initial_seed())
     for heads in ((2, 2), (4, 2), (3, 1)):
         masks = [_enlarged(random_layout(rng, 50), factor).mask() for _ in range(2)]
-        yield f"random_layouts_{heads[0]}_heads_over_{heads[1]}", check(IntervalMask.stack(masks), heads=heads)
+        yield f"random_layouts_{heads[0]}_heads_over_{heads[1]}", partial(check, IntervalMask.stack(masks), heads=heads)
     lengths = torch.randint(0, 90 * factor, (3,), generator=generator)
     for name, new in (("one_token", Layout(1, [])), ("an_image", Layout(30 * factor, [(0, 30 * factor)]))):
         cache = IntervalMask.continuation(new.mask(), lengths, 120 * factor)
-        yield f"{name}_over_a_cache", check(cache, heads=(4, 2), batch=3)
+        yield f"{name}_over_a_cache", partial(check, cache, heads=(4, 2), batch=3)
     for queries, keys in ((1, 65), (33, 7), (5, 100)):
         start, end = torch.randint(-3, queries * factor + 3, (2, 1, keys * factor), generator=generator)
         mask = IntervalMask(start, end, queries * factor)
-        yield f"random_intervals_{mask.num_queries}_by_{mask.num_keys}", check(mask, batch=2)
+        yield f"random_intervals_{mask.num_queries}_by_{mask.num_keys}", partial(check, mask, batch=2)
 
 
 def unsplit(device: torch.device) -> dict[str, Any]:

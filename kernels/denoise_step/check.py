@@ -5,7 +5,8 @@ An op that works element by element has the error of the formula in its own prec
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -89,9 +90,9 @@ def verdicts(case: Case) -> dict[str, Verdict]:
 
 def checks(
     device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> Iterator[tuple[str, dict[str, Verdict]]]:
-    """(what, verdicts) of the Triton kernel over shapes, patch sizes and kinds of step."""
+) -> Iterator[tuple[str, Callable[[], dict[str, Verdict]]]]:
+    """(what, a call that judges it), in turn, of the Triton kernel over shapes, patch sizes and kinds of step."""
     for shape, patch_size in SHAPES:
         for kind in KINDS:
             case = make_case(kind, shape, patch_size, dtype, device, generator)
-            yield f"{shape_name(shape)}_patch_{patch_size}_{kind}", verdicts(case)
+            yield f"{shape_name(shape)}_patch_{patch_size}_{kind}", partial(verdicts, case)

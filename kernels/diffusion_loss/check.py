@@ -5,7 +5,8 @@ The loss is a sum, judged with the formula in several orders of summation; its g
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -117,12 +118,13 @@ def verdicts(case: Case, source: str, grad_loss: Tensor) -> dict[str, Verdict]:
 
 def checks(
     device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> Iterator[tuple[str, dict[str, Verdict]]]:
-    """(what, verdicts) of the Triton kernels over shapes, patch sizes, sources of noise, with weights and without."""
+) -> Iterator[tuple[str, Callable[[], dict[str, Verdict]]]]:
+    """(what, a call that judges it), in turn, of the Triton kernels over shapes, patch sizes, sources of noise, weights
+    or none."""
     for number, (shape, patch_size) in enumerate(SHAPES):
         for source in SOURCES:
             case = make_case(shape, patch_size, dtype, device, generator)
             if number % 2:
                 case = case._replace(weight=None)
             grad_loss = make_weights(num_images(shape), device, generator)
-            yield f"{shape_name(shape)}_patch_{patch_size}_{source}", verdicts(case, source, grad_loss)
+            yield f"{shape_name(shape)}_patch_{patch_size}_{source}", partial(verdicts, case, source, grad_loss)

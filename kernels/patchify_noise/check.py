@@ -5,7 +5,8 @@ An op that works element by element has the error of the formula in its own prec
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -152,10 +153,10 @@ def verdicts(case: Case, source: str, grad_tokens: Tensor) -> dict[str, Verdict]
 
 def checks(
     device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> Iterator[tuple[str, dict[str, Verdict]]]:
-    """(what, verdicts) of the Triton kernels over shapes, patch sizes and sources of noise."""
+) -> Iterator[tuple[str, Callable[[], dict[str, Verdict]]]]:
+    """(what, a call that judges it), in turn, of the Triton kernels over shapes, patch sizes and sources of noise."""
     for shape, patch_size in SHAPES:
         for source in SOURCES:
             case = make_case(shape, patch_size, dtype, device, generator)
             grad_tokens = torch.randn(tokens_shape(shape, patch_size), generator=generator).to(device, dtype)
-            yield f"{shape_name(shape)}_patch_{patch_size}_{source}", verdicts(case, source, grad_tokens)
+            yield f"{shape_name(shape)}_patch_{patch_size}_{source}", partial(verdicts, case, source, grad_tokens)

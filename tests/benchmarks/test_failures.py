@@ -44,6 +44,70 @@ def test_an_error_is_a_row(suite, broken, what, monkeypatch):
         assert (row["status"], row["reason"], row["case"], row["baseline"]) == (status, reason, *what)
 
 
+def test_an_error_after_a_figure_is_of_what_was_to_come(monkeypatch):
+    def figures(*_):
+        yield "forward", {"p50": 1.0}
+        raise RuntimeError("no backward")
+
+    monkeypatch.setattr(ops, "check", lambda *_: {})
+    monkeypatch.setattr(ops, "_measured", figures)
+    found = rows.latest(list(ops.run("patchify_noise small", "ours, given", QUICK)))
+    assert [(row["measure"], row["status"]) for row in found] == [("forward", "ok"), ("backward", "failed")]
+
+
+def test_a_lost_gpu_ends_the_run_and_only_its_pair_has_a_row(monkeypatch, tmp_path, capsys):
+    def lost():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(ops, "make", crash(RuntimeError("an illegal memory access was encountered")))
+    monkeypatch.setattr(rows, "DEVICE", "cuda")
+    monkeypatch.setattr(rows, "machine", lambda: "lost")
+    monkeypatch.setattr(rows, "environment", lambda: dict.fromkeys(("commit", "dirty", "torch", "triton", "device")))
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    arguments = ["--suite", "ops", "--filter", "ours, given", "--quick", "--resume", "--rows", str(tmp_path)]
+    for count in (1, 2, 3):  # and the next time the next pair's turn comes
+        assert command.main(arguments) == 3
+        assert "the GPU is lost to this process: RuntimeError: an illegal" in capsys.readouterr().err
+        found = rows.read(rows.path("ops", tmp_path))
+        assert len({rows.key(row) for row in found}) == len(found) == count
+
+
+def test_a_pair_that_does_not_end_is_a_row_and_ends_the_run(monkeypatch, tmp_path):
+    class EndedError(BaseException):
+        pass
+
+    class AtOnce:  # a timer whose time is up as soon as the pair has its first row
+        daemon = False
+
+        def __init__(self, seconds, end):
+            self.end = end
+
+        def start(self):
+            monkeypatch.setattr(ops, "_rows", self.hang)
+
+        def hang(self, case, baseline, effort):
+            yield rows.row("ops", case, baseline, "forward", "ok", p50=1.0, p20=1.0, p80=1.0)
+            self.end()
+
+        def cancel(self):
+            pass
+
+    monkeypatch.setattr(command.threading, "Timer", AtOnce)
+    monkeypatch.setattr(command.os, "_exit", crash(EndedError()))
+    with pytest.raises(EndedError):
+        command.main(["--suite", "ops", "--filter", "ours, given", "--limit", "7", "--rows", str(tmp_path)])
+    ok, ended = rows.read(rows.path("ops", tmp_path))
+    assert ok["status"] == "ok" and (ended["measure"], ended["status"]) == ("pair", "failed")
+    assert ended["reason"] == "it did not end within 7 s (--limit)" and rows.key(ok)[:3] == rows.key(ended)[:3]
+
+
+def test_a_step_is_timed_whatever_becomes_of_the_profiler(monkeypatch):
+    monkeypatch.setattr(train, "breakdown", crash(RuntimeError("no profiler")))
+    monkeypatch.setattr(train, "check", lambda *_: {})
+    (row,) = train.run("small", "ours", QUICK)
+    assert row["status"] == "ok" and row["p50"] > 0 and row["breakdown_error"] == "RuntimeError: no profiler"
+
+
 def test_what_torch_compiles_is_not_ours(monkeypatch):
     monkeypatch.setattr(ops, "DEVICE", "cuda")
     monkeypatch.setattr(ops, "make", crash(RuntimeError("no C++ compiler")))

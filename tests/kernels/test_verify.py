@@ -108,9 +108,33 @@ def test_processes_share_the_work_and_change_nothing(
 
     def table(*jobs: str) -> list[str]:
         assert main(["--op", "patchify_noise", "--seed", "7", *jobs]) == 0
-        return capsys.readouterr().out.splitlines()
+        return sorted(capsys.readouterr().out.splitlines())  # the part that is done first comes first
 
     assert table("--jobs", "1") == table("--jobs", "2")
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_error_is_a_failed_row_and_the_rest_follows_unless_the_gpu_is_lost(
+    lost: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def wrong() -> dict[str, Verdict]:
+        raise RuntimeError("out of resource: shared memory\nand more")
+
+    def checks(*_: object) -> Iterator[tuple[str, object]]:
+        yield "first", lambda: {"out": Verdict(0.0, 1.0)}
+        yield "second", wrong
+        yield "third", lambda: {"out": Verdict(0.0, 1.0)}
+
+    monkeypatch.setitem(CHECKS, "patchify_noise", checks)
+    monkeypatch.setattr(registry, "TRITON_INTERPRET", True)
+    monkeypatch.setattr("transfusion.kernels.verify._is_lost", lambda device: lost)
+    junit = tmp_path / "verify.xml"
+    assert main(["--op", "patchify_noise", "--junit", str(junit)]) == 1
+    said = capsys.readouterr().out
+    assert "FAIL: RuntimeError: out of resource: shared memory\n" in said
+    assert f"{2 if lost else 4} passed, 2 failed" in said
+    messages = [each.get("message") for each in ElementTree.parse(junit).iter("failure")]
+    assert messages == ["RuntimeError: out of resource: shared memory"] * 2
 
 
 def test_options_that_cannot_be_met_end_before_the_checks(

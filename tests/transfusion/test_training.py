@@ -188,6 +188,19 @@ def test_average() -> None:
     torch.testing.assert_close(ema, 0.1 * old + 0.9 * model)
 
 
+def test_a_preview_that_fails_is_told_of_and_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def preview(model: object) -> object:
+        raise MemoryError("no room for pictures")
+
+    each = trainer(tmp_path, steps=2, preview_every=1)
+    each.preview = preview  # type: ignore[assignment]
+    assert each.run()
+    said = capsys.readouterr().out
+    assert all(f"no preview at step {step}: MemoryError: no room for pictures" in said for step in (1, 2))
+
+
 def test_preview_and_tensorboard(tmp_path: Path) -> None:
     each = trainer(tmp_path, steps=2, preview_every=1)
     each.preview = lambda model: np.zeros((4, 4, 3), np.uint8)

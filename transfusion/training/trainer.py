@@ -198,10 +198,14 @@ class Trainer:
         )
 
     def draw(self, log: RunLog, preview: Preview) -> None:
-        """A picture from the averaged model."""
+        """A picture from the averaged model. One that fails is told of: it would fail again after every restart."""
         model = self.averaged(self.world.device)
-        if model is not None:
+        if model is None:
+            return
+        try:
             log.picture(self.step, "preview", preview(model))
+        except Exception as error:
+            log.say(f"no preview at step {self.step}: {type(error).__name__}: {error}")
 
     def averaged(self, device: torch.device | str) -> Transfusion | None:
         """A whole model on `device` with the averaged weights, on rank 0; None on others, which must call it too."""
