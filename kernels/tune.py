@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 from transfusion.kernels import tuning
 from transfusion.kernels.attention import check
@@ -89,20 +90,26 @@ def packed_mask(rows: int, length: int) -> IntervalMask:
 
 
 def make_call(stage: str, dtype: torch.dtype, head_dim: int) -> Callable[[], Any]:
-    """What is timed: 4 packed rows of 4096 tokens with 2048 / head_dim heads, or one token over 16 caches of 16k."""
+    """What is timed: 4 packed rows of 4096 tokens with 2048 / head_dim heads, then a causal one of 2048, half as many
+    pairs; or one token over 16 caches of 16k."""
     heads = max(2048 // head_dim, 1)
     if stage == "decode":
         mask = IntervalMask.continuation(IntervalMask.causal(1, "cuda"), torch.full((16,), 16000, device="cuda"), 16384)
         q, k, v = (torch.randn(16, h, n, head_dim, device="cuda", dtype=dtype) for h, n in _cache_sizes(heads))
         return lambda: transfusion_attention(q, k, v, mask, impl="triton")
-    mask = packed_mask(4, 4096)
-    leaves = [torch.randn(4, heads, 4096, head_dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
+    calls = []
+    for mask in (packed_mask(4, 4096), IntervalMask.causal(2048, "cuda")):
+        shape = (mask.batch_size, heads, mask.num_queries, head_dim)
+        q, k, v, grad = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(4))
+        calls.append(partial(_attend, stage, q, k, v, mask, grad))
+    return lambda: [call() for call in calls]
+
+
+def _attend(stage: str, q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, grad: Tensor) -> Any:
     if stage == "forward":
-        q, k, v = (leaf.detach() for leaf in leaves)
-        return lambda: transfusion_attention(q, k, v, mask, impl="triton")
-    q, k, v = leaves
-    grad = torch.randn_like(q)
-    return lambda: torch.autograd.grad(transfusion_attention(q, k, v, mask, impl="triton"), (q, k, v), grad)
+        return transfusion_attention(q, k, v, mask, impl="triton")
+    q, k, v = (tensor.requires_grad_() for tensor in (q, k, v))
+    return torch.autograd.grad(transfusion_attention(q, k, v, mask, impl="triton"), (q, k, v), grad)
 
 
 def _cache_sizes(heads: int) -> tuple[tuple[int, int], ...]:
