@@ -87,6 +87,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Computed in float32, of float64 in that, and rounded once.
     """
+    if torch.compiler.is_compiling():  # a pass, however it is written; torch 2.11 takes a Function's gradient wrong
+        real, imaginary = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+        return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1).to(x.dtype)
     turned: Tensor = _Rotation.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin)
     return turned
 
@@ -107,12 +110,9 @@ class _Rotation(torch.autograd.Function):
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """In four passes over half of x, none of which writes more than it must: 14 bytes an element of 16 bits, not 48."""
+    turned = torch.empty_like(x)
     real, imaginary = x.chunk(2, dim=-1)
-    if torch.compiler.is_compiling():  # which makes one pass of it, and takes no `out`
-        turned = torch.addcmul(real * cos, imaginary, sin, value=-1), torch.addcmul(imaginary * cos, real, sin)
-        return torch.cat(turned, dim=-1).to(x.dtype)
-    result = torch.empty_like(x)
-    new_real, new_imaginary = result.chunk(2, dim=-1)
+    new_real, new_imaginary = turned.chunk(2, dim=-1)
     torch.addcmul(real * cos, imaginary, sin, value=-1, out=new_real)
     torch.addcmul(imaginary * cos, real, sin, out=new_imaginary)
-    return result
+    return turned
