@@ -30,7 +30,7 @@ SUITES = ("attention", "ops", "host", "tiles", "train", "denoise", "generation")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """-> 0, or 1 where a check failed, or 2 where there is nothing to do."""
+    """-> 0, or 1 where a check failed, or 2 where there is nothing to do, or 3 where the GPU was lost."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.report:
@@ -141,6 +141,9 @@ def _run(work: list[tuple[str, str, str]], options: argparse.Namespace) -> int:
 @contextmanager
 def _ending(pair: tuple[str, str, str], measured: list[rows.Row], file: Path, seconds: float | None) -> Iterator[None]:
     """Ends the process, its rows kept, where a pair takes longer: a launch that hangs ends by nothing else."""
+    if seconds is None:
+        yield
+        return
 
     def end() -> None:
         row = rows.row(*pair, "pair", "failed", reason=f"it did not end within {seconds:g} s (--limit)")
@@ -148,14 +151,14 @@ def _ending(pair: tuple[str, str, str], measured: list[rows.Row], file: Path, se
         print(_line(row), flush=True)
         os._exit(3)
 
-    timer = threading.Timer(seconds or 0.0, end)
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
-    if seconds is not None:
-        timer.start()
+    timer.start()
     try:
         yield
     finally:
         timer.cancel()
+        timer.join()  # what `end` has begun ends the process
 
 
 def _line(row: dict[str, Any]) -> str:

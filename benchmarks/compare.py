@@ -82,6 +82,7 @@ def _side(folder: Path, tree: Path) -> Path:
 def _measure(side: Path, suite: str, options: argparse.Namespace, commit: str) -> int:
     command = [sys.executable, "-m", "benchmarks", "--suite", suite, "--ours", "--rows", str(side / "rows")]
     command += ["--filter", options.filter, *["--quick"] * options.quick]
+    command += [] if options.limit is None else ["--limit", str(options.limit)]
     environment = {**os.environ, "PYTHONPATH": str(side), "BENCHMARK_COMMIT": commit}
     print(f"\n== {commit}", flush=True)
     return subprocess.run(command, cwd=side, env=environment, check=False).returncode

@@ -219,8 +219,7 @@ class Checkers:
                 self._renew()
             self._submit()
             left = max(stop - time.monotonic(), 0.0)
-            last = self.broken or not self.left  # nothing is begun any more
-            done, _ = wait(self.running, min(grace, left) if last else left, FIRST_COMPLETED)
+            done, _ = wait(self.running, min(grace, left) if self.broken else left, FIRST_COMPLETED)
             for future in done:
                 self._settle(future)
             if self.broken and not done:  # what still runs beside a broken process is not waited for: it may hang

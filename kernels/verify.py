@@ -98,7 +98,15 @@ def verify(
 def _part(device: torch.device, op: str, dtype: torch.dtype, seed: int) -> Iterator[Row]:
     """Rows of one op in one dtype; its inputs are the same whatever else is verified."""
     generator = torch.Generator().manual_seed(random.Random(f"{seed} {op} {dtype}").randrange(2**63))
-    for name, check in CHECKS[op](device, dtype, generator):
+    cases = CHECKS[op](device, dtype, generator)
+    while True:
+        try:
+            name, check = next(cases)
+        except StopIteration:
+            return
+        except Exception as error:  # of making inputs, on a GPU that an earlier part has lost
+            yield Row(op, dtype, "the inputs of the rest", {}, _in_a_line(error))
+            return
         row = Row(op, dtype, name, *_checked(check))
         yield row
         if row.error and _is_lost(device):
@@ -116,7 +124,11 @@ def _checked(check: Check) -> tuple[dict[str, Verdict], str]:
         try:
             return check(), ""
         except Exception as error:  # a compiler's, a launch's, an op's own
-            return {}, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+            return {}, _in_a_line(error)
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
 def _is_lost(device: torch.device) -> bool:

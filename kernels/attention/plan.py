@@ -37,23 +37,22 @@ def plan_forward(
     packed = group if queries <= launch.block_q else 1
     blocks = -(-packed * queries // launch.block_q)
     programs, places = max(blocks * batch * heads // packed, 1), tuning.processors(device) * per_processor
-    wanted = _even_splits(programs, places) if is_few else places // programs
-    splits = max(1, min(wanted, -(-keys // launch.block_k) // 2))
+    most = max(-(-keys // launch.block_k) // 2, 1)
+    splits = max(1, min(places // programs, most))
+    if is_few and splits < 4 and programs <= 4 * places:
+        splits = _even_splits(programs, places, most)
     if launch.specialised and (packed > 1 or splits > 1 or not _specialised_fits(dtype, queries, keys, dim)):
         launch = launch.plain
     return Plan(launch, packed, blocks, splits)
 
 
-def _even_splits(programs: int, places: int) -> int:
-    """As many as fill the device once; of few, those that leave the least of its last turn empty.
+def _even_splits(programs: int, places: int, most: int) -> int:
+    """Up to 4, that leave the least of the device's last turn empty.
 
     320 programs in 264 places take two turns, split by 4 five of a quarter each. Less than 5 % is not worth a part.
     """
-    idle = places // programs
-    if idle >= 4:
-        return idle
     best = 1
-    for splits in (2, 3, 4):
+    for splits in range(2, min(most, 4) + 1):
         turns, fewest = -(-programs * splits // places) / splits, -(-programs * best // places) / best
         best = splits if turns < 0.95 * fewest else best
     return best

@@ -51,7 +51,7 @@ def test_an_error_after_a_figure_is_of_what_was_to_come(monkeypatch):
 
     monkeypatch.setattr(ops, "check", lambda *_: {})
     monkeypatch.setattr(ops, "_measured", figures)
-    found = rows.latest(list(ops.run("patchify_noise small", "ours, given", QUICK)))
+    found = rows.latest(list(ops.run("diffusion_loss small", "ours, given", QUICK)))
     assert [(row["measure"], row["status"]) for row in found] == [("forward", "ok"), ("backward", "failed")]
 
 
@@ -91,6 +91,8 @@ def test_a_pair_that_does_not_end_is_a_row_and_ends_the_run(monkeypatch, tmp_pat
 
         def cancel(self):
             pass
+
+        join = cancel
 
     monkeypatch.setattr(command.threading, "Timer", AtOnce)
     monkeypatch.setattr(command.os, "_exit", crash(EndedError()))

@@ -52,6 +52,13 @@ def test_few_queries_leave_little_of_the_device_idle(batch: int, splits: int) ->
     assert batch / 16 <= turns <= max(1.34 * batch / 16, 1 / 16)
 
 
+def test_splits_keep_to_the_keys_and_to_a_bounded_workspace() -> None:
+    tile = plan_forward(CPU, torch.float32, 1, 1, 1, 1, 2**20, 32).launch.block_k
+    for tiles, splits in ((1, 1), (4, 1), (6, 3), (8, 3)):  # 9 programs in 16 places: split by 2 they need as long
+        assert plan_forward(CPU, torch.float32, 9, 1, 1, 1, tiles * tile, 32).splits == splits
+    assert plan_forward(CPU, torch.float32, 66, 1, 1, 1, 2**20, 32).splits == 1
+
+
 @pytest.mark.parametrize(("stage", "launch"), [("query", QUERY), ("key", KEY)])
 def test_backward(stage: str, launch: Launch) -> None:
     def plan(queries: int, keys: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> Launch:

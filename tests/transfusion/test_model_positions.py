@@ -124,6 +124,17 @@ def test_a_gradient_is_turned_back() -> None:
         assert verdict.passed and not found[:, :, 4:].any(), verdict
 
 
+def test_a_rotation_under_torch_func() -> None:
+    x, grad = torch.randn(2, 2, 5, 4, 16, dtype=torch.float64)
+    cos, sin = rotary(torch.randint(100, (2, 5)), tiny.CONFIG)
+    turned, pullback = torch.func.vjp(lambda x: rotate(x, cos, sin), x)
+    gold = rotate_exactly(x, cos.double(), sin.double()), rotate_exactly(grad, cos.double(), -sin.double())
+    for found, expected, eager in zip((turned, pullback(grad)[0]), gold, (x, grad), strict=True):
+        sign = sin if eager is x else -sin
+        verdict = judge(found, rotate(eager, cos, sign), expected)
+        assert verdict.passed, verdict
+
+
 def rotate_exactly(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     turned = torch.complex(*x.chunk(2, dim=-1)) * torch.complex(cos, sin)
     return torch.cat([turned.real, turned.imag], dim=-1)

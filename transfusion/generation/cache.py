@@ -115,8 +115,11 @@ class KVCache:
 
     def reach(self, tokens: int) -> int:
         """How many keys attention looks at when every row gets so many more tokens: PyTorch's own, under a dense
-        mask, computes them all, so it is cut at the used part."""
-        return self.capacity if self.is_static else max(self.used) + tokens
+        mask, computes them all, so it is cut at the used part; off a CPU not anew for each token."""
+        if self.is_static:
+            return self.capacity
+        step = 1 if self.keys.device.type == "cpu" else 64
+        return min(self.capacity, -(-(max(self.used) + tokens) // step) * step)
 
     def window(self, new: IntervalMask) -> "Window":
         """Room for N more tokens of every row, `new` the mask among them. Raises `ValueError` where it is full."""
@@ -137,7 +140,7 @@ class Window:
         self._keys = cache.reach(new.num_queries)
         self._places: tuple[Any, Any] = torch.arange(len(cache.used), device=device)[:, None], self.positions
         if not cache.is_static and len(set(cache.used)) == 1:
-            self._places = slice(None), slice(cache.used[0], self._keys)
+            self._places = slice(None), slice(cache.used[0], cache.used[0] + new.num_queries)
         self.mask = IntervalMask.continuation(new, cache.lengths, self._keys)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:

@@ -87,7 +87,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Computed in float32, of float64 in that, and rounded once.
     """
-    if torch.compiler.is_compiling():  # a pass, however it is written; torch 2.11 takes a Function's gradient wrong
+    # Compiled it is one pass, however it is written; of a Function torch 2.11 takes a wrong gradient.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         real, imaginary = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
         return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1).to(x.dtype)
     turned: Tensor = _Rotation.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin)

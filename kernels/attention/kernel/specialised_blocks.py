@@ -60,8 +60,8 @@ def allocate_feed():
 def following(p_next):
     """The item after the last that any program took: whoever is done takes it, so that all end together.
 
-    In turns fixed beforehand a program has blocks of about one rank of every section. Under a causal order of 16 heads
-    of 128 lanes the slowest of 132 would have 1.27 to 1.41 times the average's tiles, by counting.
+    In turns fixed beforehand a program has blocks of about one rank of every section: of 8192 causal tokens and 16
+    heads of 128 lanes the slowest of 132 would have 1.41 times the average's tiles, by counting.
     """
     return gl.num_programs(0) + gl.atomic_add(p_next, 1, sem="relaxed")
 
