@@ -81,13 +81,20 @@ def test_random_intervals(device: None, queries: int, keys: int, seed: int) -> N
 
 
 def test_long_sums_in_float32(device: None, seed: int) -> None:
-    """dk and dv keep the bound, half of which is the formula's own error, though of causal queries the first weigh the
-    most: added first, they would make it three to ten times as large."""
-    case = make_case(IntervalMask.causal(700), torch.float32, seed, head_dim=16, heads=(1, 1))
-    found, gold = check.run(case, "triton"), check.formula(case, torch.float64, torch.float64)
-    for *each, name in zip(found, check.eager_orders(case), gold, check.RESULTS, strict=True):
-        if name in ("dk", "dv"):
-            assert (verdict := testing.judge(*each)).passed, (name, verdict)
+    """dk and dv err from float64 no more than the formula does, though of causal queries the first weigh the most.
+
+    Added first, those would make it three to ten times as much in every draw; as it is, one draw in sixty errs a little
+    more, so one of two must not.
+    """
+    kept = []
+    for draw in (seed, seed + 1):
+        case = make_case(IntervalMask.causal(700), torch.float32, draw, head_dim=16, heads=(1, 1))
+        found, gold = check.run(case, "triton"), check.formula(case, torch.float64, torch.float64)
+        each = zip(found, check.eager_orders(case), gold, check.RESULTS, strict=True)
+        sums = [result for *result, name in each if name in ("dk", "dv")]
+        assert all(testing.judge(*result).passed for result in sums), draw
+        kept.append(all(testing.judge(*result, factor=1.0).passed for result in sums))
+    assert any(kept)
 
 
 def test_strides(device: None, seed: int) -> None:

@@ -104,9 +104,11 @@ def test_compiled_and_checkpointed_blocks_leave_the_mask_alone(tmp_path: Path, m
     assert torch.equal(plain["losses"], other["losses"])
 
 
-def test_inductor_rounds_no_worse(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_steps_round_no_worse(tmp_path: Path, backend: str) -> None:
     eager, gold = (steps(tmp_path / str(d), ParallelConfig(), d) for d in (torch.float32, torch.float64))
-    compiled = steps(tmp_path / "inductor", ParallelConfig(checkpointing="selective", compile="inductor"))
+    parallel = ParallelConfig(checkpointing="selective", compile=backend)  # type: ignore[arg-type]
+    compiled = steps(tmp_path / "compiled", parallel)
     for name in ("losses", "weights"):
         verdict = judge(compiled[name], eager[name], gold[name])
         assert verdict.passed, (name, verdict)
