@@ -54,7 +54,10 @@ def make_case(
     device: torch.device | str,
     generator: torch.Generator,
 ) -> Case:
-    """Normal prediction, latents (both of `dtype`) and noise, coefficients in ±[0.5, 1), a limit that clips."""
+    """Normal prediction, latents (both of `dtype`) and noise, coefficients in ±[0.5, 1), a limit that clips.
+
+    a has the sign of d·p: the terms of x do not cancel, or the errors of a few elements would exceed every result.
+    """
     tokens = tokens_shape(shape, patch_size)
 
     def normal() -> Tensor:
@@ -62,6 +65,7 @@ def make_case(
 
     latents = as_latents(normal().flatten(), shape)
     coefficients = make_weights(7, device, generator)
+    coefficients[0] = coefficients[0].copysign(coefficients[2] * coefficients[4])
     coefficients[6] = math.inf if kind == "plain" else 0.7
     options: dict[str, Any] = {}
     if kind != "plain":

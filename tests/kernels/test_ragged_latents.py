@@ -56,6 +56,39 @@ def test_the_layout_says_where_each_image_lies() -> None:
     assert torch.equal(image_of_element(ragged.layout, len(ragged.values)), tokens.repeat_interleave(channels))
 
 
+@pytest.mark.parametrize("source", ["noise", "seed"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_images_of_one_number_are_the_pixels_of_one_image(impl: str, source: str) -> None:
+    """Bit for bit: six images, dense and ragged, and one of six pixels, all of the same weights."""
+    generator = fresh_generator()
+    values, noise, prediction, grad = torch.randn(4, 6, generator=generator).to(DEVICE)
+    alpha, sigma = make_weights(2, DEVICE, generator).split(1)
+    coefficients = make_weights(7, DEVICE, generator)
+    seed = torch.randint(2**62, (), generator=generator).to(DEVICE)
+
+    def calls(latents: Tensor | RaggedLatents, images: int, tokens: tuple[int, ...]) -> list[Tensor]:
+        ragged = isinstance(latents, RaggedLatents)
+        plain = latents.values if ragged else latents
+        leaf = plain.clone().requires_grad_()
+        options = {"seed": seed} if source == "seed" else {"noise": noise.view_as(plain)}
+        inputs = alpha.expand(images), sigma.expand(images), 1
+        noised = patchify_noise(latents.with_values(leaf) if ragged else leaf, *inputs, impl=impl, **options)
+        noised.backward(grad.view_as(noised))
+        guess = prediction.view(tokens).clone().requires_grad_()
+        loss = diffusion_loss(guess, latents, *inputs, impl=impl, **options)
+        loss.backward(torch.full_like(loss, 6 / images))
+        if images == 6:
+            assert torch.equal(loss, (prediction - noised.flatten()).square())
+        after = denoise_step(guess.detach(), latents, coefficients, 1, impl=impl, **options)
+        return [each.flatten() for each in (noised, leaf.grad, guess.grad, after.values if ragged else after)]
+
+    one = calls(values.view(1, 1, 2, 3), 1, (1, 6, 1))
+    dense = calls(values.view(6, 1, 1, 1), 6, (6, 1, 1))
+    ragged = calls(RaggedLatents(values, 1, ((1, 1),) * 6), 6, (6, 1))
+    for expected, *found in zip(one, dense, ragged, strict=True):
+        assert all(torch.equal(each, expected) for each in found)
+
+
 def test_images_come_back_and_move() -> None:
     images = [torch.randn(3, *size) for size in SIZES]
     ragged = RaggedLatents.pack(images)

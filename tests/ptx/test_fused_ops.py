@@ -31,24 +31,30 @@ def test_cases_in_another_dtype(device: None, op: str, seed: int) -> None:
         assert all(verdict.passed for verdict in verdicts.values()), (dtype, case, verdicts)
 
 
-def test_ragged_images_are_a_loop_of_dense_ones(device: None, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("channels", "sizes", "patch_size"), [(3, [(4, 6), (8, 2)], 2), (1, [(1, 1)] * 3, 1)], ids=["several", "one_number"]
+)
+def test_ragged_images_are_a_loop_of_dense_ones(
+    device: None, seed: int, channels: int, sizes: list[tuple[int, int]], patch_size: int
+) -> None:
     """Bit for bit, of two kernels that are compiled apart: neither fuses a product that the other does not."""
     generator = torch.Generator().manual_seed(seed)
-    images, noise = ([torch.randn(3, *size, generator=generator) for size in ((4, 6), (8, 2))] for _ in range(2))
+    images, noise = ([torch.randn(channels, *size, generator=generator) for size in sizes] for _ in range(2))
+    features = channels * patch_size**2
     ragged, drawn = RaggedLatents.pack(images), torch.cat([each.flatten() for each in noise])
-    alpha, sigma = torch.rand(2, 2, generator=generator)
+    alpha, sigma = torch.rand(2, len(sizes), generator=generator)
     coefficients = torch.randn(7, generator=generator)
-    prediction = torch.randn(ragged.values.numel() // 12, 12, generator=generator, requires_grad=True)
+    prediction = torch.randn(ragged.values.numel() // features, features, generator=generator, requires_grad=True)
 
     def calls(prediction: Tensor, latents: Any, alpha: Tensor, sigma: Tensor, noise: Tensor) -> list[Tensor]:
-        loss = diffusion_loss(prediction, latents, alpha, sigma, 2, noise=noise, impl="triton")
+        loss = diffusion_loss(prediction, latents, alpha, sigma, patch_size, noise=noise, impl="triton")
         grad = torch.autograd.grad(loss.sum(), prediction)[0]
-        tokens = patchify_noise(latents, alpha, sigma, 2, noise=noise, impl="triton")
-        after = denoise_step(prediction.detach(), latents, coefficients, 2, noise=noise, impl="triton")
+        tokens = patchify_noise(latents, alpha, sigma, patch_size, noise=noise, impl="triton")
+        after = denoise_step(prediction.detach(), latents, coefficients, patch_size, noise=noise, impl="triton")
         return [tokens, grad, after.values if isinstance(after, RaggedLatents) else after]
 
     together = calls(prediction, ragged, alpha, sigma, drawn)
-    counts = [image.numel() // 12 for image in images]
+    counts = [image.numel() // features for image in images]
     alone = [
         calls(part[None], image[None], alpha[i : i + 1], sigma[i : i + 1], z[None])
         for i, (part, image, z) in enumerate(zip(prediction.split(counts), images, noise, strict=True))
