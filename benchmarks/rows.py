@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.cases import DEVICE
 from transfusion.kernels.registry import TRITON_INSTALLED
+from transfusion.kernels.testing import in_a_line, is_lost
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("suite", "case", "baseline", "measure")
@@ -74,19 +75,15 @@ def explained(work: Iterator[Row], pair: tuple[str, str, str], measures: Sequenc
         for line in work:
             known.append(line["measure"])
             yield line
-    except torch.OutOfMemoryError as error:
-        status, reason = "skipped", f"out of memory: {_first_line(error)}"
     except Exception as error:  # a compiler's, a launch's, a library's
-        status, reason = "failed" if ours else "skipped", f"{type(error).__name__}: {_first_line(error)}"
+        reason, no_memory = in_a_line(error), isinstance(error, torch.OutOfMemoryError)
     else:
         return
+    status = "failed" if ours and not no_memory else "skipped"
     measure = next((each for each in measures if each not in known), measures[-1])
     yield row(*pair, measure, status, reason=reason)
-    if DEVICE == "cuda":
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            raise DeviceLostError(reason) from error
+    if is_lost(DEVICE):
+        raise DeviceLostError(reason)
 
 
 def prepare(folder: Path) -> None:
@@ -134,10 +131,6 @@ def done(rows: list[Row], quick: bool = False) -> set[tuple[str, ...]]:
     same = ("commit", "dirty", "torch", "triton", "device")
     valid = (line for line in rows if quick or not line.get("quick"))
     return {key(line) for line in valid if all(line.get(name) == here[name] for name in same)}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]
 
 
 def _commit() -> Row:

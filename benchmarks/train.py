@@ -26,7 +26,7 @@ from transfusion import Transfusion, presets
 from transfusion.data.documents import caption_image_document, text_documents
 from transfusion.kernels import IntervalMask, transfusion_attention
 from transfusion.kernels.attention import torch_paths
-from transfusion.kernels.testing import Verdict, judge
+from transfusion.kernels.testing import Verdict, in_a_line, judge
 from transfusion.model import transformer
 from transfusion.sequence import Batch, Document, SpecialTokens, collate, document_length
 
@@ -197,7 +197,7 @@ def _ours(case: TrainCase, attend: Attend | None, effort: Effort) -> rows.Row:
         try:
             parts["breakdown"] = breakdown(step)
         except Exception as error:  # the profiler's; the step was timed without it
-            parts["breakdown_error"] = f"{type(error).__name__}: {error}"
+            parts["breakdown_error"] = in_a_line(error)
     flops = sum(step_flops(model, each) for each in batches) / len(batches)
     share = flops / figures["p50"] / matmul_rate()
     return figures | {"flops": flops, "tflops": flops / figures["p50"] / 1e12, "share": share} | parts

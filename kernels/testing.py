@@ -54,6 +54,21 @@ def judge(actual: Tensor, eager: Tensor | Sequence[Tensor], gold: Tensor, factor
     return Verdict(error(actual), factor * max(error(result) for result in orders) + ulp)
 
 
+def in_a_line(error: BaseException) -> str:
+    """Its type and the first line of what it says, of which a compiler's has hundreds."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+
+
+def is_lost(device: torch.device | str) -> bool:
+    """Whether this process can use `device` no more: after a fault on a GPU every later call fails like the first."""
+    try:
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def poison_empty(monkeypatch_setattr: object) -> None:
     """Makes `torch.empty`, `torch.empty_like` and `Tensor.new_empty` return NaN, or a huge integer, so that an
     unwritten element shows. Takes pytest's `monkeypatch.setattr`."""

@@ -34,6 +34,7 @@ from transfusion.kernels.attention import check
 from transfusion.kernels.attention.op import transfusion_attention
 from transfusion.kernels.device_clock import queued
 from transfusion.kernels.interval_mask import IntervalMask
+from transfusion.kernels.testing import in_a_line, is_lost
 from transfusion.kernels.tuning import SPECIALISED, Launch
 
 STAGES = ("forward", "backward_query", "backward_key", "decode")
@@ -180,12 +181,9 @@ def why_not(stage: str, dtype: torch.dtype, head_dim: int, launch: Launch) -> st
             make_call(stage, dtype, head_dim)()
             torch.cuda.synchronize()
         except Exception as error:  # a compiler's, a launch's: the candidate is out, and the next is tried
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-            try:
-                torch.cuda.synchronize()
-            except RuntimeError:
-                raise FaultError(reason) from None
-            return reason
+            if is_lost("cuda"):
+                raise FaultError(in_a_line(error)) from None
+            return in_a_line(error)
     return ""
 
 

@@ -29,7 +29,7 @@ from transfusion.kernels.attention import check as attention
 from transfusion.kernels.denoise_step import check as denoise_step
 from transfusion.kernels.diffusion_loss import check as diffusion_loss
 from transfusion.kernels.patchify_noise import check as patchify_noise
-from transfusion.kernels.testing import Verdict, poison_empty
+from transfusion.kernels.testing import Verdict, in_a_line, is_lost, poison_empty
 
 Check = Callable[[], dict[str, Verdict]]
 Checks = Callable[[torch.device, torch.dtype, torch.Generator], Iterator[tuple[str, Check]]]
@@ -105,11 +105,11 @@ def _part(device: torch.device, op: str, dtype: torch.dtype, seed: int) -> Itera
         except StopIteration:
             return
         except Exception as error:  # of making inputs, on a GPU that an earlier part has lost
-            yield Row(op, dtype, "the inputs of the rest", {}, _in_a_line(error))
+            yield Row(op, dtype, "the inputs of the rest", {}, in_a_line(error))
             return
         row = Row(op, dtype, name, *_checked(check))
         yield row
-        if row.error and _is_lost(device):
+        if row.error and is_lost(device):
             return
 
 
@@ -124,21 +124,7 @@ def _checked(check: Check) -> tuple[dict[str, Verdict], str]:
         try:
             return check(), ""
         except Exception as error:  # a compiler's, a launch's, an op's own
-            return {}, _in_a_line(error)
-
-
-def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
-
-
-def _is_lost(device: torch.device) -> bool:
-    """Whether this process can use the GPU no more: every later check would fail like the one before."""
-    try:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
-    return False
+            return {}, in_a_line(error)
 
 
 def header(device: torch.device, seed: int) -> str:

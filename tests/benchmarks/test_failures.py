@@ -37,7 +37,7 @@ def crash(error):
 def test_an_error_is_a_row(suite, broken, what, monkeypatch):
     for error, status, reason in (
         (RuntimeError("no such kernel\nand more"), "failed", "RuntimeError: no such kernel"),
-        (torch.OutOfMemoryError("all is taken"), "skipped", "out of memory: all is taken"),
+        (torch.OutOfMemoryError("all is taken"), "skipped", "OutOfMemoryError: all is taken"),
     ):
         monkeypatch.setattr(suite, broken, crash(error))
         (row,) = suite.run(*what, QUICK)
@@ -56,7 +56,7 @@ def test_an_error_after_a_figure_is_of_what_was_to_come(monkeypatch):
 
 
 def test_a_lost_gpu_ends_the_run_and_only_its_pair_has_a_row(monkeypatch, tmp_path, capsys):
-    def lost():
+    def lost(device):
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(ops, "make", crash(RuntimeError("an illegal memory access was encountered")))

@@ -25,7 +25,7 @@ GPU = "sm_120"  # has no table of its own
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A GPU whose every launch takes as many milliseconds as its tile has queries; tables are written to a folder."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "stand-in")
     monkeypatch.setattr(tuning, "architecture", lambda device: GPU)
     monkeypatch.setattr(tuning, "table_name", lambda device: GPU)
@@ -200,7 +200,7 @@ def test_a_fault_is_told_from_a_failure(machine: Path, monkeypatch: pytest.Monke
         raise RuntimeError("an error\nand more")
 
     monkeypatch.setattr(tune, "passes", fails)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     assert tune.why_not("forward", torch.bfloat16, 64, in_table("forward", table="default")) == "RuntimeError: an error"
     monkeypatch.setattr(torch.cuda, "synchronize", fails)
     with pytest.raises(tune.FaultError, match=r"RuntimeError: an error$"):

@@ -132,7 +132,7 @@ def test_an_error_is_a_failed_row_and_the_rest_follows_unless_the_gpu_is_lost(
 
     monkeypatch.setitem(CHECKS, "patchify_noise", checks)
     monkeypatch.setattr(registry, "TRITON_INTERPRET", True)
-    monkeypatch.setattr("transfusion.kernels.verify._is_lost", lambda device: lost)
+    monkeypatch.setattr("transfusion.kernels.verify.is_lost", lambda device: lost)
     junit = tmp_path / "verify.xml"
     assert main(["--op", "patchify_noise", "--junit", str(junit)]) == 1
     said = capsys.readouterr().out
