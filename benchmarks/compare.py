@@ -32,7 +32,7 @@ def main(reference: str, suites: list[str], options: argparse.Namespace) -> int:
             for number in range(_ROUNDS):
                 for label in sorted(sides, reverse=number % 2 == 1):  # each side is first in turn
                     name = commit if label == "before" else "this tree"
-                    codes += [_measure(sides[label], suite, options, name) for suite in suites]
+                    codes += [_measure(sides[label], number, suite, options, name) for suite in suites]
             for suite in suites:
                 print(f"\n{suite}")
                 print(compared(*(_rows(side, suite) for side in sides.values()), commit[:10]))
@@ -48,26 +48,28 @@ def compared(before: list[Row], now: list[Row], commit: str) -> str:
     for key in new:
         if key in old:
             name = f"{key[1]:32} {key[2]:26} {key[3]:26}"
-            times = f"{median(old[key]) * 1e3:9.3f} ms {median(new[key]) * 1e3:9.3f} ms"
+            times = f"{median(old[key].values()) * 1e3:9.3f} ms {median(new[key].values()) * 1e3:9.3f} ms"
             lines.append(f"{name} {times} {_speed_up(old[key], new[key])}")
     alone = [" ".join(key) for key in {*old} ^ {*new}]
     return "\n".join([*lines, *(f"measured on one side only: {name}" for name in alone)])
 
 
-def _speed_up(before: list[float], now: list[float]) -> str:
-    """Median and range of the quotients, round by round."""
-    quotients = [old / new for old, new in zip(before, now, strict=False)]  # a side may have failed in a round
+def _speed_up(before: dict[int, float], now: dict[int, float]) -> str:
+    """Median and range of the quotients of the rounds in which neither side failed."""
+    quotients = [before[number] / now[number] for number in before.keys() & now.keys()]
+    if not quotients:
+        return "no round in which both sides ran"
     least, largest = min(quotients), max(quotients)
     noise = "   within noise" if least <= 1 <= largest else ""
     return f"{median(quotients):8.3f}×   {least:.3f} to {largest:.3f}{noise}"
 
 
-def _times(found: list[Row]) -> dict[tuple[str, ...], list[float]]:
-    """p50 of each round."""
-    times: dict[tuple[str, ...], list[float]] = {}
+def _times(found: list[Row]) -> dict[tuple[str, ...], dict[int, float]]:
+    """p50 by round."""
+    times: dict[tuple[str, ...], dict[int, float]] = {}
     for row in found:
         if row["status"] == "ok" and "p50" in row:
-            times.setdefault(rows.key(row), []).append(row["p50"])
+            times.setdefault(rows.key(row), {})[row["round"]] = row["p50"]
     return times
 
 
@@ -79,8 +81,9 @@ def _side(folder: Path, tree: Path) -> Path:
     return folder
 
 
-def _measure(side: Path, suite: str, options: argparse.Namespace, commit: str) -> int:
-    command = [sys.executable, "-m", "benchmarks", "--suite", suite, "--ours", "--rows", str(side / "rows")]
+def _measure(side: Path, number: int, suite: str, options: argparse.Namespace, commit: str) -> int:
+    into = side / "rows" / str(number)
+    command = [sys.executable, "-m", "benchmarks", "--suite", suite, "--ours", "--rows", str(into)]
     command += ["--filter", options.filter, *["--quick"] * options.quick]
     command += [] if options.limit is None else ["--limit", str(options.limit)]
     environment = {**os.environ, "PYTHONPATH": str(side), "BENCHMARK_COMMIT": commit}
@@ -89,7 +92,13 @@ def _measure(side: Path, suite: str, options: argparse.Namespace, commit: str) -
 
 
 def _rows(side: Path, suite: str) -> list[Row]:
-    return [row for file in (side / "rows").glob(f"*/{suite}.jsonl") for row in rows.read(file)]
+    """All that the rounds measured, each row with the number of its round."""
+    return [
+        {**row, "round": number}
+        for number in range(_ROUNDS)
+        for file in (side / "rows" / str(number)).glob(f"*/{suite}.jsonl")
+        for row in rows.read(file)
+    ]
 
 
 def _git(*arguments: str) -> str:

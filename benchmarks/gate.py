@@ -17,7 +17,7 @@ from transfusion.kernels.attention.check import Case, eager_orders, formula
 from transfusion.kernels.testing import Verdict, judge
 
 _QUERIES = 512
-_ORDERS = 16  # as many as the checks of `python -m transfusion.kernels.verify`
+_ORDERS = 16  # of 64 that `verify` takes: here each is as long as a benchmark's rows
 
 
 def verdicts(

@@ -34,6 +34,7 @@ class IntervalMask:
     """
 
     def __init__(self, query_start: Tensor, query_end: Tensor, num_queries: int) -> None:
+        num_queries = _whole("num_queries", num_queries)
         _check_vectors(query_start, query_end, num_queries)
         start, end = query_start.clamp(min=0), query_end.clamp(max=num_queries)
         empty = end <= start
@@ -69,8 +70,9 @@ class IntervalMask:
         Raises `ValueError` naming a span that overlaps, is empty, out of range, or crosses a document's end. Not for
         the inside of a compiled function, where `from_ids` is.
         """
-        lengths = [length] if documents is None else list(documents)
-        images = [(operator.index(first), operator.index(last)) for first, last in images]
+        length = _whole("length", length)
+        lengths = [length] if documents is None else [_whole("the length of a document", each) for each in documents]
+        images = [_span(each) for each in images]
         _check_documents(length, lengths)
         device = torch.get_default_device() if device is None else device
         ends = torch.tensor(lengths, dtype=torch.int64, device="cpu").cumsum(0)
@@ -98,9 +100,15 @@ class IntervalMask:
         for name, tensor in (("image_ids", image_ids), ("document_ids", document_ids)):
             if tensor is not None and tensor.dtype not in _INTEGERS:
                 raise TypeError(f"{name} must be integers, got {tensor.dtype}")
-        for name, tensor in (("image_ids", image_ids), ("document_ids", document_ids), ("hidden", hidden)):
-            if tensor is not None and (tensor.ndim != 2 or tensor.shape != image_ids.shape):
+        if image_ids.ndim != 2:
+            raise ValueError(f"image_ids must be (B, N), got {tuple(image_ids.shape)}; one row is image_ids[None]")
+        for name, tensor in (("document_ids", document_ids), ("hidden", hidden)):
+            if tensor is not None and tensor.shape != image_ids.shape:
                 raise ValueError(f"{name} must be (B, N) = {tuple(image_ids.shape)}, got {tuple(tensor.shape)}")
+            if tensor is not None and tensor.device != image_ids.device:
+                raise ValueError(
+                    f"{name} is on {tensor.device}, image_ids on {image_ids.device}; move it with .to(...)"
+                )
         if not image_ids.numel():
             raise ValueError(f"image_ids of shape {tuple(image_ids.shape)} hold no token; give at least one row of one")
         if hidden is not None and hidden.dtype != torch.bool:
@@ -118,18 +126,21 @@ class IntervalMask:
     @staticmethod
     def causal(length: int, device: torch.device | str | None = None) -> "IntervalMask":
         """Query i sees keys 0..i."""
+        length = _whole("length", length)
         index = torch.arange(length, device=device)[None]
         return IntervalMask(index, torch.full_like(index, length), length)
 
     @staticmethod
     def full(num_queries: int, num_keys: int, device: torch.device | str | None = None) -> "IntervalMask":
         """Every query sees every key."""
+        num_queries, num_keys = _whole("num_queries", num_queries), _whole("num_keys", num_keys)
         zero = torch.zeros(1, num_keys, dtype=torch.int64, device=device)
         return IntervalMask(zero, zero + num_queries, num_queries)
 
     @staticmethod
     def prefix_lm(length: int, prefix: int, device: torch.device | str | None = None) -> "IntervalMask":
         """Bidirectional over the first `prefix` tokens, causal after."""
+        length, prefix = _whole("length", length), _whole("prefix", prefix)
         if not 0 <= prefix <= length:
             raise ValueError(f"prefix must be within 0..{length}, got {prefix}")
         index = torch.arange(length, device=device)[None]
@@ -138,6 +149,7 @@ class IntervalMask:
     @staticmethod
     def sliding_window(length: int, window: int, device: torch.device | str | None = None) -> "IntervalMask":
         """Query i sees keys i - window + 1 .. i."""
+        length, window = _whole("length", length), _whole("window", window)
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
         index = torch.arange(length, device=device)[None]
@@ -147,7 +159,7 @@ class IntervalMask:
     def continuation(new: "IntervalMask", prefix_lengths: Tensor, num_keys: int) -> "IntervalMask":
         """N new queries after a cached prefix: row b's keys are its prefix, then the new tokens, then unused room.
 
-        `new`: the mask among the new tokens themselves; `prefix_lengths` (B,) int on the device of `new`;
+        `new`: the mask among the N new tokens themselves; `prefix_lengths` (B,) int on the device of `new`;
         `num_keys`: the cache's capacity M. Key j < prefix_lengths[b] is seen by every new query, key
         prefix_lengths[b] + i as new token i, the rest by none. Needs 0 <= prefix_lengths[b] <= M - N, which is not
         looked at: the host would wait for the device.
@@ -161,10 +173,14 @@ class IntervalMask:
             raise ValueError(
                 f"{prefix_lengths.shape[0]} prefix_lengths for a mask of {new.batch_size} rows; give one for each"
             )
-        if num_keys < 1:
-            raise ValueError(f"a cache holds at least one key, got num_keys={num_keys}")
+        if prefix_lengths.device != new.device:
+            raise ValueError(f"prefix_lengths are on {prefix_lengths.device}, the mask on {new.device}; use .to(...)")
+        if new.num_queries != new.num_keys:
+            raise ValueError(f"new={new} must be a mask of new tokens among themselves, as many keys as queries")
+        if _whole("num_keys", num_keys) < new.num_queries:
+            raise ValueError(f"a cache of num_keys={num_keys} has no room for {new.num_queries} new tokens")
         key = torch.arange(num_keys, device=new.query_start.device)[None]
-        if new.num_queries == new.num_keys == 1:  # a step of decoding: few launches, for it waits for them
+        if new.num_queries == 1:  # a step of decoding: few launches, for it waits for them
             hidden = key > prefix_lengths[:, None] - new.query_start
             mask = object.__new__(IntervalMask)
             mask._hold(torch.stack([hidden, torch.ones_like(hidden)], -1).to(torch.int32), 1)
@@ -186,6 +202,8 @@ class IntervalMask:
         if not masks or any((m.num_queries, m.num_keys) != (masks[0].num_queries, masks[0].num_keys) for m in masks):
             sizes = sorted({(mask.num_queries, mask.num_keys) for mask in masks})
             raise ValueError(f"stack needs masks of one (num_queries, num_keys), got {sizes}")
+        if any(mask.device != masks[0].device for mask in masks):
+            raise ValueError(f"stack needs masks on one device, got {sorted({str(mask.device) for mask in masks})}")
         starts, ends = [mask.query_start for mask in masks], [mask.query_end for mask in masks]
         return IntervalMask(torch.cat(starts), torch.cat(ends), masks[0].num_queries)
 
@@ -324,6 +342,26 @@ def _run_end(begins: Tensor, index: Tensor) -> Tensor:
         [following, torch.full_like(index[:, :1], length)], 1
     )  # `pad` would fix the length in a graph
     return following.flip(1).cummin(1).values.flip(1)
+
+
+def _whole(name: str, number: Any) -> int:
+    """A number of tokens, of a graph's symbolic sizes too, which `operator.index` would fix."""
+    if not isinstance(number, (int, torch.SymInt)):
+        try:
+            number = operator.index(number)
+        except TypeError:
+            raise TypeError(f"{name} must be a whole number, got {number!r}") from None
+    if number < 0:
+        raise ValueError(f"{name} must not be negative, got {number}")
+    return number
+
+
+def _span(span: Any) -> Span:
+    try:
+        first, last = span
+        return operator.index(first), operator.index(last)
+    except (TypeError, ValueError):
+        raise TypeError(f"images must be pairs of whole numbers, (first, one past the last), got {span!r}") from None
 
 
 def _check_vectors(start: Tensor, end: Tensor, num_queries: int) -> None:

@@ -8,11 +8,13 @@ tensor, flat; element e has the same noise in both forms.
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from transfusion.kernels.registry import check_tensor
 from transfusion.kernels.transfer import moved
 
 TILE_ELEMENTS = 2048
@@ -61,8 +63,10 @@ class RaggedLatents:
     def __init__(self, values: Tensor, channels: int, sizes: Sequence[tuple[int, int]]) -> None:
         channels = operator.index(channels)
         sizes = tuple((operator.index(height), operator.index(width)) for height, width in sizes)
+        if channels < 1:
+            raise ValueError(f"channels={channels} must be at least 1")
         for height, width in sizes:
-            if height < 1 or width < 1 or channels < 1:
+            if height < 1 or width < 1:
                 raise ValueError(f"an image of {channels} channels and {height}x{width} pixels has no elements")
         expected = channels * sum(height * width for height, width in sizes)
         if tuple(values.shape) != (expected,):
@@ -74,12 +78,18 @@ class RaggedLatents:
         self.values = values
         self.sizes = sizes
         self.divisor = math.gcd(*(side for size in self.sizes for side in size)) if sizes else 0
-        self.layout = _layout(self.sizes, channels, values.device)
+        # made in inference mode, no backward could save them
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            self.layout = _layout(self.sizes, channels, values.device)
 
     @staticmethod
     def pack(images: Iterable[Tensor]) -> "RaggedLatents":
         """Images (C, h_i, w_i), at least one, of one dtype, device and C, copied into one buffer."""
         images = list(images)
+        if not images:
+            raise ValueError("there is no image to pack; give at least one")
+        for image in images:
+            check_tensor("an image", image, " (channels, height, width)")
         channels = {image.shape[0] for image in images if image.ndim == 3}
         if len(channels) != 1 or any(image.ndim != 3 for image in images):
             shapes = sorted({tuple(image.shape) for image in images})
@@ -87,6 +97,9 @@ class RaggedLatents:
         dtypes = sorted({str(image.dtype) for image in images})
         if len(dtypes) != 1:
             raise TypeError(f"images must be of one dtype, got {' and '.join(dtypes)}; cast them to one")
+        devices = sorted({str(image.device) for image in images})
+        if len(devices) != 1:
+            raise ValueError(f"images must be on one device, got {' and '.join(devices)}; move them with .to(...)")
         values = torch.cat([image.reshape(-1) for image in images])
         return RaggedLatents(values, channels.pop(), [(image.shape[1], image.shape[2]) for image in images])
 
@@ -105,7 +118,11 @@ class RaggedLatents:
         return self.layout.planes.shape[0]
 
     def with_values(self, values: Tensor) -> "RaggedLatents":
-        """The same sizes around other values (E,), on the same device."""
+        """The same sizes around other values (E,). Raises `ValueError` where they are on another device."""
+        if values.device != self.device:
+            raise ValueError(
+                f"values are on {values.device}, the sizes on {self.device}; use to({str(values.device)!r})"
+            )
         return self._moved(values, self.layout)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "RaggedLatents":
@@ -118,6 +135,10 @@ class RaggedLatents:
         """The images (C, h_i, w_i), as views."""
         parts = self.values.split([self.channels * height * width for height, width in self.sizes])
         return [part.view(-1, *size) for part, size in zip(parts, self.sizes, strict=True)]
+
+    def __repr__(self) -> str:
+        kind = f"dtype={self.values.dtype}, device={str(self.device)!r}"
+        return f"RaggedLatents(channels={self.channels}, sizes={self.sizes}, {kind})"
 
     def _moved(self, values: Tensor, layout: Layout) -> "RaggedLatents":
         if values.shape != self.values.shape:

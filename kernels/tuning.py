@@ -7,6 +7,7 @@ tiles are small so that a test of a hundred tokens crosses several. Nothing is t
 
 import copy
 import json
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -120,7 +121,7 @@ def add_table(name: str) -> None:
 
 
 def set_launch(op: str, stage: str, table: str, dtype: torch.dtype, head_dim: int, launch: Launch) -> None:
-    """Puts a launch into a table, in this process; `save` writes it. What masks keep of the old one is not used."""
+    """Puts a launch into a table, in this process; `save` writes it. Tiles kept for the old one are ignored."""
     _TABLES[table][op][stage][dtype.itemsize][padded_head_dim(head_dim)] = launch
 
 
@@ -128,5 +129,7 @@ def save(table: str) -> Path:
     """Writes a table, one launch a line, and returns its file."""
     path = _FOLDER / f"{table}.json"
     text = json.dumps(_TABLES[table], indent=1)
-    path.write_text(re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3, \4]", text) + "\n")
+    aside = path.with_suffix(".tmp")  # where the disk is full, the table of before stays
+    aside.write_text(re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3, \4]", text) + "\n")
+    os.replace(aside, path)
     return path

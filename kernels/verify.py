@@ -14,7 +14,7 @@ import platform
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
@@ -75,7 +75,8 @@ def verify(
     Inputs are drawn from `seed`, fresh by default; whatever a kernel leaves unwritten is NaN. A case that ends in an
     error has failed, and the next follows, unless the GPU is lost to the process. Off a GPU the process must have been
     started with TRITON_INTERPRET=1, else every row has the op's `RuntimeError`. jobs: processes that share ops and
-    dtypes; the rows are the same, but those of one op and dtype come at once, and the part first that is done first.
+    dtypes; the rows are the same, but those of one op and dtype come at once, in the order in which parts are done. A
+    process that ends, killed say, is a failed row of each part that is lost with it.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtypes = [torch.float32, torch.float16] + ([] if registry.TRITON_INTERPRET else [torch.bfloat16])
@@ -87,10 +88,14 @@ def verify(
         return
     spawn = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
     with ProcessPoolExecutor(min(jobs, len(parts)), spawn) as pool:
-        running = [pool.submit(_whole_part, *part) for part in parts]
+        running = {pool.submit(_whole_part, *part): part for part in parts}
         try:
             for each in as_completed(running):
-                yield from each.result()
+                try:
+                    yield from each.result()
+                except BrokenExecutor as error:
+                    _, op, dtype, _ = running[each]
+                    yield Row(op, dtype, "all of its cases", {}, in_a_line(error))
         finally:
             pool.shutdown(cancel_futures=True)
 

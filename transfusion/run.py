@@ -40,6 +40,7 @@ from transfusion.evaluation import (
     sheets,
     text_figures,
 )
+from transfusion.files import write_whole
 from transfusion.generation import TransfusionPipeline
 from transfusion.generation.pipeline import CONFIG as PIPELINE
 from transfusion.model import Transfusion
@@ -195,7 +196,7 @@ class Run:
         averaged = trainer.averaged("cpu") if finished else None
         if averaged is not None:
             self.pipeline(averaged).save_pretrained(self.directory / MODEL)
-            (self.directory / MODEL / STEP).write_text(f"{self.config.train.steps}\n")
+            write_whole(self.directory / MODEL / STEP, f"{self.config.train.steps}\n")
         return finished
 
     def _preview(self, longest: int) -> Preview | None:

@@ -22,7 +22,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> T
     """`dense_sdpa`; on a CPU, packed rows are cut where no interval crosses, between documents, and pieces of about one
     length go through together, where that leaves far fewer pairs.
     """
-    pieces = prepare(mask, len(q))
+    pieces = prepare(mask, q.shape[0])
     if pieces is None:
         return dense_sdpa(q, k, v, mask, scale)
     rows = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]  # (B·N, H, D)

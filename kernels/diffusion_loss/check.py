@@ -93,7 +93,8 @@ def formula_gradient(case: Case, source: str, grad_loss: Tensor) -> Tensor:
 
 
 def eager_orders(case: Case, source: str, count: int = 64) -> list[Tensor]:
-    """The formula in float32, `count` times with the elements of the sum reordered."""
+    """The formula in float32, `count` times with the elements of the sum reordered, at every call alike."""
+    generator = torch.Generator().manual_seed(0)
     target = patchify_noise(*case[1:5], **case.source(source), impl="reference", dtype=torch.float32)
     squares = (case.prediction.float() - target).square()
     if isinstance(case.latents, RaggedLatents):
@@ -102,7 +103,11 @@ def eager_orders(case: Case, source: str, count: int = 64) -> list[Tensor]:
     else:
         images = list(squares.flatten(1))
     weight = torch.ones(len(images), device=squares.device) if case.weight is None else case.weight
-    return [weight * torch.stack([image[torch.randperm(len(image))].mean() for image in images]) for _ in range(count)]
+
+    def shuffled(image: Tensor) -> Tensor:
+        return image[torch.randperm(len(image), generator=generator).to(image.device)]
+
+    return [weight * torch.stack([shuffled(image).mean() for image in images]) for _ in range(count)]
 
 
 def verdicts(case: Case, source: str, grad_loss: Tensor) -> dict[str, Verdict]:

@@ -134,12 +134,14 @@ def check_weights(op: str, latents: Latents, **weights: Tensor) -> None:
 def check_noise(op: str, latents: Tensor, noise: Tensor | None, seed: Tensor | None) -> None:
     """Raises unless exactly one is given: noise like the latents' tensor, or an int64 seed without dimensions."""
     if (noise is None) == (seed is None):
-        given = "neither" if noise is None else "both"
-        raise ValueError(f"{op} takes exactly one of noise= and seed=, got {given}")
+        given = "got neither" if noise is None else "not both"
+        raise ValueError(f"{op} takes one of noise= and seed=, {given}")
     if seed is not None:
         check_seed(seed)
         check_device(latents, "seed", seed)
     if noise is not None:
+        if isinstance(noise, RaggedLatents):
+            raise TypeError("noise is RaggedLatents; pass the tensor, noise.values")
         check_tensor("noise", noise, " like the latents")
         if noise.shape != latents.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, the latents {tuple(latents.shape)}")

@@ -172,18 +172,21 @@ def test_budget_resume_and_exit_code(tmp_path, capsys, monkeypatch):
 
 
 def test_comparison_takes_medians_and_says_what_is_missing():
-    before = [timed(p50=p50) for p50 in (4e-3, 1e-3, 2e-3)] + [timed("gone")]
-    text = compare.compared(before, [timed(p50=1e-3), timed(status="failed", measure="backward")], "c0ffee")
+    before = [timed(p50=p50, round=number) for number, p50 in enumerate((4e-3, 1e-3, 2e-3))] + [timed("gone", round=0)]
+    text = compare.compared(before, [timed(p50=1e-3, round=0), timed(status="failed", measure="backward")], "c0ffee")
     assert "2.000 ms" in text
     assert "one side only: ops gone" in text
 
 
 def test_comparison_takes_quotients_round_by_round_and_names_noise():
-    drifting = [timed(p50=p50) for p50 in (1e-3, 2e-3, 4e-3)]  # the machine slows down for both
-    faster = [timed(p50=row["p50"] / 2) for row in drifting]
+    drifting = [timed(p50=2**number * 1e-3, round=number) for number in range(3)]  # the machine slows down for both
+    faster = [{**row, "p50": row["p50"] / 2} for row in drifting]
     assert "2.000×   2.000 to 2.000" in compare.compared(drifting, faster, "c0ffee")
     assert "noise" not in compare.compared(drifting, faster, "c0ffee")
-    alike = [timed(p50=row["p50"] * factor) for row, factor in zip(drifting, (0.8, 1.25, 1.25), strict=True)]
+    missing = compare.compared(drifting[1:], faster[:2], "c0ffee")  # each side failed in another round
+    assert "2.000×   2.000 to 2.000" in missing
+    assert "no round in which both" in compare.compared(drifting[2:], faster[:2], "c0ffee")
+    alike = [{**row, "p50": row["p50"] * factor} for row, factor in zip(drifting, (0.8, 1.25, 1.25), strict=True)]
     text = compare.compared(drifting, alike, "c0ffee")
     assert "0.800×   0.800 to 1.250   within noise" in text
 

@@ -205,6 +205,19 @@ def test_one_compilation_serves_every_layout() -> None:
     assert counter.frame_count <= 2
 
 
+def test_latents_made_in_inference_mode_train() -> None:
+    with torch.inference_mode():
+        ragged, alpha, sigma = fresh()
+    ragged, seed = ragged.with_values(ragged.values.clone().requires_grad_()), torch.tensor(5, device=DEVICE)
+    tokens = patchify_noise(ragged, alpha.clone(), sigma.clone(), 2, seed=seed)
+    loss = diffusion_loss(
+        tokens, ragged.with_values(ragged.values.detach()), alpha.clone(), sigma.clone(), 2, seed=seed
+    )
+    loss.sum().backward()
+    assert ragged.values.grad is not None and ragged.values.grad.isfinite().all()
+    assert "sizes=((4, 6), (16, 20), (2, 2), (8, 4))" in repr(ragged)
+
+
 def test_checkpointing_makes_the_same_noise_again() -> None:
     ragged, alpha, sigma = fresh()
     seed, weight = torch.tensor(11, device=DEVICE), torch.randn(12, 12, device=DEVICE)
@@ -230,6 +243,19 @@ BAD: list[tuple[Any, type[Exception], str]] = [
         r"shape \(36,\); 2 images .* have \(42,\) elements",
     ),
     (lambda: RaggedLatents(VALUES, 3, [(0, 3), (3, 4)]), ValueError, "3 channels and 0x3 pixels has no elements"),
+    (lambda: RaggedLatents.pack([]), ValueError, "at least one"),
+    (lambda: RaggedLatents.pack([1]), TypeError, "an image must be a tensor"),
+    (
+        lambda: RaggedLatents.pack([torch.zeros(1, 2, 2), torch.zeros(1, 2, 2, device="meta")]),
+        ValueError,
+        "on one device, got cpu and meta",
+    ),
+    (lambda: RaggedLatents(VALUES[:0], 0, []), ValueError, "channels=0 must be at least 1"),
+    (
+        lambda: RaggedLatents(VALUES, 3, [(3, 4)]).with_values(VALUES.to("meta")),
+        ValueError,
+        r"values are on meta, the sizes on .*; use to\('meta'\)",
+    ),
     (lambda: RaggedLatents(VALUES.long(), 3, [(3, 4)]), TypeError, r"floating point, got torch\.int64"),
     (
         lambda: RaggedLatents.pack([torch.zeros(3, 2, 2), torch.zeros(1, 2, 2)]),

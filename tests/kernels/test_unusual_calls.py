@@ -15,6 +15,7 @@ from transfusion.kernels.testing import poison_empty
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAUSAL = IntervalMask.causal(24, DEVICE)
+ZERO = torch.zeros(1, dtype=torch.int64)
 
 
 def overlapping(kind: str) -> Tensor:
@@ -76,6 +77,19 @@ def test_a_graph_of_symbolic_sizes() -> None:
         q, k, v = (torch.randn(1, h, length, 16) for h in (heads, 2, 2))
         mask = IntervalMask.causal(length)
         torch.testing.assert_close(compiled(q, k, v, mask), transfusion_attention(q, k, v, mask))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_an_export_has_any_batch(impl: str) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return transfusion_attention(q, q, q, mask, impl=impl)
+
+    mask = IntervalMask.from_spans(6, [(1, 4)])
+    batch = torch.export.Dim("batch", min=2, max=8)
+    exported = torch.export.export(Module(), (torch.randn(2, 2, 6, 16),), dynamic_shapes=({0: batch},)).module()
+    q = torch.randn(5, 2, 6, 16)
+    torch.testing.assert_close(exported(q), Module()(q))
 
 
 def test_a_mask_seen_in_inference_mode_first_trains(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +266,27 @@ def test_ragged_latents_of_any_whole_number() -> None:
             TypeError,
             r"prefix_lengths must be integers, got torch\.bool",
         ),
+        (
+            lambda: IntervalMask.continuation(IntervalMask.causal(5), ZERO, 3),
+            ValueError,
+            "num_keys=3 has no room for 5 new tokens",
+        ),
+        (lambda: IntervalMask.continuation(IntervalMask.full(2, 3), ZERO, 9), ValueError, "as many keys as queries"),
+        (lambda: IntervalMask.continuation(IntervalMask.causal(2), ZERO, 9.0), TypeError, "num_keys .* got 9.0"),
+        (lambda: IntervalMask.continuation(CAUSAL, ZERO.to("meta"), 50), ValueError, "on meta, the mask on"),
+        (lambda: IntervalMask.prefix_lm(5, 2.5), TypeError, "prefix must be a whole number, got 2.5"),
+        (lambda: IntervalMask.sliding_window(5, 2.5), TypeError, "window must be a whole number, got 2.5"),
+        (lambda: IntervalMask.causal(2.5), TypeError, "length must be a whole number, got 2.5"),
+        (lambda: IntervalMask.causal(-3), ValueError, "length must not be negative, got -3"),
+        (lambda: IntervalMask.full(3, -1), ValueError, "num_keys must not be negative, got -1"),
+        (lambda: IntervalMask.from_spans(5.0), TypeError, "length must be a whole number, got 5.0"),
+        (lambda: IntervalMask.from_spans(5, documents=[2.5, 2.5]), TypeError, "a document must be .* got 2.5"),
+        (lambda: IntervalMask.from_spans(5, images=(1, 3)), TypeError, r"images must be pairs .* got 1"),
+        (lambda: IntervalMask.from_spans(5, [(1,)]), TypeError, r"images must be pairs .* got \(1,\)"),
+        (lambda: IntervalMask(ZERO[None], ZERO[None], 5.0), TypeError, "num_queries must be a whole number, got 5.0"),
+        (lambda: IntervalMask.from_ids(ZERO), ValueError, r"image_ids must be \(B, N\), got \(1,\); one row is"),
+        (lambda: IntervalMask.from_ids(ZERO[None], ZERO[None].to("meta")), ValueError, "document_ids is on meta"),
+        (lambda: IntervalMask.stack([CAUSAL, CAUSAL.to("meta")]), ValueError, r"on one device, got \[.*'meta'\]"),
     ],
 )
 def test_bad_masks_are_named(make: object, error: type[Exception], message: str) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from xml.etree import ElementTree
@@ -24,7 +25,7 @@ from transfusion.kernels.diffusion_loss import kernel as diffusion_loss_kernel
 from transfusion.kernels.mask_tiles import reference as mask_tiles
 from transfusion.kernels.patchify_noise import check as patchify_noise_check
 from transfusion.kernels.patchify_noise import kernel as patchify_noise_kernel
-from transfusion.kernels.testing import Verdict
+from transfusion.kernels.testing import Verdict, judge
 from transfusion.kernels.tuning import SPECIALISED
 from transfusion.kernels.verify import CHECKS, Row, format_row, main, verify
 
@@ -103,14 +104,34 @@ class Pool:
 def test_processes_share_the_work_and_change_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(patchify_noise_check, "SHAPES", patchify_noise_check.SHAPES[:1])
+    monkeypatch.setattr(diffusion_loss_check, "SHAPES", patchify_noise_check.SHAPES[:1])
     monkeypatch.setattr("transfusion.kernels.verify.ProcessPoolExecutor", Pool)
 
     def table(*jobs: str) -> list[str]:
-        assert main(["--op", "patchify_noise", "--seed", "7", *jobs]) == 0
+        assert main(["--op", "diffusion_loss", "--seed", "7", *jobs]) == 0
         return sorted(capsys.readouterr().out.splitlines())  # the part that is done first comes first
 
     assert table("--jobs", "1") == table("--jobs", "2")
+
+
+def test_a_process_that_dies_is_a_failed_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    class Dying(Pool):
+        def submit(self, *work: object) -> Future[object]:
+            if torch.float16 not in work:
+                return super().submit(*work)
+            future: Future[object] = Future()
+            future.set_exception(BrokenProcessPool("a process was terminated abruptly"))
+            return future
+
+    monkeypatch.setattr(patchify_noise_check, "SHAPES", patchify_noise_check.SHAPES[:1])
+    monkeypatch.setattr("transfusion.kernels.verify.ProcessPoolExecutor", Dying)
+    junit = tmp_path / "verify.xml"
+    assert main(["--op", "patchify_noise", "--jobs", "2", "--junit", str(junit)]) == 1
+    assert "FAIL: BrokenProcessPool: a process was terminated abruptly\n" in capsys.readouterr().out
+    suite = ElementTree.parse(junit).getroot()
+    assert suite.get("failures") == "1" and int(suite.attrib["tests"]) > 1
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -242,12 +263,21 @@ def test_empty_tensors_are_poisoned_only_while_a_case_runs() -> None:
         assert torch.empty is empty
 
 
-def test_a_seed_repeats_its_inputs() -> None:
-    def errors(seed: int) -> list[float]:
-        rows = itertools.islice(verify(ops=["patchify_noise"], seed=seed), 3)
-        return [verdict.error for row in rows for verdict in row.verdicts.values()]
+@pytest.mark.parametrize("op", CHECKS)
+def test_a_seed_repeats_inputs_errors_and_bounds(op: str) -> None:
+    def found(seed: int) -> list[dict[str, Verdict]]:
+        return [row.verdicts for row in itertools.islice(verify(ops=[op], seed=seed), 2)]
 
-    assert errors(5) == errors(5) != errors(6)
+    assert found(5) == found(5) != found(6)
+
+
+def test_what_is_not_finite_fails() -> None:
+    nan, gold = torch.tensor([torch.nan, 2.0]), torch.tensor([1.0, 2.0], dtype=torch.float64)
+    assert judge(gold.float(), gold.float(), gold).passed
+    assert not judge(nan, gold.float(), gold).passed
+    for overflown in (nan, torch.tensor([torch.inf, 2.0])):  # of which no bound follows
+        assert not judge(overflown, overflown, gold).passed
+        assert not judge(gold.float(), overflown, gold).passed
 
 
 def test_without_triton_there_is_nothing_to_verify(

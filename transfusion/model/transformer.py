@@ -113,7 +113,7 @@ class Transformer(nn.Module):
         cos, sin = rotary(positions, self.config)
         if cache is None:  # here, for a compiled block under checkpointing may only read what is kept with the mask
             heads, kv_heads, head_dim = self.config.heads, self.config.num_kv_heads, self.config.head_dim
-            sizes = {"batch": len(x), "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+            sizes = {"batch": x.shape[0], "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
             trains = torch.is_grad_enabled() and (x.requires_grad or self.norm.weight.requires_grad)
             prepare_attention(mask, dtype=x.dtype, needs_grad=trains, impl=impl, **sizes)
         for layer, block in enumerate(self.blocks):

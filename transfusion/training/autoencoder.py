@@ -28,6 +28,7 @@ from transfusion.data.sources import ImageSource, SampleError
 from transfusion.data.transforms import check_image_size, to_tensor
 from transfusion.evaluation.distances import load_features
 from transfusion.evaluation.sheets import contact_sheet
+from transfusion.files import write_whole
 from transfusion.training.checkpoint import Checkpoints
 from transfusion.training.metrics import JsonLines
 from transfusion.training.optimizer import (
@@ -314,4 +315,4 @@ def _same_settings(out: Path, settings: dict[str, Any]) -> None:
         if before != settings:
             raise ValueError(f"{out} holds the training of another autoencoder ({before}); give another directory")
     else:
-        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_whole(file, json.dumps(settings, indent=2) + "\n")
