@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from transfusion.kernels.dispatch import autocast_dtype
+from transfusion.kernels.dispatch import autocast_dtype, define
+from transfusion.kernels.registry import refuse_forward_mode
 
 CHUNK = 1024  # rows; with 32,000 tokens their logits are 131 MB in float32
 
@@ -36,7 +37,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, *, chun
     Raises:
         ValueError: shapes that do not fit.
         TypeError: different dtypes.
+        NotImplementedError: forward-mode derivatives, and second ones.
     """
+    refuse_forward_mode("linear_cross_entropy", hidden, weight)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or target.shape != hidden.shape[:1]:
         raise ValueError(
             f"hidden (T, D), weight (V, D) and target (T,) have shapes {tuple(hidden.shape)}, {tuple(weight.shape)} "
@@ -97,6 +100,15 @@ def _(
     return hidden.new_empty((), dtype=exact), grad_hidden, grad_weight
 
 
+# An op, for it has no derivative: to autograd what was saved is constant, and a second derivative would lack a part.
+_scaled = define(
+    "linear_cross_entropy_backward",
+    "(Tensor saved, Tensor grad) -> Tensor",
+    lambda saved, grad: saved * grad,
+    lambda saved, grad: torch.empty_like(saved),
+)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, grad_hidden, grad_weight = output
     ctx.mark_non_differentiable(grad_hidden, grad_weight)
@@ -107,7 +119,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 6
-    grads = [saved * grad_loss.to(saved.dtype) if saved.numel() else None for saved in ctx.saved_tensors]
+    grads = [_scaled(saved, grad_loss.to(saved.dtype)) if saved.numel() else None for saved in ctx.saved_tensors]
     return (*grads, None, None, None, None)
 
 
