@@ -32,12 +32,12 @@ class Ragged(NamedTuple):
 Shape = tuple[int, int, int, int] | Ragged
 
 # (I, C, h, w), P: several tiles, quads across rows, planes without quads, two channel blocks, a single pixel; then
-# ragged: several tiles, two channel blocks, planes and offsets without quads. None has less than 72 numbers, by which
+# ragged: several tiles, two channel blocks, planes and offsets without quads. None has fewer than 250 numbers, by which
 # to tell how much the formula errs; images of one number are tested bit for bit.
 SHAPES: list[tuple[Shape, int]] = [
     ((2, 8, 16, 16), 2),
     ((2, 3, 32, 32), 8),
-    ((3, 2, 2, 6), 1),
+    ((3, 8, 2, 6), 1),
     ((3, 3, 5, 7), 1),
     ((1, 5, 9, 15), 3),
     ((2, 20, 8, 12), 4),

@@ -44,6 +44,20 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, beside: bool) -> 
     checkpoints.wait()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_error_beside_a_write_keeps_the_checkpoint(tmp_path: Path, fails: bool, capsys) -> None:
+    checkpoints = Checkpoints(tmp_path, 2, ALONE, beside=True)
+    with pytest.raises(ConnectionError, match="no more data"), checkpoints:
+        checkpoints.save(1, {"weights": torch.ones(1000)}, {})
+        if fails:
+            checkpoints._finish = lambda *_: (_ for _ in ()).throw(OSError("the disk is full"))
+        raise ConnectionError("no more data")
+    assert [path.name for path in tmp_path.iterdir()] == ([] if fails else ["step-00000001"])
+    assert ("is lost too: cannot write" in capsys.readouterr().err) == fails
+    if not fails:
+        assert torch.equal(read(checkpoints)[0], torch.ones(1000))
+
+
 @pytest.mark.parametrize("cut", [0, 10, 2000])
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
 def test_a_truncated_checkpoint_is_named(tmp_path: Path, name: str, cut: int) -> None:

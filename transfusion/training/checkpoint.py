@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -51,7 +52,10 @@ def last_step(folder: Path) -> int | None:
 
 
 class Checkpoints:
-    """The checkpoints `step-00001000`, ... in one folder, of which the last `keep` are kept."""
+    """The checkpoints `step-00001000`, ... in one folder, of which the last `keep` are kept.
+
+    A context, at whose end nothing is being written any more, whatever ended it.
+    """
 
     def __init__(self, folder: Path, keep: int, world: World, beside: bool = False) -> None:
         self.folder, self.keep, self.world, self.beside = folder, keep, world, beside
@@ -111,11 +115,25 @@ class Checkpoints:
             self._complete()
         self.world.total([0])
 
-    def _complete(self) -> None:
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits; after an error of this rank without the others, and for a minute at most, and what fails then is told
+        of beside the error that is under way."""
+        if kind is None:
+            return self.wait()
+        try:
+            if self._writing:
+                self._complete(timeout=60.0)
+        except Exception as error:
+            print(f"the checkpoint under way is lost too: {error}", file=sys.stderr)
+
+    def _complete(self, timeout: float | None = None) -> None:
         assert self._writing is not None
         writing, self._writing = self._writing, None
         try:
-            writing.future.result()
+            writing.future.result(timeout)
             self._finish(writing.path, writing.record)
         except (CheckpointException, OSError, RuntimeError) as error:
             raise self._failure(writing.path, error) from error

@@ -108,7 +108,8 @@ class Trainer:
         """
         self.resume()
         batches, stopped = self.loader.iterate(), False
-        with self.open_log() as log, stop_requested(second_interrupts=self.world.size == 1) as stop:
+        stop_on_signals = stop_requested(second_interrupts=self.world.size == 1)
+        with self.open_log() as log, stop_on_signals as stop, self.checkpoints:
             if self.step:
                 log.say(f"continuing at step {self.step}")
             while self.step < self.config.steps and not stopped:
@@ -123,7 +124,6 @@ class Trainer:
                 self.checkpoints.poll()
             if stopped:
                 log.say(f"stopped at step {self.step}; saving {self.save()}")
-            self.checkpoints.wait()
         if not stopped and int(self.losses_seen.skipped) >= self.step:
             raise FloatingPointError(
                 f"each of the {self.step} steps had a loss or gradient that is not finite and was skipped: nothing has "
