@@ -31,6 +31,7 @@ from transfusion.kernels.denoise_step.kernel import compile_cases as denoise_ste
 from transfusion.kernels.diffusion_loss.kernel import compile_cases as diffusion_loss_cases
 from transfusion.kernels.mask_tiles.compile_cases import compile_cases as mask_tiles_cases
 from transfusion.kernels.patchify_noise.kernel import compile_cases as patchify_noise_cases
+from transfusion.kernels.testing import in_a_line
 
 
 class Target(NamedTuple):
@@ -290,15 +291,22 @@ def header() -> str:
     return f"triton {triton.__version__}: {units}\n{loops}\n{columns}"
 
 
-def _compile(number: tuple[str, int]) -> tuple[str, str, Resources, list[str]]:
-    """Target, name, resources and broken limits of a target's case of that number: what a worker process can send."""
+Compiled = tuple[str, str, Resources | None, list[str]]
+
+
+def _compile(number: tuple[str, int]) -> Compiled:
+    """Target, name, resources and broken limits of a target's case of that number: what a worker process can send. Of
+    a case that does not compile no resources, and why."""
     target, index = number
     case = list(all_cases(target))[index]
-    resources = compile_case(case, target)
+    try:
+        resources = compile_case(case, target)
+    except Exception as error:  # a compiler's
+        return target, case.name, None, [in_a_line(error)]
     return target, case.name, resources, broken_limits(case, target, resources)
 
 
-def compile_all(numbers: Sequence[tuple[str, int]], jobs: int) -> Iterator[tuple[str, str, Resources, list[str]]]:
+def compile_all(numbers: Sequence[tuple[str, int]], jobs: int) -> Iterator[Compiled]:
     """`_compile` of each, in order, `jobs` at a time."""
     if jobs == 1:
         yield from map(_compile, numbers)
@@ -352,10 +360,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, lines, failed = [], [], 0
     for target, name, resources, broken in compile_all(numbers, options.jobs):
         failed += bool(broken)
-        rows.append({"case": name, "target": target, **resources._asdict(), "broken": broken})
-        lines.append(_row(name, target, resources))
+        rows.append({"case": name, "target": target, **(resources._asdict() if resources else {}), "broken": broken})
+        line = _row(name, target, resources) if resources else f"{target} {name}"
+        lines += [line] if resources else []
         if as_table:
-            print(lines[-1] + "".join(f"\n    FAIL: {reason}" for reason in broken), flush=True)
+            print(line + "".join(f"\n    FAIL: {reason}" for reason in broken), flush=True)
     if options.write:
         _keep(lines)
     print(f"\n{len(rows) - failed} passed, {failed} failed" if as_table else json.dumps(rows, indent=1))

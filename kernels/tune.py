@@ -331,6 +331,8 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
         parser.error(f"--jobs {options.jobs}: there must be one process at least")
     if not options.seconds >= 0:
         parser.error(f"--seconds {options.seconds:g}: time does not run backwards")
+    if not os.access(tuning.FOLDER, os.W_OK):
+        parser.error(f"{tuning.FOLDER}, where the table goes, cannot be written to; install the package as your own")
     if options.rows:
         try:
             options.rows.open("a").close()
@@ -344,17 +346,19 @@ def _tune_all(plan: Sequence[tuple[int, str]], dtype: torch.dtype, options: Any,
     for index, (head_dim, stage) in enumerate(plan):
         share = (end - time.monotonic()) / (len(plan) - index)  # what is left is divided anew
         trials = []
-        for trial in tune(stage, dtype, head_dim, time.monotonic() + share, checkers):
-            trials.append(trial)
-            print(_line(trial), flush=True)
-            if options.rows:
-                with open(options.rows, "a", encoding="utf-8") as file:
-                    record = trial._asdict() | {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__}
-                    file.write(json.dumps(record) + "\n")
-        chosen = fastest(trials)
-        if chosen is not None:
-            tuning.set_launch("attention", stage, table, dtype, head_dim, chosen)
-            print(f"{stage} {options.dtype} {head_dim}: {tuple(chosen)} -> {tuning.save(table)}", flush=True)
+        try:
+            for trial in tune(stage, dtype, head_dim, time.monotonic() + share, checkers):
+                trials.append(trial)
+                print(_line(trial), flush=True)
+                if options.rows:
+                    with open(options.rows, "a", encoding="utf-8") as file:
+                        record = trial._asdict() | {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__}
+                        file.write(json.dumps(record) + "\n")
+        finally:  # where it is stopped in the middle, what was timed till then counts
+            chosen = fastest(trials)
+            if chosen is not None:
+                tuning.set_launch("attention", stage, table, dtype, head_dim, chosen)
+                print(f"{stage} {options.dtype} {head_dim}: {tuple(chosen)} -> {tuning.save(table)}", flush=True)
 
 
 def _line(trial: Trial) -> str:

@@ -71,8 +71,8 @@ def _parse(text: str) -> Table:
     }
 
 
-_FOLDER = Path(__file__).parent / "tables"
-_TABLES = {path.stem: _parse(path.read_text()) for path in _FOLDER.glob("*.json")}
+FOLDER = Path(__file__).parent / "tables"
+_TABLES = {path.stem: _parse(path.read_text()) for path in FOLDER.glob("*.json")}
 
 
 def table_name(device: torch.device) -> str:
@@ -127,7 +127,7 @@ def set_launch(op: str, stage: str, table: str, dtype: torch.dtype, head_dim: in
 
 def save(table: str) -> Path:
     """Writes a table, one launch a line, and returns its file."""
-    path = _FOLDER / f"{table}.json"
+    path = FOLDER / f"{table}.json"
     text = json.dumps(_TABLES[table], indent=1)
     aside = path.with_suffix(".tmp")  # where the disk is full, the table of before stays
     aside.write_text(re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3, \4]", text) + "\n")

@@ -117,7 +117,7 @@ def transfusion_attention(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, with the offending value.
         RuntimeError: an explicit `impl` that cannot run here, with every reason.
-        NotImplementedError: forward-mode differentiation; torch.vmap over "triton" and "reference".
+        NotImplementedError: forward-mode differentiation; torch.func.grad, vjp and vmap over "triton" and "reference".
 
     Source: arXiv 2408.11039 section 3.1 (the mask); FlashAttention-2, arXiv 2307.08691 (the tiling).
     """
@@ -163,7 +163,8 @@ def prepare_attention(
     """Makes what attention of q (batch, heads, N, head_dim) over k (batch, kv_heads, M, head_dim) keeps with `mask`.
 
     The first call makes it anyway, but a layer that is compiled and checkpointed may only read it: torch.compile takes
-    no change from inside `torch.utils.checkpoint`. needs_grad: make tiles of the backward too; by default where
+    no change from inside `torch.utils.checkpoint`; and a compiled function that meets one mask twice is compiled twice,
+    once to make it and once to read it. needs_grad: make tiles of the backward too; by default where
     gradients are enabled. dtype is that of q; under autocast, autocast's. Raises as `transfusion_attention` does where
     `impl` cannot run.
     """

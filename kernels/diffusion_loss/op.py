@@ -62,7 +62,7 @@ def diffusion_loss(
             `latents`, a weight or `noise`.
         TypeError: a dtype that does not fit.
         RuntimeError: an explicit `impl` that cannot run here.
-        NotImplementedError: forward-mode differentiation.
+        NotImplementedError: forward-mode differentiation, torch.func.grad and vjp.
     """
     check_latents(latents, patch_size)
     values, layout = unwrap(latents)

@@ -59,7 +59,7 @@ def patchify_noise(
             `alpha`, `sigma` or `noise`.
         TypeError: a dtype that does not fit.
         RuntimeError: an explicit `impl` that cannot run here.
-        NotImplementedError: forward-mode differentiation.
+        NotImplementedError: forward-mode differentiation, torch.func.grad and vjp.
     """
     check_latents(latents, patch_size)
     check_weights("patchify_noise", latents, alpha=alpha, sigma=sigma)

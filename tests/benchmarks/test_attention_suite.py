@@ -11,6 +11,7 @@ from benchmarks.adapter import Baseline
 from benchmarks.cases import AttentionCase
 from benchmarks.clock import Effort
 from transfusion.kernels import IntervalMask
+from transfusion.kernels.attention import torch_paths
 from transfusion.kernels.testing import LAYOUTS, random_layout
 
 OFF = 1.01 if attention.DTYPE.itemsize == 4 else 1.2  # more than 16 bits may be off
@@ -141,10 +142,13 @@ def test_scores_that_do_not_fit_are_not_tried():
     assert baselines.Eager().why_not(CASE) is None
 
 
-def test_the_dense_mask_over_grouped_heads_counts_the_scores_of_all():
-    alike = replace(CASE, queries=8192, keys=8192, heads=64, kv_heads=64)
-    assert baselines.DenseSdpa().why_not(alike) is None  # the mask alone is in memory, 1 GiB
-    assert "160 GiB" in baselines.DenseSdpa().why_not(replace(alike, kv_heads=8))
+def test_the_dense_mask_over_grouped_heads_is_for_a_fused_path(monkeypatch):
+    heads = []
+    monkeypatch.setattr(torch_paths, "dense_sdpa", lambda q, k, v, mask, scale: heads.append(k.shape[1]) or q)
+    baseline, mask = baselines.DenseSdpa(), IntervalMask.causal(8)
+    baseline(mask, torch.zeros(1, 4, 8, 16), *torch.zeros(2, 1, 2, 8, 16))
+    assert heads == [4]
+    assert baseline.why_not(replace(CASE, queries=8192, keys=8192, heads=64, kv_heads=8)) is None  # the mask alone
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "random"])

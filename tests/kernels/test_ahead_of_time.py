@@ -204,6 +204,28 @@ def test_each_limit_can_break(
     assert capsys.readouterr().out.endswith("0 passed, 1 failed\n")
 
 
+def test_a_launch_that_does_not_compile_is_a_failure_and_the_next_follows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def compile_case(case: Case, target: str) -> Resources:
+        if case == FORWARD:
+            raise RuntimeError("PassManager::run failed\nand much more")
+        return GOOD
+
+    other = FORWARD._replace(num_warps=8)
+    monkeypatch.setattr(ahead_of_time, "all_cases", lambda target: iter([FORWARD, other]))
+    monkeypatch.setattr(ahead_of_time, "compile_case", compile_case)
+    monkeypatch.setattr(ahead_of_time.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(ahead_of_time, "GOLDEN", tmp_path / "table.txt")
+    assert ahead_of_time.main(["--target", "sm_90", "--all", "--write", "--jobs", "1"]) == 1
+    said = capsys.readouterr().out
+    assert "FAIL: RuntimeError: PassManager::run failed\n" in said and said.endswith("1 passed, 1 failed\n")
+    lines = (tmp_path / "table.txt").read_text().splitlines()
+    assert [line for line in lines if line.endswith(other.name)] and not any(
+        line.endswith(FORWARD.name) for line in lines
+    )
+
+
 def test_spill_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead_of_time.triton, "__version__", "3.7.9")
     monkeypatch.setattr(ahead_of_time, "SPILL_BUDGET", {})

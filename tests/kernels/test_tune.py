@@ -30,7 +30,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(tuning, "architecture", lambda device: GPU)
     monkeypatch.setattr(tuning, "table_name", lambda device: GPU)
     monkeypatch.setattr(tuning, "_TABLES", copy.deepcopy(tuning._TABLES))
-    monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     monkeypatch.setattr(tune, "make_call", lambda stage, dtype, dim: lambda: stage)
     return tmp_path
 
@@ -97,6 +97,33 @@ def test_time_runs_out(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "median_milliseconds", lambda call: 1.0)
     assert tune.main(["--seconds", "0", "--jobs", "1"]) == 0
     assert not list(machine.iterdir())
+
+
+def test_what_was_timed_before_an_interrupt_counts(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([2.0, 1.0, 3.0])
+    timed: list[Launch] = []
+
+    def clock(call: object) -> float:
+        timed.append(in_table("forward"))
+        for milliseconds in times:
+            return milliseconds
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "passes", lambda stage, dtype, dim: True)
+    monkeypatch.setattr(tune, "median_milliseconds", clock)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(["--stage", "forward", "--head-dim", "64", "--jobs", "1"])
+    written = json.loads((machine / f"{GPU}.json").read_text())
+    assert written["attention"]["forward"]["2"]["64"] == list(timed[1])
+
+
+def test_a_table_that_cannot_be_written_ends_it_at_once(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != machine)
+    with pytest.raises(SystemExit, match="2"):
+        tune.main([])
+    assert f"{machine}, where the table goes, cannot be written to" in capsys.readouterr().err
 
 
 def test_a_candidate_that_fails_is_out_and_the_next_is_tried(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,8 +251,8 @@ def test_candidates_are_what_triton_takes() -> None:
 
 
 def test_a_shipped_table_is_saved_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    original = (tuning._FOLDER / "sm_90.json").read_text()
-    monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
+    original = (tuning.FOLDER / "sm_90.json").read_text()
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     assert tuning.save("sm_90").read_text() == original
 
 
