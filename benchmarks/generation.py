@@ -181,7 +181,7 @@ def drawing() -> Pair:
 
     model, batch = small(schedule=NoiseSchedule("flow_prediction")), 4
     captions = [prompt(8 + index) for index in range(batch)]
-    _, peer, _ = peers.training_step("", [[(captions[0], Image(torch.zeros(_SHAPE)))]], model.config)
+    _, peer, _ = peers.training_step([[[(captions[0], Image(torch.zeros(_SHAPE)))]]], model.config)
     peer.eval()
 
     def ours() -> Tensor:

@@ -37,18 +37,22 @@ def quiet() -> Iterator[None]:
 
 
 def training_step(
-    name: str, rows: Sequence[Sequence[Document]], config: ModelConfig
-) -> tuple[Callable[[int], Any], nn.Module, int]:
-    """-> a step over all documents, the model, the tokens of a step. The width is that of the closest size."""
+    batches: Sequence[Sequence[Sequence[Document]]], config: ModelConfig
+) -> tuple[Callable[[int], Any], nn.Module, float]:
+    """-> a step over all documents of one batch in turn, the model, the tokens of a step on average. The width is that
+    of the closest size."""
     with torch.device("meta"):
         wanted = Transfusion(config).num_parameters()
     model = _build(_width(config, wanted), config).to(DEVICE)
-    samples = [[_item(segment, config) for segment in document] for row in rows for document in row]
-    tokens = sum(item.shape[0] if item.ndim == 1 else item.shape[0] * item.shape[1] for s in samples for item in s)
+    samples = [
+        [[_item(segment, config) for segment in document] for row in rows for document in row] for rows in batches
+    ]
+    items = [item for batch in samples for sample in batch for item in sample]
+    tokens = sum(item.shape[0] if item.ndim == 1 else item.shape[0] * item.shape[1] for item in items) / len(batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
     def step(number: int) -> None:
-        moved = [[item.to(DEVICE) for item in sample] for sample in samples]
+        moved = [[item.to(DEVICE) for item in sample] for sample in samples[number % len(samples)]]
         with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
             loss = model(moved)
         loss.backward()

@@ -142,9 +142,14 @@ def _tiles(found: list[Row]) -> str:
 
 
 def _train(found: list[Row]) -> str:
-    text = "Milliseconds of a training step, median; in brackets the share of this run's matrix product rate. "
-    text += "Last, × our time: the median of quotients of steps taken in turn.\n\n"
-    return text + _pivot(found, lambda row: f"{row['p50'] * 1e3:.4g} ({row['share']:.0%}){_times_ours(row)}")
+    text = "Milliseconds of a training step, median; in brackets the share of this run's matrix product rate, for our "
+    text += "model. Last, × our time: the median of quotients of steps taken in turn.\n\n"
+
+    def cell(row: Row) -> str:
+        share = f" ({row['share']:.0%})" if "share" in row else ""  # another network's FLOPs are not counted
+        return f"{row['p50'] * 1e3:.4g}{share}{_times_ours(row)}"
+
+    return text + _pivot(found, cell)
 
 
 def _times_ours(row: Row) -> str:

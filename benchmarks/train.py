@@ -65,6 +65,9 @@ CASES = {
 }[DEVICE]
 
 
+_BATCHES = 4  # in turn
+
+
 def pairs() -> list[tuple[str, str]]:
     """(case, baseline) of the suite."""
     return [(case, baseline) for case in CASES for baseline in BASELINES]
@@ -117,7 +120,7 @@ def run(case_name: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:
 def _measured(what: tuple[str, str, str, str], case: TrainCase, effort: Effort) -> Iterator[rows.Row]:
     baseline = what[2]
     if baseline == PEER:
-        peer = peers.training_step(case.preset, documents(case), presets.get(case.preset))
+        peer = peers.training_step([documents(case, seed) for seed in range(_BATCHES)], presets.get(case.preset))
         yield rows.row(*what, "ok", **_timed(*peer, effort, beside=own_step(case)))
         return
     checked = check(case, BASELINES[baseline])
@@ -179,7 +182,7 @@ def own_step(case: TrainCase) -> Callable[[int], None]:
 
 def _own(case: TrainCase) -> tuple[Callable[[int], None], Transfusion, list[Batch]]:
     model = random_model(presets.get(case.preset))
-    batches = [batch(case, seed) for seed in range(4)]
+    batches = [batch(case, seed) for seed in range(_BATCHES)]
     return _step(model, lambda number: _loss(model, batches[number % len(batches)])), model, batches
 
 
@@ -224,7 +227,7 @@ def _step(model: nn.Module, loss: Callable[[int], torch.Tensor]) -> Callable[[in
 def _timed(
     step: Callable[[int], Any],
     model: nn.Module,
-    tokens: int,
+    tokens: float,
     effort: Effort,
     beside: Callable[[int], Any] | None = None,
 ) -> rows.Row:
@@ -237,15 +240,13 @@ def _timed(
         times, quotient = wall_time(step, effort), None
     else:
         times, _, quotient = in_turn(step, beside, effort)
-    parameters = sum(weight.numel() for weight in model.parameters())
     return {
         **times._asdict(),
         "times_ours": quotient,
-        "parameters": parameters,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
         "tokens": tokens,
         "tokens_per_second": tokens / times.p50,
         "peak_bytes": (peak or [None])[0],
-        "share": 6 * parameters * tokens / times.p50 / matmul_rate(),
     }
 
 
