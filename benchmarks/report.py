@@ -146,7 +146,7 @@ def _train(found: list[Row]) -> str:
     text += "model. Last, × our time: the median of quotients of steps taken in turn.\n\n"
 
     def cell(row: Row) -> str:
-        share = f" ({row['share']:.0%})" if "share" in row else ""  # another network's FLOPs are not counted
+        share = f" ({row['share']:.0%})" if "flops" in row else ""  # another network's are not counted
         return f"{row['p50'] * 1e3:.4g}{share}{_times_ours(row)}"
 
     return text + _pivot(found, cell)
