@@ -184,9 +184,9 @@ def drawing() -> Pair:
     _, peer, _ = peers.training_step([[[(captions[0], Image(torch.zeros(_SHAPE)))]]], model.config)
     peer.eval()
 
-    def ours() -> Tensor:
+    def ours(impl: str = "auto") -> Tensor:
         options = {"scheduler": make_scheduler(model.config.schedule), "steps": _STEPS, "guidance": Guidance(3.0)}
-        return denoise(model, [(caption,) for caption in captions], _SHAPE, seeds=range(batch), **options)
+        return denoise(model, [(caption,) for caption in captions], _SHAPE, seeds=range(batch), impl=impl, **options)
 
     def theirs() -> list[Any]:
         # its midpoint rule asks the network twice in each of the intervals between `modality_steps` times
@@ -197,7 +197,13 @@ def drawing() -> Pair:
         return done
 
     def wrong() -> str:
-        return "" if ours().isfinite().all() and len(theirs()) == batch else "an image is missing or not finite"
+        if len(theirs()) != batch:
+            return f"{peers.NAME} draws {len(theirs())} images of {batch}"
+        drawn, eager = ours(), ours("reference")
+        model.double()
+        verdict = judge(drawn, eager, ours("reference"))
+        model.float()
+        return failures({"images": verdict})
 
     return Pair(ours, theirs, wrong, batch, "images")
 
