@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -28,6 +27,7 @@ from transfusion.kernels import registry
 from transfusion.kernels.attention import check as attention
 from transfusion.kernels.denoise_step import check as denoise_step
 from transfusion.kernels.diffusion_loss import check as diffusion_loss
+from transfusion.kernels.mask_tiles import check as mask_tiles
 from transfusion.kernels.patchify_noise import check as patchify_noise
 from transfusion.kernels.testing import Verdict, in_a_line, is_lost, poison_empty
 
@@ -39,6 +39,7 @@ CHECKS: dict[str, Checks] = {
     "patchify_noise": patchify_noise.checks,
     "diffusion_loss": diffusion_loss.checks,
     "denoise_step": denoise_step.checks,
+    "mask_tiles": mask_tiles.checks,
 }
 
 
@@ -81,7 +82,11 @@ def verify(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtypes = [torch.float32, torch.float16] + ([] if registry.TRITON_INTERPRET else [torch.bfloat16])
     seed = random.randrange(2**32) if seed is None else seed
-    parts = [(device, op, dtype, seed) for op, dtype in product(ops or CHECKS, dtypes)]
+    parts = [
+        (device, op, dtype, seed)
+        for op in ops or CHECKS
+        for dtype in (dtypes if op in registry.OPS else [torch.int32])  # tiles are whole numbers
+    ]
     if jobs == 1:
         for part in parts:
             yield from _part(*part)

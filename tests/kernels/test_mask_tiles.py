@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from transfusion.kernels import IntervalMask
-from transfusion.kernels.mask_tiles import kernel, reference
+from transfusion.kernels.mask_tiles import check, kernel, reference
 from transfusion.kernels.mask_tiles.reference import EMPTY, FULL, HEADER, MASKED, RUNS, WIDTH
 from transfusion.kernels.registry import TRITON_INTERPRET
 from transfusion.kernels.testing import LAYOUTS, random_layout
@@ -96,15 +96,16 @@ def test_what_finds_no_place_is_one_masked_run() -> None:
 @pytest.mark.parametrize("blocks", [(32, 16), (16, 64)])
 def test_kernel_equals_reference(blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "CHUNK", 16)  # so that lines of a few hundred keys take several
-    place = torch.arange(2 * RUNS)
     for mask in [*random.sample(masks()[: len(LAYOUTS)], 3), *masks()[-6:]]:
-        for name in ("query_tiles", "key_tiles"):
-            arguments = (mask.num_queries, *blocks)
-            expected = getattr(reference, name)(mask.intervals, *arguments)
-            actual = getattr(kernel, name)(mask.intervals.to(DEVICE), *arguments).cpu()
-            unused = torch.cat([place >= 2 * actual[..., kind : kind + 1] for kind in (0, 1)], -1)
-            actual[..., HEADER:][unused] = 0
-            assert torch.equal(actual, expected), (name, mask)
+        found = check.verdicts(mask.to(DEVICE), *blocks)
+        assert len(found) == 2 and all(verdict.passed for verdict in found.values()), (found, mask)
+
+
+def test_a_wrong_list_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask, right = LAYOUTS["adjacent_images"].mask().to(DEVICE), kernel.key_tiles
+    monkeypatch.setattr(kernel, "key_tiles", lambda *call: right(*call) + 1)
+    found = check.verdicts(mask, 32, 16)
+    assert found["query_tiles"].passed and not found["key_tiles"].passed
 
 
 def test_opcheck() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transfusion.kernels import RaggedLatents, denoise_step, diffusion_loss, patchify_noise, verify
 
-OPS = [op for op in verify.CHECKS if op != "transfusion_attention"]
+OPS = ["patchify_noise", "diffusion_loss", "denoise_step"]
 
 
 @pytest.mark.parametrize("op", OPS)
