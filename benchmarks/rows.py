@@ -65,10 +65,10 @@ class DeviceLostError(RuntimeError):
 
 
 def explained(work: Iterator[Row], pair: tuple[str, str, str], measures: Sequence[str], ours: bool) -> Iterator[Row]:
-    """The rows of `work`, and where it ends in an error one that says which, of the first of the measures that has no
-    row yet: the run goes on.
+    """The rows of `work`; where it ends in an error, one more with the reason, of the first measure that has none yet.
 
-    What is `ours` has "failed"; what is not, or finds no memory, is "skipped". Raises `DeviceLostError` after it.
+    Its status is "failed" where the work is `ours`, and "skipped" where it is not, or finds no memory. Raises
+    `DeviceLostError` after that row where the GPU is lost.
     """
     known = []
     try:

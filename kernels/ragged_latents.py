@@ -24,7 +24,7 @@ MAX_TILE_CHANNELS = 16
 def tile_shape(channels: int) -> tuple[int, int]:
     """Channels × consecutive pixels of one image that a program of the kernels takes.
 
-    As many of the channels, at most 16, as one run of memory in the tokens needs.
+    The channels are the next power of two of C, at most 16: as long a run as the memory of tokens wants.
     """
     block_c = min(1 << (channels - 1).bit_length(), MAX_TILE_CHANNELS)
     return block_c, TILE_ELEMENTS // block_c

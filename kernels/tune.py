@@ -205,8 +205,7 @@ class Checkers:
         self.pool.shutdown()
 
     def reasons(self, ask: Callable[[Launch], str], launches: Sequence[Launch], seconds: float) -> list[str]:
-        """`ask` of each launch within so many seconds; of one that there was no time for, or that does not end, that it
-        is so."""
+        """`ask` of each launch within so many seconds, or a note that there was no time for it or that it hangs."""
         stop, grace = time.monotonic() + seconds, min(GRACE_SECONDS, seconds / 4)
         self.ask, self.launches, self.end = ask, launches, stop - grace
         self.answers = ["no time was left to check it"] * len(launches)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -71,7 +71,7 @@ class World:
             raise
         if any(self.total([0])):
             raise ConnectionError(f"rank {self.rank}: rank 0 cannot go on, and says why")
-        return made if made is not None else make()
+        return cast(T, made) if self.main else make()
 
 
 @contextmanager
