@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -315,10 +315,11 @@ def compile_all(numbers: Sequence[tuple[str, int]], jobs: int) -> Iterator[Compi
         yield from pool.map(_compile, numbers)
 
 
-def _keep(lines: Sequence[str]) -> None:
-    """Writes lines into the table, in the place of those of the same launches; those that ship no more are left out."""
+def _keep(lines: Sequence[str], failed: Container[tuple[str, str]]) -> None:
+    """Writes lines into the table, in the place of those of the same launches; those that ship no more, or compile no
+    more, are left out."""
     before = GOLDEN.read_text().splitlines()[3:] if GOLDEN.exists() else []
-    kept = {_launch_of(line): line for line in (*before, *lines)}
+    kept = {_launch_of(line): line for line in (*before, *lines) if _launch_of(line) not in failed}
     shipped = [(target, case.name) for target in TARGETS for case in all_cases(target)]
     GOLDEN.write_text("\n".join([header(), *(kept[launch] for launch in shipped if launch in kept), ""]))
 
@@ -358,15 +359,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if as_table:
         print(header(), flush=True)
     rows, lines, failed = [], [], 0
-    for target, name, resources, broken in compile_all(numbers, options.jobs):
-        failed += bool(broken)
-        rows.append({"case": name, "target": target, **(resources._asdict() if resources else {}), "broken": broken})
-        line = _row(name, target, resources) if resources else f"{target} {name}"
-        lines += [line] if resources else []
-        if as_table:
-            print(line + "".join(f"\n    FAIL: {reason}" for reason in broken), flush=True)
-    if options.write:
-        _keep(lines)
+    try:
+        for target, name, resources, broken in compile_all(numbers, options.jobs):
+            failed += bool(broken)
+            rows.append(
+                {"case": name, "target": target, **(resources._asdict() if resources else {}), "broken": broken}
+            )
+            line = _row(name, target, resources) if resources else f"{target} {name}"
+            lines += [line] if resources else []
+            if as_table:
+                print(line + "".join(f"\n    FAIL: {reason}" for reason in broken), flush=True)
+    finally:  # what is stopped in the middle has compiled for minutes
+        if options.write:
+            _keep(lines, {(row["target"], row["case"]) for row in rows if "registers" not in row})
     print(f"\n{len(rows) - failed} passed, {failed} failed" if as_table else json.dumps(rows, indent=1))
     return 1 if failed else 0
 

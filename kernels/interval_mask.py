@@ -177,7 +177,8 @@ class IntervalMask:
             raise ValueError(f"prefix_lengths are on {prefix_lengths.device}, the mask on {new.device}; use .to(...)")
         if new.num_queries != new.num_keys:
             raise ValueError(f"new={new} must be a mask of new tokens among themselves, as many keys as queries")
-        if _whole("num_keys", num_keys) < new.num_queries:
+        num_keys = _whole("num_keys", num_keys)
+        if num_keys < new.num_queries:
             raise ValueError(f"a cache of num_keys={num_keys} has no room for {new.num_queries} new tokens")
         key = torch.arange(num_keys, device=new.query_start.device)[None]
         if new.num_queries == 1:  # a step of decoding: few launches, for it waits for them

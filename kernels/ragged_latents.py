@@ -79,7 +79,8 @@ class RaggedLatents:
         self.sizes = sizes
         self.divisor = math.gcd(*(side for size in self.sizes for side in size)) if sizes else 0
         # made in inference mode, no backward could save them
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        eager = not torch.compiler.is_compiling()
+        with torch.inference_mode(False) if eager and torch.is_inference_mode_enabled() else nullcontext():
             self.layout = _layout(self.sizes, channels, values.device)
 
     @staticmethod

@@ -14,10 +14,10 @@ import platform
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 from xml.etree import ElementTree
 
@@ -75,7 +75,7 @@ def verify(
 
     Inputs are drawn from `seed`, fresh by default; whatever a kernel leaves unwritten is NaN. A case that ends in an
     error has failed, and the next follows, unless the GPU is lost to the process. Off a GPU the process must have been
-    started with TRITON_INTERPRET=1, else every row has the op's `RuntimeError`. jobs: processes that share ops and
+    started with TRITON_INTERPRET=1, else every row has a `RuntimeError`. jobs: processes that share ops and
     dtypes; the rows are the same, but those of one op and dtype come at once, in the order in which parts are done. A
     process that ends, killed say, is a failed row of each part that is lost with it.
     """
@@ -93,7 +93,7 @@ def verify(
         return
     spawn = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
     with ProcessPoolExecutor(min(jobs, len(parts)), spawn) as pool:
-        running = {pool.submit(_whole_part, *part): part for part in parts}
+        running = {_submitted(pool, part): part for part in parts}
         try:
             for each in as_completed(running):
                 try:
@@ -103,6 +103,15 @@ def verify(
                     yield Row(op, dtype, "all of its cases", {}, in_a_line(error))
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _submitted(pool: ProcessPoolExecutor, part: tuple[Any, ...]) -> "Future[list[Row]]":
+    try:
+        return pool.submit(_whole_part, *part)
+    except BrokenExecutor as error:  # by a part before
+        future: Future[list[Row]] = Future()
+        future.set_exception(error)
+        return future
 
 
 def _part(device: torch.device, op: str, dtype: torch.dtype, seed: int) -> Iterator[Row]:
@@ -147,7 +156,7 @@ def header(device: torch.device, seed: int) -> str:
 
     versions = f"python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}"
     rule = "error <= 2 x error of the eager computation (1 x for element-wise results) + one ulp, against float64"
-    return f"{versions}\ndevice: {device}, {how}\nrule: {rule}\nseed: {seed}\n"
+    return f"{versions}\ndevice: {device}, {how}\nrule: {rule}; lists of tiles exactly\nseed: {seed}\n"
 
 
 _COLUMNS = f"{'op':21}  {'dtype':8}  {'case':32}  {'worst result':15}  {'error':>9}  {'bound':>9}  "

@@ -66,7 +66,7 @@ def denoise_step(
             and seed both, a gradient asked of anything.
         TypeError: a dtype that does not fit.
         RuntimeError: an explicit `impl` that cannot run here.
-        NotImplementedError: forward-mode differentiation, torch.func.grad and vjp.
+        NotImplementedError: forward-mode differentiation.
     """
     check_latents(latents, patch_size)
     values, layout = unwrap(latents)

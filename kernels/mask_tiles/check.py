@@ -37,9 +37,13 @@ def verdicts(mask: IntervalMask, block_q: int, block_k: int) -> dict[str, Verdic
 def checks(
     device: torch.device, dtype: torch.dtype, generator: torch.Generator
 ) -> Iterator[tuple[str, Callable[[], dict[str, Verdict]]]]:
-    """(what, a call that judges it), in turn, over the layouts and a batch of random rows."""
+    """(what, a call that judges it), in turn: the layouts, a batch of random rows, more runs than a line has room for,
+    and lines so long that a program reads them in several turns."""
     rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
-    random_rows = IntervalMask.stack([random_layout(rng, 333).mask() for _ in range(2)])
-    masks = {name: layout.mask() for name, layout in LAYOUTS.items()} | {"random_2_by_333": random_rows}
+    masks = {name: layout.mask() for name, layout in LAYOUTS.items()}
+    masks["random_2_by_333"] = IntervalMask.stack([random_layout(rng, 333).mask() for _ in range(2)])
+    stripe = torch.arange(900, device="cpu")[None] // 16 % 2
+    masks["stripes_40_by_900"] = IntervalMask(torch.zeros_like(stripe), torch.where(stripe == 0, 40, 11), 40)
     for name, mask in masks.items():
         yield name, partial(verdicts, mask.to(device), *_BLOCKS)
+    yield "causal_5000", partial(verdicts, IntervalMask.causal(5000, device), 128, 32)

@@ -218,6 +218,15 @@ def test_latents_made_in_inference_mode_train() -> None:
     assert "sizes=((4, 6), (16, 20), (2, 2), (8, 4))" in repr(ragged)
 
 
+def test_a_graph_makes_latents() -> None:
+    def pixels(values: Tensor) -> Tensor:
+        ragged = RaggedLatents(values, 1, ((2, 2), (1, 2)))
+        return ragged.layout.planes[:, 1] + ragged.values.sum()
+
+    values = torch.ones(6, device=DEVICE)
+    assert torch.equal(torch.compile(pixels, fullgraph=True, backend="eager")(values), pixels(values))
+
+
 def test_checkpointing_makes_the_same_noise_again() -> None:
     ragged, alpha, sigma = fresh()
     seed, weight = torch.tensor(11, device=DEVICE), torch.randn(12, 12, device=DEVICE)

@@ -114,13 +114,16 @@ def test_processes_share_the_work_and_change_nothing(
     assert table("--jobs", "1") == table("--jobs", "2")
 
 
+@pytest.mark.parametrize("early", [False, True])
 def test_a_process_that_dies_is_a_failed_row(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    early: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     class Dying(Pool):
         def submit(self, *work: object) -> Future[object]:
             if torch.float16 not in work:
                 return super().submit(*work)
+            if early:
+                raise BrokenProcessPool("a process was terminated abruptly")
             future: Future[object] = Future()
             future.set_exception(BrokenProcessPool("a process was terminated abruptly"))
             return future

@@ -100,12 +100,12 @@ def _(
     return hidden.new_empty((), dtype=exact), grad_hidden, grad_weight
 
 
-# An op, for it has no derivative: to autograd what was saved is constant, and a second derivative would lack a part.
+# An op, for it has no derivative: where `twice` requires grad, differentiating its result raises.
 _scaled = define(
     "linear_cross_entropy_backward",
-    "(Tensor saved, Tensor grad) -> Tensor",
-    lambda saved, grad: saved * grad,
-    lambda saved, grad: torch.empty_like(saved),
+    "(Tensor saved, Tensor grad, Tensor twice) -> Tensor",
+    lambda saved, grad, twice: saved * grad,
+    lambda saved, grad, twice: torch.empty_like(saved),
 )
 
 
@@ -119,7 +119,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 6
-    grads = [_scaled(saved, grad_loss.to(saved.dtype)) if saved.numel() else None for saved in ctx.saved_tensors]
+    # a second derivative would lack what comes through the saved gradients, which autograd takes as constants
+    twice = grad_loss.new_empty(0, requires_grad=torch.is_grad_enabled())
+    grads = [_scaled(saved, grad_loss.to(saved.dtype), twice) if saved.numel() else None for saved in ctx.saved_tensors]
     return (*grads, None, None, None, None)
 
 

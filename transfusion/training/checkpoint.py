@@ -119,21 +119,20 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits; after an error of this rank without the others, and for a minute at most, and what fails then is told
-        of beside the error that is under way."""
+        """Waits; after an error of this rank without the others, and what fails then is told of beside that error."""
         if kind is None:
             return self.wait()
         try:
             if self._writing:
-                self._complete(timeout=60.0)
+                self._complete()
         except Exception as error:
             print(f"the checkpoint under way is lost too: {error}", file=sys.stderr)
 
-    def _complete(self, timeout: float | None = None) -> None:
+    def _complete(self) -> None:
         assert self._writing is not None
         writing, self._writing = self._writing, None
         try:
-            writing.future.result(timeout)
+            writing.future.result()
             self._finish(writing.path, writing.record)
         except (CheckpointException, OSError, RuntimeError) as error:
             raise self._failure(writing.path, error) from error
