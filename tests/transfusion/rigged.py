@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from einops import rearrange
 
@@ -153,6 +154,21 @@ def rig_image(model, monkeypatch, value=0.25):
     monkeypatch.setattr(
         model.codec, "decode", lambda states: torch.full((*states.shape[:2], model.config.patch_dim), value)
     )
+
+
+def in_several_orders(result, count=4):
+    """`result()`, and `count` times more with the sums of every linear layer in another order: one may be right by
+    luck."""
+    linear = torch.nn.functional.linear
+
+    def reordered(x, weight, bias=None):
+        order = torch.randperm(weight.shape[1])
+        return linear(x[..., order], weight[:, order], bias)
+
+    results = [result()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", reordered)
+        return results + [result() for _ in range(count)]
 
 
 def write(*context, tokens=8, images=0, seed=0):

@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from rigged import BOS, SHAPE, contexts, options_of, paint, random_model, scheduler_of, shape_of, text, write
+from rigged import (
+    BOS,
+    SHAPE,
+    contexts,
+    in_several_orders,
+    options_of,
+    paint,
+    random_model,
+    scheduler_of,
+    shape_of,
+    text,
+    write,
+)
 
 from transfusion.generation import Guidance, TextSampling, denoise, generate, graphs
 from transfusion.kernels.testing import judge
@@ -87,19 +99,7 @@ def test_replayed_graphs_give_what_the_cpu_gives(dtype, seed, monkeypatch):
         return torch.stack([each.images[0] for each in generate(model, requests, **options)]).to(kind)
 
     gold = images(model.double(), torch.float64)
-    eager = [images(model.to(dtype))]
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.functional, "linear", reordered(torch.nn.functional.linear))
-        eager += [images(model) for _ in range(4)]
+    model.to(dtype)
+    eager = in_several_orders(lambda: images(model))
     verdict = judge(images(model.cuda()), eager, gold)
     assert verdict.passed, (seed, verdict)
-
-
-def reordered(linear):
-    """`linear`, its sums in another order at every call."""
-
-    def call(x, weight, bias=None):
-        order = torch.randperm(weight.shape[1])
-        return linear(x[..., order], weight[:, order], bias)
-
-    return call

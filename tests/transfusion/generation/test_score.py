@@ -8,6 +8,7 @@ from rigged import (
     SHAPE,
     VOCABULARY,
     contexts,
+    in_several_orders,
     options_of,
     plain_text,
     random_model,
@@ -37,12 +38,15 @@ def test_score_is_the_definition(seed):
     torch.manual_seed(seed)
     targets = [torch.randint(2, VOCABULARY, (count,)) for count in (1, 5, 3, 7)]
     prompts = contexts()
-    eager = [plain_score(model, *pair) for pair in zip(prompts, targets, strict=True)]
-    ours = score(model, prompts, targets)
+
+    def plain():
+        return torch.cat([plain_score(model, *pair) for pair in zip(prompts, targets, strict=True)])
+
+    ours, eager = score(model, prompts, targets), in_several_orders(plain)
     model.double()
-    gold = [plain_score(model, *pair) for pair in zip(prompts, targets, strict=True)]
+    gold = plain()
     assert [each.shape for each in ours] == [target.shape for target in targets]
-    verdict = judge(torch.cat(ours), torch.cat(eager), torch.cat(gold))
+    verdict = judge(torch.cat(ours), eager, gold)
     assert verdict.passed, (seed, verdict)
 
 
