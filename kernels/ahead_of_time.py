@@ -315,7 +315,7 @@ def compile_all(numbers: Sequence[tuple[str, int]], jobs: int) -> Iterator[Compi
         yield from pool.map(_compile, numbers)
 
 
-def _keep(lines: Sequence[str], failed: Container[tuple[str, str]]) -> None:
+def _keep(lines: Sequence[str], failed: Container[tuple[str, str]] = ()) -> None:
     """Writes lines into the table, in the place of those of the same launches; those that ship no more, or compile no
     more, are left out."""
     before = GOLDEN.read_text().splitlines()[3:] if GOLDEN.exists() else []
