@@ -3,6 +3,9 @@
 gold is the reference in float64 on the same (already rounded) inputs; eager is the reference carried out in the
 inputs' own precision. One order of summation may be exact by luck, so eager may be given in several orders and the
 worst of them counts. No tolerance is set by hand.
+
+And what every tool that runs kernels (verify, tune, benchmarks) asks of an error: what it says in a line, and whether
+the GPU is lost.
 """
 
 import math
