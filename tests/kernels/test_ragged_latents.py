@@ -296,6 +296,8 @@ def test_bad_calls_name_the_image() -> None:
         diffusion_loss(torch.zeros(4, 9, 3), ragged, weights, weights, 1, seed=seed)
     with pytest.raises(ValueError, match=r"noise has shape \(36,\), the latents \(108,\)"):
         patchify_noise(ragged, weights, weights, 1, noise=torch.zeros(36))
+    with pytest.raises(TypeError, match=r"noise is RaggedLatents; pass the tensor, noise\.values"):
+        patchify_noise(ragged, weights, weights, 1, noise=ragged)
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
