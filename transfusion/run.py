@@ -9,9 +9,11 @@ With a `World` of several processes, all of them call both, and rank 0 alone wri
 import contextlib
 import functools
 import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from transfusion import config as configs
@@ -28,7 +30,7 @@ from transfusion.data import (
 from transfusion.data.config import check_sources
 from transfusion.data.documents import caption_image_length
 from transfusion.data.drafting import caption_ids
-from transfusion.data.sources import Split
+from transfusion.data.sources import ImageSource, Split
 from transfusion.data.transforms import check_image_size
 from transfusion.diffusion.sampler import default_steps, make_scheduler
 from transfusion.evaluation import (
@@ -66,6 +68,13 @@ logger = logging.getLogger(__name__)
 
 STEP = "trained_steps"  # in model/
 _PREVIEWED = 16  # captions
+
+
+class _Sample(NamedTuple):
+    """A caption and its pictures (3, H, W) in [-1, 1], the last of which is the one that it describes or asks for."""
+
+    caption: str
+    pictures: tuple[torch.Tensor, ...]
 
 
 def train_tokenizer(config: RunConfig) -> Tokenizer:
@@ -200,17 +209,22 @@ class Run:
         return finished
 
     def _preview(self, longest: int) -> Preview | None:
-        """What `train.preview_every` shows: images drawn for captions of the training set, spread evenly over it."""
+        """What `train.preview_every` shows: images drawn for captions of the training set, spread evenly over it, and
+        before each edit what it changes."""
         images = image_source(self.config.data, "train") if self.config.train.preview_every else None
-        if images is None:
-            return None
-        spread = images.captions[:: max(1, len(images) // _PREVIEWED)][:_PREVIEWED]
-        prompts = [caption for caption in spread if len(self.tokenizer.encode(caption)) <= longest]
-        if not prompts:
+        spread = range(0, len(images), max(1, len(images) // _PREVIEWED))[:_PREVIEWED] if images else ()
+        samples = self._readable(images, spread, longest) if images else []
+        if not samples:
             return None
         steps = default_steps(self.config.model.schedule, about=20)
         make_scheduler(self.config.model.schedule)  # raises now, not at the first picture, where diffusers is missing
-        return lambda model: sheets.contact_sheet(self.pipeline(model).images(prompts, steps=steps).cpu())
+
+        def preview(model: Transfusion) -> np.ndarray:
+            drawn = self._drawn(model, samples, steps=steps).cpu()
+            pairs = zip(samples, drawn, strict=True)
+            return sheets.contact_sheet(torch.stack([p for each, new in pairs for p in (*each.pictures[:-1], new)]))
+
+        return preview
 
     def _step_of_model(self) -> int:
         """Of model/: another than the last where a longer run was stopped before it could write it."""
@@ -250,8 +264,8 @@ class Run:
             images = image_source(data, split)
             if images is not None:
                 size = data.loader.image_size
-                captions, latents, skipped = read_images(images, self.tokenizer, self.autoencoder, size, self._longest)
-                figures[name] = image_figures(model, captions, latents, draws, seed) | {"skipped": skipped}
+                samples, skipped = read_images(images, self.tokenizer, self.autoencoder, size, self._longest)
+                figures[name] = image_figures(model, samples, draws, seed) | {"skipped": skipped}
         return figures
 
     @property
@@ -272,31 +286,34 @@ class Run:
         network = load_features(features, device)
         splits: tuple[Split, ...] = ("test", "train")
         for split in splits:
-            captions, real = self._read(split, samples)
-            if len(real) > 1:
+            source = image_source(self.config.data, split)
+            chosen = self._readable(source, evenly(len(source), samples), self._longest) if source else []
+            if len(chosen) > 1:
                 break
         else:
             raise ValueError(
-                f"a distance needs two images or more; of {samples} that were asked for, {len(real)} of data.images "
+                f"a distance needs two images or more; of {samples} that were asked for, {len(chosen)} of data.images "
                 "can be read"
             )
-        generated = self.pipeline(model).images(captions, guidance_scale=guidance_scale, seed=seed)
-        distances = image_distances(torch.stack(real).to(device), generated.to(device), network, seed=seed)
+        generated = self._drawn(model, chosen, guidance_scale=guidance_scale, seed=seed)
+        real = torch.stack([sample.pictures[-1] for sample in chosen])
+        distances = image_distances(real.to(device), generated.to(device), network, seed=seed)
         return {"split": split, **distances}
 
-    def _read(self, split: Split, limit: int) -> tuple[list[str], list[torch.Tensor]]:
-        """Captions and pixels of `limit` images of `split`, spread evenly over it, but for those that are no use."""
-        source = image_source(self.config.data, split)
-        captions: list[str] = []
-        pixels: list[torch.Tensor] = []
-        if source is None:
-            return captions, pixels
-        for index in evenly(len(source), limit):
+    def _readable(self, source: ImageSource, indices: Iterable[int], longest: int) -> list[_Sample]:
+        """Samples `indices` of `source`, but for those that are no use."""
+        samples, size = [], self.config.data.loader.image_size
+        for index in indices:
             with contextlib.suppress(ValueError):  # a SampleError is one
-                caption_ids(self.tokenizer, source.captions[index], self._longest)
-                pixels.append(to_tensor(source[index].image, self.config.data.loader.image_size))
-                captions.append(source.captions[index])
-        return captions, pixels
+                caption_ids(self.tokenizer, source.captions[index], longest)
+                pictures = tuple(to_tensor(picture.image, size) for picture in source[index].pictures)
+                samples.append(_Sample(source.captions[index], pictures))
+        return samples
+
+    def _drawn(self, model: Transfusion, samples: Sequence[_Sample], **options: Any) -> torch.Tensor:
+        """(I, 3, H, W): what `model` draws for each caption, after the image before it where it is an edit."""
+        before = [(each.pictures[0] + 1) / 2 if len(each.pictures) > 1 else None for each in samples]
+        return self.pipeline(model).images([each.caption for each in samples], image=before, **options)
 
     def pipeline(self, model: Transfusion) -> TransfusionPipeline:
         """Captions, pictures and texts in and out of `model`, this run's or one of its previews."""

@@ -13,7 +13,7 @@ from PIL import Image
 from transfusion import cli
 from transfusion.data import image_source, to_tensor
 from transfusion.evaluation import image_distances
-from transfusion.evaluation.metrics import image_figures
+from transfusion.evaluation.metrics import Samples, image_figures
 from transfusion.generation import TransfusionPipeline
 from transfusion.kernels import registry
 from transfusion.run import Run
@@ -235,11 +235,11 @@ def test_the_gap_is_what_captions_are_worth(run: Path) -> None:
     opened = Run.open(run)
     model = opened.model()
     captions = [opened.tokenizer.encode(f"{color} square") for color in tiny.COLORS]
-    latents = torch.randn(len(tiny.COLORS), *opened.latent_shape)
+    samples = Samples(captions, torch.randn(len(captions), *opened.latent_shape), [None] * len(captions))
     with torch.no_grad():
         for block in model.transformer.blocks:
             block.attention.out.weight.zero_()  # no token sees another one
-    blind = image_figures(model, captions, latents, draws=2, seed=0)
+    blind = image_figures(model, samples, draws=2, seed=0)
     assert blind["conditioning_gap"] == pytest.approx(0, abs=1e-6)
     assert blind["loss"] == pytest.approx(blind["loss_shuffled_captions"])
 

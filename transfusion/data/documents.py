@@ -2,10 +2,11 @@
 
     caption first   BOS caption [BOI image EOI] EOS         image noised to any time
     image first     BOS [BOI image EOI] caption EOS         image noised to max_time_image_first at most
+    edit            BOS [BOI before EOI] caption [BOI image EOI] EOS     `before` as an image first
     no caption      BOS [BOI image EOI]                     the unconditional branch of guidance
     text            BOS window | BOS window | BOS window EOS
 
-`collate` adds BOI and EOI. Order and noise limit: arXiv 2408.11039, section 3 and section 4.3.
+`collate` adds BOI and EOI. Order and noise limit: arXiv 2408.11039, section 3 and section 4.3; edits: section 4.5.
 """
 
 from collections import Counter
@@ -27,9 +28,9 @@ def _text(*parts: Tensor | int) -> Text:
     return Text(torch.tensor(ids, dtype=torch.int64))
 
 
-def caption_image_length(caption_tokens: int, tokens_per_image: int) -> int:
-    """caption + image + 4: what the document of a caption and its image takes, with BOS, BOI, EOI and EOS."""
-    return caption_tokens + tokens_per_image + 4
+def caption_image_length(caption_tokens: int, tokens_per_image: int, images: int = 1) -> int:
+    """caption + (image + 2)·images + 2: a caption with its image, or of an edit two; with BOS, BOI, EOI and EOS."""
+    return caption_tokens + images * (tokens_per_image + 2) + 2
 
 
 def caption_image_document(
@@ -39,14 +40,21 @@ def caption_image_document(
     drop_caption: bool = False,
     special: SpecialTokens = _SPECIAL,
     max_time_image_first: float = 0.5,
+    before: Tensor | None = None,
 ) -> Document:
     """One document of a caption (n,) int64 and a clean latent (C, h, w), in one of the orders above.
 
     A dropped caption leaves nothing that the image could come before, so `image_first` does not limit it; and no EOS
     follows, which would teach that an image without a caption before it has none after it either.
+
+    before: the latent that the caption tells how to change. It stands first whatever `image_first` says, and is left
+    out with a dropped caption: guidance compares with an image that nothing is known of.
     """
     if drop_caption:
         return (_text(special.bos), Image(latent))
+    if before is not None:
+        first = Image(before, max_time_image_first)
+        return (_text(special.bos), first, _text(caption_ids), Image(latent), _text(special.eos))
     if image_first:
         return (_text(special.bos), Image(latent, max_time_image_first), _text(caption_ids, special.eos))
     return (_text(special.bos, caption_ids), Image(latent), _text(special.eos))
@@ -90,19 +98,29 @@ def evaluation_batch(
     noise_seed: int,
     patch_size: int,
     special: SpecialTokens = _SPECIAL,
-) -> Batch:
-    """A batch of given pairs, times and noise: row i is caption i, then image i at times[i].
+    before: Sequence[Tensor | None] | None = None,
+) -> tuple[Batch, Tensor]:
+    """A batch of given pairs, times and noise, and which of its images are those, (I,) int64: row i is caption i, then
+    image i at times[i]; an edit's row begins with before[i], at time 0 as where one is asked for.
 
-    captions: I tensors (n_i,) int64; latents (I, C, h, w); times (I,) in [0, 1). Rows are as long as the longest
-    document, so that the captions in another order (`mismatched`) give the same images, noise, times and shapes:
-    the difference of the two diffusion losses is what the captions are worth.
+    captions: I tensors (n_i,) int64; latents (I, C, h, w); times (I,) in [0, 1). Rows hold the longest caption beside
+    the most images, so that the captions in another order (`mismatched`) give the same images, noise, times and
+    shapes: the difference of the two diffusion losses is what the captions are worth.
     """
-    if not len(captions) == len(latents) == len(times):
-        raise ValueError(f"{len(captions)} captions, {len(latents)} latents, {len(times)} times: give one of each")
+    firsts = [None] * len(captions) if before is None else before
+    if not len(captions) == len(latents) == len(times) == len(firsts):
+        raise ValueError(
+            f"{len(captions)} captions, {len(latents)} latents, {len(times)} times, {len(firsts)} before: "
+            "give one of each"
+        )
     if not len(captions):
         raise ValueError("an evaluation batch needs at least one caption and latent")
-    pairs = zip(captions, latents, strict=True)
-    rows = [[caption_image_document(caption, latent, special=special)] for caption, latent in pairs]
-    length = max(document_length(document, patch_size) for (document,) in rows)
+    given = zip(captions, latents, firsts, strict=True)
+    rows = [[caption_image_document(c, latent, special=special, before=first)] for c, latent, first in given]
+    # the longest caption beside the most images, for it may come there in another order
+    beside = max(document_length(d, patch_size) - len(c) for (d,), c in zip(rows, captions, strict=True))
+    length = max(map(len, captions)) + beside
     batch = collate(rows, length, patch_size, special, torch.Generator())
-    return replace(batch, times=times.float(), noise_seed=torch.tensor(noise_seed, dtype=torch.int64))
+    index = torch.tensor([1 + (first is not None) for first in firsts]).cumsum(0) - 1
+    placed = torch.zeros(batch.num_images).index_copy(0, index, times.float().cpu())
+    return replace(batch, times=placed, noise_seed=torch.tensor(noise_seed, dtype=torch.int64)), index

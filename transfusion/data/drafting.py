@@ -84,10 +84,14 @@ class Drafter:
             key = (self.seed, name)
             drafts = partial(self._drafts, name)
             return StreamRows(images, drafts, _draft_length, self.row_length, self.shuffle_block, key)
+        if self.images_per_row and images.edits:
+            raise ValueError(
+                f"images_per_row={self.images_per_row} is of captioned images; an edit takes two: leave it out"
+            )
         known = list(self._known(images, name))
         if not known:
             raise ValueError(f"none of the {len(images)} captions fits in {self.max_caption_tokens} tokens")
-        lengths = [self._length(caption, size) for _, caption, size in known]
+        lengths = [self._length(caption, size, 1 + (index in images.edits)) for index, caption, size in known]
         plan = RowPlan(lengths, self.row_length, self.seed, name, self.images_per_row)
         contents = Contents(zip(images.names, images.captions, strict=True))
         return PlannedRows(MapDeck(images, name, known, lengths), plan, contents)
@@ -108,7 +112,7 @@ class Drafter:
         """(index in the source, caption, size) of each sample that fits a row."""
         for index, caption in enumerate(images.captions):
             try:
-                ids = caption_ids(self.tokenizer, caption, self.max_caption_tokens)
+                ids = self._caption(caption, index in images.edits)
                 size = self.sizes[0] if len(self.sizes) == 1 else nearest_size(*images[index].size, self.sizes)
             except ValueError as error:  # a SampleError is one
                 self.skip(source, *_told(images, index, error))
@@ -117,12 +121,25 @@ class Drafter:
 
     def _drafts(self, source: str, sample: CaptionedImage) -> list[Draft]:
         try:
-            ids = caption_ids(self.tokenizer, sample.caption, self.max_caption_tokens)
+            ids = self._caption(sample.caption, sample.before is not None)
             size = self.sizes[0] if len(self.sizes) == 1 else nearest_size(*sample.size, self.sizes)
         except ValueError as error:
             self.skip(source, sample.name, _reason(error))
             return []
-        return [Draft((source, sample.name), ids, size, self._length(ids, size), lambda: sample)]
+        length = self._length(ids, size, len(sample.pictures))
+        return [Draft((source, sample.name), ids, size, length, lambda: sample)]
+
+    def _caption(self, caption: str, edit: bool) -> Tensor:
+        room = self.max_caption_tokens
+        if edit:
+            largest = max(map(self._patches, self.sizes))
+            room -= caption_image_length(0, largest, 2) - caption_image_length(0, largest)
+            if room < 1:
+                raise ValueError(
+                    f"row_length={self.row_length} holds no two images of {largest} tokens, as an edit takes; use a "
+                    "longer row or larger patches"
+                )
+        return caption_ids(self.tokenizer, caption, room)
 
     def _windows(self, text: str) -> list[Document]:
         return text_documents(self.tokenizer.encode(text), self.row_length, self.tokenizer.special)
@@ -130,8 +147,8 @@ class Drafter:
     def _patches(self, size: Size) -> int:
         return (size[0] // self.step) * (size[1] // self.step)
 
-    def _length(self, caption: Tensor, size: Size) -> int:
-        return caption_image_length(len(caption), self._patches(size))
+    def _length(self, caption: Tensor, size: Size, images: int) -> int:
+        return caption_image_length(len(caption), self._patches(size), images)
 
 
 def _told(images: ImageSource, index: int, error: ValueError) -> tuple[str, str]:

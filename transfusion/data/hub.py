@@ -1,11 +1,13 @@
 """Hugging Face `datasets`, from the hub or from disk: images with captions, and texts; whole, or as a stream.
 
     hf:NAME?split=train&image=image&caption=text&config=...      NAME: a hub name, or a folder
+    hf:NAME?image=edited&source_image=original&caption=prompt    edits: images that a caption tells how to change
 
 A column that is not named is found: the first image column, and "caption" or "text". `datasets` is imported at use.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -25,7 +27,7 @@ from transfusion.data.sources import (
 )
 from transfusion.data.streams import SkipLog, belongs, identity_of
 
-_OPTIONS = ("split", "image", "caption", "text", "config")
+_OPTIONS = ("split", "image", "source_image", "caption", "text", "config")
 
 
 class HubColumns:
@@ -39,27 +41,38 @@ class HubColumns:
             raise ValueError(f"{spec!r}: unknown option {unknown[0]!r}; known: {', '.join(_OPTIONS)}")
         self.data = _load(self.name, options, streaming)
         columns = list(self.data.column_names or next(iter(self.data.take(1)), ()))  # a stream may not know them
-        self.image = ""
+        self.image, self.before = "", options.get("source_image", "")
+        if self.before and not wants_images:
+            raise ValueError(f"{spec!r}: source_image is of images, and these are texts")
         if wants_images:
             features = self.data.features or {}
             pictures = [name for name in columns if type(features.get(name)).__name__ == "Image"]
-            self.image = _chosen(spec, options.get("image"), pictures, columns, "image")
-            self.data = self.data.cast_column(self.image, require("datasets").Image(decode=False))
+            found = [name for name in pictures if name != self.before]
+            self.image = _chosen(spec, options.get("image"), found, columns, "image")
+            both = [self.image, *([_chosen(spec, self.before, [], columns, "source_image")] if self.before else [])]
+            for name in both:
+                self.data = self.data.cast_column(name, require("datasets").Image(decode=False))
         wanted = options.get("caption") or options.get("text")
         found = [name for name in ("caption", "captions", "text") if name in columns]
         self.text = _chosen(spec, wanted, found, columns, "caption" if wants_images else "text")
-        self.data = self.data.select_columns([name for name in (self.image, self.text) if name])
+        self.data = self.data.select_columns([name for name in (self.image, self.before, self.text) if name])
 
     def captioned(self, row: dict[str, Any], name: str) -> CaptionedImage:
         """The sample of one row. Raises `SampleError` where image or caption is missing."""
-        content, caption = row[self.image] or {}, first_text(row[self.text])
+        caption = first_text(row[self.text])
         if not caption:
             raise SampleError(name, f"column {self.text!r} holds no caption")
-        if content.get("bytes"):
-            return CaptionedImage(caption, content["bytes"], name)
-        if content.get("path"):
-            return CaptionedImage(caption, FileSlice(Path(content["path"])), name)
-        raise SampleError(name, f"column {self.image!r} holds no image")
+        before = _picture(row, self.before, name) if self.before else None
+        return replace(_picture(row, self.image, name), caption=caption, before=before)
+
+
+def _picture(row: dict[str, Any], column: str, name: str) -> CaptionedImage:
+    content = row[column] or {}
+    if content.get("bytes"):
+        return CaptionedImage("", content["bytes"], name)
+    if content.get("path"):
+        return CaptionedImage("", FileSlice(Path(content["path"])), name)
+    raise SampleError(name, f"column {column!r} holds no image")
 
 
 def first_text(value: Any) -> str:
@@ -110,6 +123,7 @@ class HubImages:
             raise EmptySplitError(
                 f"the {split} split of {spec!r} is empty: {len(captions)} row(s), {len(self.skipped)} skipped"
             )
+        self.edits = frozenset(range(len(self.names)) if self._columns.before else ())
 
     def __len__(self) -> int:
         return len(self.names)

@@ -126,7 +126,7 @@ def encode_images(
 ) -> tuple[int, list[Skipped]]:
     """Writes the moments of every sample that `cache` lacks. -> how many were encoded, and what cannot be read.
 
-    Each image is encoded by itself, as the loader does. At most `shard_entries` moments are in memory; what was
+    Each image is encoded by itself, as the loader does. `shard_entries` moments, or one more, are in memory; what was
     written stays when this is stopped, and the next call goes on behind it.
     """
     pending: dict[str, Tensor] = {}
@@ -137,17 +137,17 @@ def encode_images(
             if isinstance(sample, SampleError):
                 raise sample
             size = nearest_size(*sample.size, sizes) if len(sizes) > 1 else sizes[0]
-            key = entry_key(sample.key, size)
-            if key in cache or key in pending:
-                continue
-            pixels = to_tensor(sample.image, size)
+            keyed = {entry_key(picture.key, size): picture for picture in sample.pictures}
+            missing = {key: picture for key, picture in keyed.items() if key not in cache and key not in pending}
+            decoded = {key: to_tensor(picture.image, size) for key, picture in missing.items()}
         except SampleError as error:
             skipped.append((error.name, error.reason))
             logger.warning("skipped %s", error)
             continue
-        pending[key] = autoencoder.moments(pixels[None].to(device))[0].cpu()
-        count += 1
-        if len(pending) == shard_entries:
+        for key, pixels in decoded.items():
+            pending[key] = autoencoder.moments(pixels[None].to(device))[0].cpu()
+            count += 1
+        if len(pending) >= shard_entries:
             cache.write(pending)
             pending = {}
     if pending:

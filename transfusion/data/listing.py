@@ -34,6 +34,7 @@ class DrawnImages:
         self._samples, self.skipped = samples, skipped
         self.names = [sample.name for sample in samples]
         self.captions = [sample.caption for sample in samples]
+        self.edits = frozenset(index for index, sample in enumerate(samples) if sample.before is not None)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -49,6 +50,7 @@ class JoinedImages:
         self._places = [(source, index) for source in sources for index in range(len(source))]
         self.names = [name for source in sources for name in source.names]
         self.captions = [caption for source in sources for caption in source.captions]
+        self.edits = frozenset(k for k, (source, index) in enumerate(self._places) if index in source.edits)
         self.skipped = [skip for source in sources for skip in source.skipped]
 
     def __len__(self) -> int:

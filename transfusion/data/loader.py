@@ -34,6 +34,8 @@ from transfusion.sequence import Batch, Document, Image, collate, document_lengt
 
 logger = logging.getLogger(__name__)
 
+Contents = tuple[Content, ...]
+
 
 @dataclass(frozen=True)
 class LoaderConfig:
@@ -50,8 +52,9 @@ class LoaderConfig:
             packs as many as fit.
         text_fraction: fraction of the rows that are text; with full rows that is 1:1 text to image tokens. In a run
             without texts it is 0, without images 1.
-        caption_first: probability that the caption comes before its image.
-        caption_dropout: probability that a caption is left out, for guidance (the paper is silent).
+        caption_first: probability that the caption comes before its image; of an edit it always does.
+        caption_dropout: probability that a caption, and of an edit the image before it, is left out, for guidance (the
+            paper is silent).
         max_time_image_first: largest diffusion time of an image that comes before its caption.
         sample_latents: draw a latent from the autoencoder's posterior each time, rather than take its mode.
         shuffle_block: samples of a stream that are shuffled and packed together; a block is held in memory.
@@ -275,54 +278,57 @@ class Loader:
         return [texts[number] if number in texts else pictured[number] for number in numbers]
 
     def _pictured(
-        self, number: int, read: list[tuple[Draft, Content | None]], deck: Sequence[Draft], places: list[int]
+        self, number: int, read: list[tuple[Draft, Contents | None]], deck: Sequence[Draft], places: list[int]
     ) -> list[Document]:
         """The documents of an image row, random by the row's number alone."""
         whole = self._substituted(read, deck, places)
         generator = seeded(self.config.seed, "row", number)
         draws = torch.rand(len(whole), 2, generator=generator, dtype=torch.float64).tolist()
-        return [
-            caption_image_document(
+        documents = []
+        for (draft, contents), (order, dropout) in zip(whole, draws, strict=True):
+            *before, latent = [self._reader.latent(content, generator) for content in contents]
+            document = caption_image_document(
                 draft.caption,
-                self._reader.latent(content, generator),
+                latent,
                 image_first=order >= self.config.caption_first,
                 drop_caption=dropout < self.config.caption_dropout,
                 special=self._special,
                 max_time_image_first=self.config.max_time_image_first,
+                before=before[0] if before else None,
             )
-            for (draft, content), (order, dropout) in zip(whole, draws, strict=True)
-        ]
+            documents.append(document)
+        return documents
 
     def _substituted(
-        self, read: list[tuple[Draft, Content | None]], deck: Sequence[Draft], places: list[int]
-    ) -> list[tuple[Draft, Content]]:
+        self, read: list[tuple[Draft, Contents | None]], deck: Sequence[Draft], places: list[int]
+    ) -> list[tuple[Draft, Contents]]:
         """In place of a draft that cannot be read, the next of the deck that fits; where none does, nothing."""
         free = self.config.row_length - sum(draft.length for draft, _ in read)
         whole = []
-        for place, (draft, content) in zip(places, read, strict=True):
-            if content is None:
+        for place, (draft, contents) in zip(places, read, strict=True):
+            if contents is None:
                 free += draft.length
                 others = (deck[(place + offset) % len(deck)] for offset in range(1, len(deck)))
                 candidates = ((other, self._contents([other])[0]) for other in others if other.length <= free)
-                draft, content = next(((d, c) for d, c in candidates if c is not None), (draft, None))
-                free -= draft.length if content is not None else 0
-            if content is not None:
-                whole.append((draft, content))
+                draft, contents = next(((d, c) for d, c in candidates if c is not None), (draft, None))
+                free -= draft.length if contents is not None else 0
+            if contents is not None:
+                whole.append((draft, contents))
         if not whole and all(draft.key in self._unreadable for draft in deck):
             raise ValueError(f"none of the {len(deck)} images can be read; the last: {self._unreadable[deck[-1].key]}")
         return whole
 
-    def _contents(self, drafts: list[Draft]) -> list[Content | None]:
-        """Pixels or moments of each draft; None, and a warning, for one that cannot be read."""
+    def _contents(self, drafts: list[Draft]) -> list[Contents | None]:
+        """Pixels or moments of each draft's pictures; None, and a warning, for one that cannot be read."""
         wanted = [draft for draft in drafts if draft.key not in self._unreadable]
-        contents = dict(zip(map(id, wanted), self._reader.read(wanted), strict=True))
+        read = dict(zip(map(id, wanted), self._reader.read(wanted), strict=True))
         for draft in wanted:
-            error = contents[id(draft)]
+            error = read[id(draft)]
             if isinstance(error, SampleError):
                 self._unreadable[draft.key] = str(error)
                 self._skip(draft.key[0], error.name, error.reason)
-        found = [contents.get(id(draft)) for draft in drafts]
-        return [None if isinstance(content, SampleError) else content for content in found]
+        found = [read.get(id(draft)) for draft in drafts]
+        return [None if isinstance(contents, SampleError) else contents for contents in found]
 
     def _skip_planned(self, source: str, name: str, reason: str) -> None:
         """Every rank plans the same rows: one tells of what fits in none."""

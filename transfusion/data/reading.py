@@ -26,7 +26,8 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class Draft:
-    """A captioned image before it is read: source and name, caption (n,), size in pixels, and tokens in a row."""
+    """A captioned image before it is read: source and name, caption (n,), size in pixels, and tokens in a row. The
+    image before an edit is cropped to the same size."""
 
     key: tuple[str, str]
     caption: Tensor
@@ -71,11 +72,12 @@ class ImageReader:
             else ThreadPoolExecutor(_THREADS, "decode", torch.set_num_threads, (1,))
         )
 
-    def read(self, drafts: Sequence[Draft]) -> list[Content | SampleError]:
-        """What each draft shows, or why there is nothing."""
+    def read(self, drafts: Sequence[Draft]) -> list[tuple[Content, ...] | SampleError]:
+        """What each draft shows, one picture or two, or why there is nothing."""
         opened = [_opened(draft) for draft in drafts]
-        found = [(s, draft.size) for s, draft in zip(opened, drafts, strict=True) if not isinstance(s, SampleError)]
-        samples, sizes = [sample for sample, _ in found], [size for _, size in found]
+        found = [(each, draft.size) for pictures, draft in zip(opened, drafts, strict=True) for each in pictures]
+        samples = [each for each, _ in found if not isinstance(each, SampleError)]
+        sizes = [size for each, size in found if not isinstance(each, SampleError)]
         read: Iterator[Content | SampleError]
         if self._cache is None:
             # pixels in memory are ready sooner than another thread is
@@ -83,7 +85,7 @@ class ImageReader:
             read = iter(list((map if in_memory else self._pool.map)(_pixels, samples, sizes)))
         else:
             read = iter(list(map(self._moments, samples, sizes, self._pool.map(_content_key, samples))))
-        return [sample if isinstance(sample, SampleError) else next(read) for sample in opened]
+        return [_whole([e if isinstance(e, SampleError) else next(read) for e in pictures]) for pictures in opened]
 
     def latent(self, content: Content, generator: torch.Generator) -> Tensor:
         """-> (C, h, w) float32, each image encoded by itself, so that no batch changes it."""
@@ -132,11 +134,17 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _opened(draft: Draft) -> CaptionedImage | SampleError:
+def _opened(draft: Draft) -> tuple[CaptionedImage | SampleError, ...]:
     try:
-        return draft.open()
+        return draft.open().pictures
     except SampleError as error:
-        return error
+        return (error,)
+
+
+def _whole(pictures: list[Content | SampleError]) -> tuple[Content, ...] | SampleError:
+    """All of a draft, or why there is not all of it."""
+    wrong = next((each for each in pictures if isinstance(each, SampleError)), None)
+    return tuple(each for each in pictures if not isinstance(each, SampleError)) if wrong is None else wrong
 
 
 def _pixels(sample: CaptionedImage, size: Size) -> np.ndarray | SampleError:

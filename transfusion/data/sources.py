@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -65,12 +65,19 @@ class FileSlice:
 class CaptionedImage:
     """One sample: a caption, an image as a file's bytes or as pixels, and the name that messages use for it.
 
-    Nothing is read or decoded before it is asked for; a file that cannot be is a `SampleError` then.
+    Of an edit also the image `before`, which the caption tells how to change. Nothing is read or decoded before it is
+    asked for; a file that cannot be is a `SampleError` then.
     """
 
     caption: str
     content: "bytes | FileSlice | Image.Image"
     name: str
+    before: "CaptionedImage | None" = None
+
+    @property
+    def pictures(self) -> "tuple[CaptionedImage, ...]":
+        """What it shows, in the order of its document."""
+        return (self,) if self.before is None else (self.before, self)
 
     @property
     def image(self) -> "Image.Image":
@@ -102,10 +109,11 @@ class CaptionedImage:
 
 
 class ImageSource(Protocol):
-    """Captioned images. `names` and `captions` are known without reading an image; reading one may `SampleError`."""
+    """Captioned images. What is listed is known without reading an image; reading one may `SampleError`."""
 
     names: list[str]
     captions: list[str]
+    edits: frozenset[int]  # the samples that have an image `before`
     skipped: list[Skipped]
 
     def __len__(self) -> int:
@@ -153,6 +161,19 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+class _Entry(NamedTuple):
+    """A line of captions.jsonl."""
+
+    image: str
+    caption: str
+    before: str = ""
+
+    @property
+    def first(self) -> str:
+        """The file that tells on which side of the split it is: one picture and its edits are on one."""
+        return self.before or self.image
+
+
 class EmptySplitError(ValueError):
     """A source has samples, but none in the split that is asked for."""
 
@@ -160,10 +181,12 @@ class EmptySplitError(ValueError):
 class FolderSource:
     """Captioned images of a folder: each line of `captions.jsonl` is {"image": "a/b.jpg", "caption": "..."}.
 
+    Of an edit it is {"source_image": "a/b.jpg", "caption": "make it red", "image": "a/c.jpg"}.
+
     An entry that is malformed, or whose image is missing or is no image by its header, is skipped: warned about,
     and kept with its reason in `skipped`. A file whose pixels turn out to be corrupt raises `SampleError` when they
-    are decoded. `test_fraction` of the image files are held out; all captions of a file stay together. Raises
-    `ValueError` where there is no captions file, or where nothing valid is left.
+    are decoded. `test_fraction` of the image files are held out; all captions of a file stay together, and all edits of
+    one. Raises `ValueError` where there is no captions file, or where nothing valid is left.
     """
 
     def __init__(self, path: str | Path, split: Split = "train", test_fraction: float = 0.05) -> None:
@@ -176,23 +199,27 @@ class FolderSource:
                 + (f", the first: {': '.join(self.skipped[0])}" if self.skipped else "")
                 + '); expected captions.jsonl with one {"image": "relative/path.jpg", "caption": "..."} per line'
             )
-        test_names = held_out((name for name, _ in entries), test_fraction)
-        chosen = [entry for entry in entries if in_split(entry[0], split, test_names)]
+        test_names = held_out((entry.first for entry in entries), test_fraction)
+        chosen = [entry for entry in entries if in_split(entry.first, split, test_names)]
         if not chosen:
             raise EmptySplitError(
                 f"the {split} split of {self.path} is empty: {len(entries)} captioned image(s) in all"
             )
-        self.names = [name for name, _ in chosen]
-        self.captions = [caption for _, caption in chosen]
+        self.names, self.captions = [entry.image for entry in chosen], [entry.caption for entry in chosen]
+        self._before = {index: entry.before for index, entry in enumerate(chosen) if entry.before}
+        self.edits = frozenset(self._before)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> CaptionedImage:
-        name = self.names[index]
-        return CaptionedImage(self.captions[index], FileSlice(self.path / name), str(self.path / name))
+        before = self._picture(self._before[index], "") if index in self.edits else None
+        return self._picture(self.names[index], self.captions[index], before)
 
-    def _read_captions(self) -> list[tuple[str, str]]:
+    def _picture(self, name: str, caption: str, before: CaptionedImage | None = None) -> CaptionedImage:
+        return CaptionedImage(caption, FileSlice(self.path / name), str(self.path / name), before)
+
+    def _read_captions(self) -> list["_Entry"]:
         file = self.path / "captions.jsonl"
         if not file.is_file():
             raise ValueError(
@@ -210,21 +237,28 @@ class FolderSource:
                 logger.warning("skipped %s", error)
         return entries
 
-    def _parse(self, line: bytes, where: str) -> tuple[str, str]:
+    def _parse(self, line: bytes, where: str) -> "_Entry":
         try:
             entry: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise SampleError(where, f"malformed JSON ({error})") from error
-        name, caption = (entry.get("image"), entry.get("caption")) if isinstance(entry, dict) else (None, None)
+        fields = entry if isinstance(entry, dict) else {}
+        name, caption, before = fields.get("image"), fields.get("caption"), fields.get("source_image")
         if not isinstance(name, str) or not isinstance(caption, str) or not caption.strip():
             raise SampleError(where, 'expected {"image": "relative/path.jpg", "caption": "non-empty text"}')
+        if not (before is None or (isinstance(before, str) and before)):
+            raise SampleError(where, f'"source_image" is {before!r}; expected "relative/path.jpg"')
         if not is_unicode(caption):
             raise SampleError(where, "the caption is no valid Unicode: half of a surrogate pair is in it")
+        image, first = self._checked(name, where), self._checked(before, where) if before else ""
+        return _Entry(image, caption.strip(), first)
+
+    def _checked(self, name: str, where: str) -> str:
         name = os.path.normpath(name)  # all captions of a file stay together, "./a.png" and "a.png" too
         if not _is_file(self.path / name):
             raise SampleError(str(self.path / name), f"{where} names an image that does not exist")
         upright_size(FileSlice(self.path / name), str(self.path / name))
-        return name, caption.strip()
+        return name
 
 
 def open_rgb(file: Path, name: str) -> "Image.Image":

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 T_co = TypeVar("T_co", covariant=True)
 _IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
+_BEFORE = "source."  # the image before an edit
 _CAPTION_SUFFIXES = ("txt", "caption", "json")
 
 
@@ -98,9 +99,10 @@ def shard_paths(pattern: str) -> list[Path]:
 class TarImages(SkipLog):
     """Captioned images in tar shards laid out as WebDataset's: members that share a name up to its first dot.
 
-    An image (.jpg, .png, .webp, ...) beside a .txt or .caption, or a .json with a "caption". Only headers and captions
-    are read here; an image's bytes are read where they lie in the archive when they are asked for. A truncated shard
-    gives the samples before the damage. Archives must be uncompressed, so that a reader can go on in the middle.
+    An image (.jpg, .png, .webp, ...) beside a .txt or .caption, or a .json with a "caption"; of an edit also the image
+    before it (.source.jpg, ...). Only headers and captions are read here; an image's bytes are read where they lie in
+    the archive when they are asked for. A truncated shard gives the samples before the damage. Archives must be
+    uncompressed, so that a reader can go on in the middle.
     """
 
     def __init__(self, paths: Sequence[Path], split: Split = "train", test_fraction: float = 0.05) -> None:
@@ -160,7 +162,10 @@ class TarImages(SkipLog):
 
 def _captioned(path: Path, key: str, members: dict[str, FileSlice]) -> CaptionedImage:
     name = f"{path}/{key}"
-    image = next((content for suffix, content in members.items() if suffix in _IMAGE_SUFFIXES), None)
+    image, before = (
+        next((members[suffix] for suffix in members if suffix in {f"{prefix}{kind}" for kind in _IMAGE_SUFFIXES}), None)
+        for prefix in ("", _BEFORE)
+    )
     if image is None:
         raise SampleError(name, f"no image among its members ({', '.join(sorted(members))})")
     try:
@@ -173,7 +178,8 @@ def _captioned(path: Path, key: str, members: dict[str, FileSlice]) -> Captioned
         raise SampleError(name, "the caption is no valid Unicode: half of a surrogate pair is in it")
     if not caption.strip():
         raise SampleError(name, 'no caption: expected a .txt, or a .json with {"caption": "..."}')
-    return CaptionedImage(caption.strip(), image, name)
+    first = CaptionedImage("", before, f"{name}.{_BEFORE[:-1]}") if before else None
+    return CaptionedImage(caption.strip(), image, name, first)
 
 
 def _caption(texts: dict[str, bytes]) -> str:

@@ -7,8 +7,9 @@ over images, each image's draws averaged first, for draws of one image are not i
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,28 +60,39 @@ def evenly(count: int, most: int) -> list[int]:
     return [index * count // chosen for index in range(chosen)]
 
 
+class Samples(NamedTuple):
+    """Captions as token ids, clean latents (I, C, h, w), and of an edit the latent (C, h, w) before it."""
+
+    captions: list[Tensor]
+    latents: Tensor
+    before: list[Tensor | None]
+
+
 def read_images(
     images: ImageSource, tokenizer: Tokenizer, autoencoder: Autoencoder, image_size: int, max_caption_tokens: int
-) -> tuple[list[Tensor], Tensor, int]:
-    """-> captions as token ids, clean latents, and how many samples could not be used, of at most 256.
+) -> tuple[Samples, int]:
+    """-> at most 256 samples, and how many of them could not be used.
 
     They are spread evenly over the images, so that each source of a mixture has its part.
     """
-    pairs, skipped = [], 0
+    captions, latents, before = list[Tensor](), list[Tensor](), list[Tensor | None]()
+    skipped = 0
     for index in evenly(len(images), _MAX_IMAGES):
         try:
             ids = caption_ids(tokenizer, images.captions[index], max_caption_tokens)
-            pairs.append((ids, to_tensor(images[index].image, image_size)))
+            *first, last = [to_tensor(each.image, image_size) for each in images[index].pictures]
         except ValueError:  # a SampleError is one
             skipped += 1
-    if not pairs:
+            continue
+        captions.append(ids)
+        latents.append(autoencoder.encode(last[None])[0])
+        before.append(autoencoder.encode(first[0][None])[0] if first else None)
+    if not captions:
         raise ValueError(f"none of the {len(images)} images can be evaluated")
-    return [ids for ids, _ in pairs], autoencoder.encode(torch.stack([pixels for _, pixels in pairs])), skipped
+    return Samples(captions, torch.stack(latents), before), skipped
 
 
-def image_figures(
-    model: Transfusion, captions: Sequence[Tensor], latents: Tensor, draws: int, seed: int
-) -> dict[str, Any]:
+def image_figures(model: Transfusion, samples: Samples, draws: int, seed: int) -> dict[str, Any]:
     """Diffusion loss with right captions, of the whole path and of each of its `draws` parts, and of predicting zero;
     with shuffled captions, and the gap with its standard error, where there are captions enough to shuffle.
 
@@ -88,7 +100,7 @@ def image_figures(
     """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}; 8 is the usual number")
-    columns = zip(*(_one_draw(model, captions, latents, d, draws, seed) for d in range(draws)), strict=True)
+    columns = zip(*(_one_draw(model, samples, d, draws, seed) for d in range(draws)), strict=True)
     by_draw, shuffled_by_draw, zero_by_draw = (torch.stack(column) for column in columns)
     right, shuffled, zero = by_draw.mean(0), shuffled_by_draw.mean(0), zero_by_draw.mean(0)
     figures: dict[str, Any] = {
@@ -110,24 +122,26 @@ def image_figures(
 
 
 @torch.inference_mode()
-def _one_draw(
-    model: Transfusion, captions: Sequence[Tensor], latents: Tensor, draw: int, draws: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _one_draw(model: Transfusion, samples: Samples, draw: int, draws: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Losses (I,) of right captions, of shuffled captions (none where most are the same) and of predicting zero, at
     times of the path's `draw`-th part."""
     generator = seeded(seed, "evaluation", draw)
+    captions, latents, before = samples
     count, patch, device = len(captions), model.config.patch_size, model.head.weight.device
     times = (draw + torch.rand(count, generator=generator)) / draws
     noise_seed = int(torch.randint(0, 2**62, (), generator=generator))
 
-    def batch(shown: Sequence[Tensor]) -> Batch:
-        return evaluation_batch(shown, latents, times, noise_seed, patch, model.config.special).to(device)
+    def losses(shown: Sequence[Tensor], of: Callable[[Batch], Tensor]) -> Tensor:
+        batch, judged = evaluation_batch(shown, latents, times, noise_seed, patch, model.config.special, before)
+        return of(batch.to(device)).cpu()[judged]
 
-    right = batch(captions)
+    def of_model(batch: Batch) -> Tensor:
+        return model(batch).per_image
+
     shuffled = torch.zeros(0)
     if 2 * Counter(tuple(caption.tolist()) for caption in captions).most_common(1)[0][1] <= count:
-        shuffled = model(batch([captions[i] for i in mismatched(captions, generator)])).per_image.cpu()
-    return model(right).per_image.cpu(), shuffled, _loss_of_zero(model, right).cpu()
+        shuffled = losses([captions[i] for i in mismatched(captions, generator)], of_model)
+    return losses(captions, of_model), shuffled, losses(captions, partial(_loss_of_zero, model))
 
 
 def _loss_of_zero(model: Transfusion, batch: Batch) -> Tensor:

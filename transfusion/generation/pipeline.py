@@ -267,15 +267,18 @@ class TransfusionPipeline:
         self,
         prompts: Sequence[str],
         *,
+        image: Any = None,
         steps: int | None = None,
         guidance_scale: float = 3.0,
         scheduler: str | Any = "fast",
         seed: int = 0,
         progress: bool = False,
     ) -> Tensor:
-        """Captions -> (I, 3, H, W) float32 in [-1, 1]. Image i starts from the noise of seed + i."""
+        """Captions, and what they change, if anything -> (I, 3, H, W) float32 in [-1, 1]. Image i starts from the noise
+        of seed + i."""
         done = self(
             prompts,
+            image=image,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             scheduler=scheduler,

@@ -21,13 +21,17 @@ def _described(document):
         ({"image_first": True, "max_time_image_first": 0.3}, [[1], ("image", 0.3), [10, 11, 2]]),
         ({"drop_caption": True}, [[1], ("image", 1.0)]),
         ({"drop_caption": True, "image_first": True}, [[1], ("image", 1.0)]),
+        ({"before": torch.ones(3, 4, 4)}, [[1], ("image", 0.5), [10, 11], ("image", 1.0), [2]]),
+        ({"before": torch.ones(3, 4, 4), "image_first": True}, [[1], ("image", 0.5), [10, 11], ("image", 1.0), [2]]),
+        ({"before": torch.ones(3, 4, 4), "drop_caption": True}, [[1], ("image", 1.0)]),
     ],
 )
 def test_caption_image_orders(options, expected):
     latent = torch.randn(3, 4, 4)
     document = caption_image_document(torch.tensor([10, 11]), latent, **options)
     assert _described(document) == expected
-    assert torch.equal(next(s.latent for s in document if isinstance(s, Image)), latent)
+    *before, last = [s.latent for s in document if isinstance(s, Image)]
+    assert torch.equal(last, latent) and all(torch.equal(first, options["before"]) for first in before)
 
 
 def test_special_tokens_are_those_given():
@@ -82,7 +86,8 @@ def _pairs(count=6):
 
 def test_evaluation_batch_is_what_was_given():
     captions, latents, times = _pairs()
-    batch = evaluation_batch(captions, latents, times, noise_seed=5, patch_size=2)
+    batch, judged = evaluation_batch(captions, latents, times, noise_seed=5, patch_size=2)
+    assert judged.tolist() == list(range(len(captions)))
     assert torch.equal(batch.latents, latents) and torch.equal(batch.times, times) and batch.noise_seed.item() == 5
     for row, caption in zip(batch.token_ids, captions, strict=True):
         head = [SPECIAL.bos, *caption.tolist(), SPECIAL.boi, 0, 0, 0, 0, SPECIAL.eoi, SPECIAL.eos]
@@ -93,16 +98,23 @@ def test_evaluation_batch_is_what_was_given():
     assert torch.equal(batch.mask.to_dense(), reference.mask.to_dense())
 
 
-def test_the_shuffled_twin_differs_in_captions_only():
+@pytest.mark.parametrize("edited", [0.0, 0.5, 1.0])
+def test_the_shuffled_twin_differs_in_captions_only(edited):
     captions, latents, times = _pairs()
     partner = mismatched(captions, torch.Generator().manual_seed(random.getrandbits(32)))
-    right = evaluation_batch(captions, latents, times, 5, 2)
-    wrong = evaluation_batch([captions[i] for i in partner], latents, times, 5, 2)
+    before = [torch.randn(3, 4, 4) if random.random() < edited else None for _ in captions]
+    right, judged = evaluation_batch(captions, latents, times, 5, 2, before=before)
+    wrong, same = evaluation_batch([captions[i] for i in partner], latents, times, 5, 2, before=before)
+    assert torch.equal(judged, same) and torch.equal(right.latents[judged], latents)
+    firsts = torch.ones(right.num_images).index_fill(0, judged, 0).bool()
+    assert torch.equal(right.times[judged], times) and not right.times[firsts].any()
+    assert [first.tolist() for first in before if first is not None] == right.latents[firsts].tolist()
     for name in ("latents", "times", "noise_seed"):
         assert torch.equal(getattr(right, name), getattr(wrong, name))
     assert right.token_ids.shape == wrong.token_ids.shape
     for b, i in enumerate(partner):
-        assert wrong.token_ids[b, 1 : 1 + len(captions[i])].tolist() == captions[i].tolist()
+        start = 1 + 6 * (before[b] is not None)
+        assert wrong.token_ids[b, start : start + len(captions[i])].tolist() == captions[i].tolist()
 
 
 def test_evaluation_batch_refuses_what_does_not_pair_up():

@@ -30,6 +30,7 @@ class NoiseImages:
         self.names = [f"image {i}" for i in range(count)]
         self.captions = [" ".join(random.choices(WORDS, k=words or random.randint(1, 6))) for _ in range(count)]
         self.skipped: list[tuple[str, str]] = []
+        self.edits = frozenset[int]()
         self.broken = broken
 
     def __len__(self) -> int:
