@@ -96,6 +96,40 @@ def test_columns_can_be_named_and_a_first_caption_taken(saved):
             HubImages(f"{saved / 'arrow'}?{query}")
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_edits_of_a_dataset(tmp_path, streamed):
+    """A second picture in a row, named; the first column of images is another one then."""
+    import datasets
+
+    pictures = {
+        name: [{"bytes": _png(first + level), "path": None} for level in range(8)]
+        for name, first in (("original", 0), ("edited", 100))
+    }
+    pictures["original"][3] = None
+    features = {name: datasets.Image() for name in pictures} | {"edit_prompt": datasets.Value("string")}
+    rows = pictures | {"edit_prompt": [f"make it {level}" for level in range(8)]}
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).save_to_disk(tmp_path / "edits")
+    spec = f"{tmp_path / 'edits'}?source_image=original&caption=edit_prompt"
+    if streamed:
+        stream = HubImageStream(spec, "all")
+        samples = list(in_order(stream))
+        assert [reason for _, reason in stream.skipped] == ["column 'original' holds no image"]
+    else:
+        source = HubImages(spec, "all")
+        assert source.edits == frozenset(range(8))
+        samples = [source[index] for index in range(8) if index != 3]
+        with pytest.raises(SampleError, match="column 'original' holds no image"):
+            source[3]
+    levels = [[picture.image.getpixel((0, 0))[0] for picture in sample.pictures] for sample in samples]
+    assert levels == [[k, 100 + k] for k in range(8) if k != 3]
+    assert [sample.caption for sample in samples] == [f"make it {k}" for k in range(8) if k != 3]
+    for kind, message in {"source_image=before&caption=edit_prompt": "no column 'before'"}.items():
+        with pytest.raises(ValueError, match=message):
+            HubImages(f"{tmp_path / 'edits'}?{kind}")
+    with pytest.raises(ValueError, match="source_image is of images"):
+        HubTexts(f"{tmp_path / 'edits'}?source_image=original&text=edit_prompt", "all")
+
+
 def test_texts(saved, tmp_path):
     texts = HubTexts(f"{saved / 'arrow'}?text=caption", "all")
     assert len(texts) == COUNT - 1 and [reason for _, reason in texts.skipped] == ["blank"]
