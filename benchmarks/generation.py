@@ -6,12 +6,13 @@ Face's `generate` on the same weights, drawing beside transfusion-pytorch of equ
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import peers, rows
 from benchmarks.cases import DEVICE
@@ -21,12 +22,25 @@ from benchmarks.gate import failures
 from transfusion import ModelConfig, Transfusion
 from transfusion.diffusion.schedule import NoiseSchedule
 from transfusion.kernels.testing import judge
-from transfusion.sequence import Image, Text
+from transfusion.sequence import Image, SpecialTokens, Text
 
 SUITE = "generation"
 
 _PREFIX, _SHAPE = 1024, (8, 16, 16)  # 64 image tokens after 1024 of text
 _STEPS = 20  # of one image, so many steps is the prefix read once for
+_VOCAB = 1024
+
+
+class Sizes(NamedTuple):
+    """What a machine is asked to sample from."""
+
+    dim: int
+    layers: int
+    heads: int
+    dtype: torch.dtype
+
+
+_SIZES = {"cpu": Sizes(256, 4, 4, torch.float32), "cuda": Sizes(1024, 24, 16, torch.bfloat16)}
 
 
 class Pair(NamedTuple):
@@ -76,16 +90,28 @@ def _rows(name: str, baseline: str, effort: Effort) -> Iterator[rows.Row]:
         yield rows.row(SUITE, name, who, "call", "ok", **figures)
 
 
-def small(**changes: Any) -> Transfusion:
-    """A model that a CPU evaluates in tens of milliseconds."""
+def network(prediction: str = "v_prediction") -> Transfusion:
+    """A model that a CPU evaluates in tens of milliseconds; on a GPU the paper's 0.37b, of a smaller one launches alone
+    would be timed."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 1024, "dim": 256, "layers": 4, "heads": 4, "schedule": NoiseSchedule("v_prediction")}
-    return Transfusion(ModelConfig(**(sizes | changes))).to(DEVICE).eval()
+    sizes = _SIZES[DEVICE]
+    schedule = NoiseSchedule(prediction)  # type: ignore[arg-type]
+    config = ModelConfig(dim=sizes.dim, layers=sizes.layers, heads=sizes.heads, vocab_size=_VOCAB, schedule=schedule)
+    return Transfusion(config).to(DEVICE, sizes.dtype).eval()
 
 
-def prompt(tokens: int, vocab_size: int = 1024) -> Text:
+@contextmanager
+def in_float64(model: nn.Module) -> Iterator[None]:
+    """The same numbers, for which every narrower format's are float64's too; afterwards as they were."""
+    dtype = next(model.parameters()).dtype
+    model.double()
+    yield
+    model.to(dtype)
+
+
+def prompt(tokens: int) -> Text:
     """BOS and random tokens, the same at every call."""
-    ids = torch.randint(5, vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(5, _VOCAB, (tokens,), generator=torch.Generator().manual_seed(0))
     ids[0] = 1
     return Text(ids)
 
@@ -94,7 +120,7 @@ def cached_denoising() -> Pair:
     """The last prediction of so many steps; the timestep changes no cost, and all are 0, as `full_hidden` has them."""
     from transfusion.generation.rows import Denoiser, Rows, full_hidden
 
-    model, noise = small(), torch.randn(_SHAPE)
+    model, noise = network(), torch.randn(_SHAPE)
     text, patch = prompt(_PREFIX), model.config.patch_size
 
     def recomputed(steps: int = _STEPS, impl: str = "auto") -> Tensor:
@@ -114,10 +140,9 @@ def cached_denoising() -> Pair:
     def wrong() -> str:
         as_tokens = torch.nn.functional.unfold(cached(1), patch, stride=patch).unflatten(1, (-1, patch**2))
         ours, eager = as_tokens.permute(0, 3, 2, 1).flatten(2), recomputed(1)  # i (c p q) n -> i n (p q c)
-        model.double()
-        verdict = judge(ours, eager, recomputed(1, "reference"))
-        model.float()
-        return failures({"prediction": verdict})
+        with in_float64(model):
+            gold = recomputed(1, "reference")
+        return failures({"prediction": judge(ours.to(eager.dtype), eager, gold)})
 
     return Pair(cached, recomputed, wrong, _STEPS, "steps")
 
@@ -137,7 +162,7 @@ def guidance() -> Pair:
         latents = noise.to(model.head.weight.dtype)
         return (lambda: together.both(latents, moment)), lambda: (alone(latents, moment).clone(), twin(latents, moment))
 
-    model, exact = small(), small().double()
+    model, exact = network(), network().double()
     with torch.inference_mode():
         (ours, theirs), (_, gold) = branches(model), branches(exact, "reference")
 
@@ -152,26 +177,51 @@ def decoding(batch: int) -> Pair:
     """64 greedy tokens after 32."""
     import transformers
 
-    from transfusion.generation import Request, generate
+    from transfusion.generation import Generation, Request, generate
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(vocab_size=1024, num_key_value_heads=2, eos_token_id=2, bos_token_id=1, **sizes)
-    llama = transformers.LlamaForCausalLM(config).to(DEVICE).eval()
-    model = Transfusion.from_llama(llama).to(DEVICE).eval()
+    dim, layers, heads, dtype = _SIZES[DEVICE]
+    special = SpecialTokens()
+    sizes = {"hidden_size": dim, "intermediate_size": 3 * dim, "num_hidden_layers": layers, "vocab_size": _VOCAB}
+    ends = {"eos_token_id": special.eos, "bos_token_id": special.bos}
+    config = transformers.LlamaConfig(num_attention_heads=heads, num_key_value_heads=heads // 2, **sizes, **ends)
+    llama = transformers.LlamaForCausalLM(config).to(DEVICE, dtype).eval()
+    with torch.no_grad():
+        llama.lm_head.weight[: 1 + max(astuple(special))] = (
+            0  # EOS and BOI, at which a row would end, are never the likeliest
+        )
+    model = Transfusion.from_llama(llama, special=special).to(DEVICE, dtype).eval()
     count, text = 64, prompt(32)
     requests = [Request((text,), max_new_tokens=count) for _ in range(batch)]
     ids = text.token_ids.expand(batch, -1).to(DEVICE)
 
-    def ours() -> list[list[int]]:
-        return [each.token_ids.tolist() for each in generate(model, requests, latent_shape=_SHAPE)]
+    def ours() -> list[Generation]:
+        return generate(model, requests, latent_shape=_SHAPE)
 
-    def theirs() -> list[list[int]]:
+    def theirs() -> Tensor:
         options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-        done = llama.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        return [row[32:].tolist() for row in done]
+        done: Tensor = llama.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        return done
 
-    return Pair(ours, theirs, lambda: "" if ours() == theirs() else "the tokens differ", batch * count, "tokens")
+    def of_one_pass(documents: Tensor) -> tuple[Tensor, Tensor]:
+        """Llama's log-probabilities of the tokens after the prompt, and of the likeliest in their places."""
+        likely = llama(documents).logits[:, 31:-1].double().log_softmax(-1)
+        return likely.gather(2, documents[:, 32:, None])[..., 0], likely.amax(-1)
+
+    def wrong() -> str:
+        done = ours()
+        if {len(each.token_ids) for each in done} | {theirs().shape[1] - 32} != {count}:
+            return f"a row ended before its {count} tokens"
+        documents = torch.cat([ids, torch.stack([each.token_ids for each in done]).to(ids)], dim=1)
+        logprobs = torch.stack([each.logprobs for each in done]).to(DEVICE, torch.float32)
+        eager = of_one_pass(documents)
+        with in_float64(llama):
+            gold = of_one_pass(documents)
+        # in 16 bits either of two tokens may be drawn, that are as likely up to rounding
+        names = ("log-probabilities", "log-probabilities of the likeliest")
+        return failures({name: judge(logprobs, e, g) for name, e, g in zip(names, eager, gold, strict=True)})
+
+    return Pair(ours, theirs, wrong, batch * count, "tokens")
 
 
 def drawing() -> Pair:
@@ -179,7 +229,7 @@ def drawing() -> Pair:
     from transfusion.diffusion.sampler import make_scheduler
     from transfusion.generation import Guidance, denoise
 
-    model, batch = small(schedule=NoiseSchedule("flow_prediction")), 4
+    model, batch = network("flow_prediction"), 4
     captions = [prompt(8 + index) for index in range(batch)]
     _, peer, _ = peers.training_step([[[(captions[0], Image(torch.zeros(_SHAPE)))]]], model.config)
     peer.eval()
@@ -192,7 +242,7 @@ def drawing() -> Pair:
         # its midpoint rule asks the network twice in each of the intervals between `modality_steps` times
         options = {"max_length": 1, "modality_steps": _STEPS // 2 + 1, "cfg_scale": 3.0}
         prompts = [caption.token_ids.to(DEVICE) for caption in captions]
-        with peers.quiet():
+        with peers.quiet(), torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
             done: list[Any] = peer.sample_many(prompts, force_modality_at_start=(0, (8, 8)), **options)
         return done
 
@@ -200,10 +250,9 @@ def drawing() -> Pair:
         if len(theirs()) != batch:
             return f"{peers.NAME} draws {len(theirs())} images of {batch}"
         drawn, eager = ours(), ours("reference")
-        model.double()
-        verdict = judge(drawn, eager, ours("reference"))
-        model.float()
-        return failures({"images": verdict})
+        with in_float64(model):
+            gold = ours("reference")
+        return failures({"images": judge(drawn, eager, gold)})
 
     return Pair(ours, theirs, wrong, batch, "images")
 

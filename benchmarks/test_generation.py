@@ -31,11 +31,12 @@ def test_generation(benchmark: Any, name: str) -> None:
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="the allocator's figure is a GPU's")
 def test_memory_of_the_cache(benchmark: Any) -> None:
-    model = generation.small()
+    model = generation.network()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     cache = KVCache.of(model, 8, 4096)
-    arithmetic = 2 * 4 * 8 * 4 * 4096 * 64 * 4
+    config, itemsize = model.config, model.head.weight.element_size()
+    arithmetic = 2 * config.layers * 8 * config.heads * 4096 * 64 * itemsize
     # besides the buffers only the lengths, in one block of the allocator
     assert cache.nbytes == arithmetic <= torch.cuda.memory_allocated() - before <= arithmetic + 512
     benchmark.extra_info["bytes"] = arithmetic
