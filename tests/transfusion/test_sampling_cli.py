@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import rigged
+import torch
 from PIL import Image
 
 from transfusion import cli
@@ -64,6 +66,37 @@ def test_every_kind_of_row(folder, tmp_path, capsys):
     assert page.tags.count("article") == 5 and page.tags.count("b") == 0 and "a <b>red</b> fox" in page.text
     assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert not re.search(r"https?://", (tmp_path / "sheet.html").read_text())
+
+
+def test_every_option_reaches_the_pipeline(folder, tmp_path, monkeypatch):
+    """None of them with its default, and every argument that is given beside them is one of the row's."""
+    calls, call = [], TransfusionPipeline.__call__
+    monkeypatch.setattr(
+        TransfusionPipeline,
+        "__call__",
+        lambda self, *rows, **given: calls.append((rows, given)) or call(self, *rows, **given),
+    )
+    picture, mask = str(folder / "fruit.png"), str(folder / "mask.png")
+    numbers = {
+        "guidance_scale": random.uniform(1.5, 5),
+        "guidance_rescale": random.uniform(0.1, 0.9),
+        "seed": random.randrange(1, 2**60),
+        "max_new_tokens": random.randrange(2, 6),
+        "max_images": random.choice([1, 2]),
+        "temperature": random.uniform(0.5, 2),
+        "top_k": random.randrange(2, 200),
+        "top_p": random.uniform(0.1, 0.9),
+        "min_p": random.uniform(0.01, 0.2),
+    }
+    flags = {"guidance_scale": "guidance", "max_new_tokens": "max_tokens"}
+    words = [(f"--{flags.get(name, name).replace('_', '-')}", str(value)) for name, value in numbers.items()]
+    others = ["--guidance-interval", "0.1", "0.8", "--scheduler", "ddpm", "--stop", "x", "yz"]
+    rows = ["--prompt", "red", "--edit", picture, "--mask", mask, "--image", picture, "--text", "once", "--story", "a"]
+    assert sample(folder, tmp_path, *rows, *others, *(word for pair in words for word in pair))[0] == 0
+    edited, masked = [Path(picture), Path(picture), None, None], [Path(mask), None, None, None]
+    wanted = {"image": edited, "mask_image": masked, "output": ["image", "text", "text", "both"], "stop": ("x", "yz")}
+    wanted |= {"num_inference_steps": 2, "guidance_interval": (0.1, 0.8), "scheduler": "ddpm", **numbers}
+    assert calls == [((["red", None, "once", "a"],), wanted)]
 
 
 def test_the_same_seed_gives_the_same_files(folder, tmp_path):
@@ -127,6 +160,27 @@ def test_mistakes_end_with_one_line_and_write_nothing(folder, tmp_path, capsys, 
     assert cli.main([*options, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_nan_weights_end_with_one_line_and_the_process_goes_on(folder, tmp_path, capsys):
+    """Found while images are drawn, or text: nothing is left behind, and other weights are sampled from as ever."""
+    kinds = (["--prompt", "red"], ["--text", "once", "--max-tokens", "2"])
+    broken, options = (
+        TransfusionPipeline.from_pretrained(folder / "pipe"),
+        ["--steps", "2", "--out", str(tmp_path / "out")],
+    )
+    with torch.no_grad():
+        broken.model.codec.output.weight[0, 0] = torch.nan
+        broken.model.head.weight[3, 0] = torch.nan
+    broken.save_pretrained(tmp_path / "broken")
+    before = sorted(tmp_path.rglob("*"))
+    for kind in kinds:
+        assert cli.main(["sample", "--model", str(tmp_path / "broken"), *options, *kind]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("transfusion sample: ") and "look for NaN in the weights" in line
+        assert sorted(tmp_path.rglob("*")) == before
+    for number, kind in enumerate(kinds):
+        assert sample(folder, tmp_path / str(number), *kind)[0] == 0
 
 
 def test_names_that_are_no_unicode_are_kept(folder, tmp_path):
