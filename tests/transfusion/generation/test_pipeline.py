@@ -14,7 +14,9 @@ from transfusion.data import DiffusersAutoencoder, PixelAutoencoder, Tokenizer
 from transfusion.generation import TransfusionPipeline
 from transfusion.generation.inputs import StopStrings, rows_of
 from transfusion.generation.media import to_unknown
+from transfusion.generation.score import score
 from transfusion.model import pretrained
+from transfusion.sequence import Image, Text
 
 PROMPTS = ["red green", "green"]
 HEIGHT, WIDTH = rigged.SHAPE[1:]
@@ -178,6 +180,14 @@ def test_a_stop_string_may_lie_across_tokens_and_letters(pipeline):
     assert stops.cut("a zz né") == "a " and stops.cut("nothing") == "nothing"
 
 
+@pytest.mark.parametrize("limit", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}], ids=str)
+def test_every_limit_of_sampling_reaches_the_text(pipeline, limit):
+    """Each as tight as it gets leaves the likeliest token alone, whatever the temperature."""
+    options = {"prompt": ["red", "green"], "output": "text", "max_new_tokens": 20}
+    greedy, free = pipeline(**options).text, pipeline(**options, temperature=5.0).text
+    assert free != greedy == pipeline(**options, temperature=5.0, **limit).text
+
+
 def test_captions_and_continuations_are_one_text_each(pipeline):
     captions = pipeline.captions(torch.rand(3, *rigged.SHAPE) * 2 - 1, max_new_tokens=4)
     assert len(captions) == 3 and all(isinstance(caption, str) for caption in captions)
@@ -193,6 +203,31 @@ def test_score_is_the_log_probability_that_generation_reports(pipeline):
     torch.testing.assert_close(again, with_end[1:])
     with pytest.raises(ValueError, match="1 images and 2 texts"):
         pipeline.score([PICTURE], ["a", "b"])
+
+
+def test_score_counts_the_end(pipeline):
+    """log p(text | image) + log p(EOS | image, text)."""
+    shown, special = torch.rand(3, HEIGHT, WIDTH), pipeline.tokenizer.special
+    context = (Text(torch.tensor([special.bos])), Image(2 * shown - 1))
+    target = torch.cat([pipeline.tokenizer.encode("red green"), torch.tensor([special.eos])])
+    (logprobs,) = score(pipeline.model, [context], [target])
+    assert torch.equal(pipeline.score([shown], ["red green"]), logprobs.sum()[None])
+
+
+def test_nan_weights_are_named_and_mended_ones_work(pipeline):
+    """The same pipeline, before and after, gives the same image and text."""
+    head, output = pipeline.model.head.weight, pipeline.model.codec.output.weight
+    kinds = ({"prompt": "red", **FEW}, {"image": PICTURE, "max_new_tokens": 3})
+    before = [pipeline(**kind) for kind in kinds]
+    for weight, kind in ((output, kinds[0]), (head, kinds[1])):
+        good = weight.detach().clone()
+        with torch.no_grad():
+            weight[5, 0] = torch.nan
+            with pytest.raises(FloatingPointError, match="NaN in the weights"):
+                pipeline(**kind)
+            weight.copy_(good)
+    after = [pipeline(**kind) for kind in kinds]
+    assert images(after[0]) == images(before[0]) and after[1].text == before[1].text
 
 
 # ---------------------------------------------------------------- the folder
