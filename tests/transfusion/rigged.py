@@ -89,12 +89,28 @@ def image_noise(seed, number=0):
     return torch.randn(SHAPE, generator=generator), generator
 
 
-def plain_denoise(model, context, seed, scheduler, steps=4, number=0):
+def plain_prediction(model, document):
+    """(latents (1, C, h, w), t) -> the prediction of the document's last image, its other images clean."""
+    batch, hidden = rows_by_hand(model, document)
+    count, schedule = batch.num_images, model.config.schedule
+
+    def predict(latents, t):
+        timestep = torch.zeros(count, dtype=torch.int64 if schedule.path == "cosine" else torch.float32)
+        timestep[-1] = t
+        everything = torch.cat([batch.latents[:-1], latents])
+        states = hidden(everything.to(model.head.weight.dtype), timestep).flatten(0, 1)
+        decoded = model.codec.decode(states[batch.image_rows.view(count, -1)[-1:]]).float()
+        return rearrange(decoded, "i (y x) (p q c) -> i c (y p) (x q)", p=PATCH, q=PATCH, y=SHAPE[1] // PATCH)
+
+    return predict
+
+
+def plain_denoise(model, context, seed, scheduler, steps=4, number=0, scale=1.0):
     """The image after `context`: the whole sequence anew at every step, and diffusers' loop written plainly."""
     noise, generator = image_noise(seed, number)
     schedule, latents = model.config.schedule, noise[None]
-    batch, hidden = rows_by_hand(model, (*context, Image(noise)))
-    count, unit = batch.num_images, 1.0
+    conditional, unconditional = (plain_prediction(model, (*b, Image(noise))) for b in (context, (text(BOS),)))
+    unit = 1.0
     if schedule.path == "flow":
         scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
     elif schedule.path == "trigflow":
@@ -104,12 +120,10 @@ def plain_denoise(model, context, seed, scheduler, steps=4, number=0):
         scheduler.set_timesteps(steps)
     latents = latents * unit
     for t in scheduler.timesteps[:steps]:
-        timestep = torch.zeros(count, dtype=torch.int64 if schedule.path == "cosine" else torch.float32)
-        timestep[-1] = t
-        everything = torch.cat([batch.latents[:-1], latents])
-        states = hidden(everything.to(model.head.weight.dtype), timestep).flatten(0, 1)
-        decoded = model.codec.decode(states[batch.image_rows.view(count, -1)[-1:]]).float()
-        predicted = rearrange(decoded, "i (y x) (p q c) -> i c (y p) (x q)", p=PATCH, q=PATCH, y=SHAPE[1] // PATCH)
+        predicted = conditional(latents, t)
+        if scale != 1:
+            without = unconditional(latents, t)
+            predicted = without + scale * (predicted - without)
         latents = scheduler.step(unit * predicted, t, latents, generator=[generator]).prev_sample
     return latents[0]
 

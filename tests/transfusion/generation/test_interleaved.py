@@ -24,6 +24,7 @@ from rigged import (
     write,
 )
 
+from transfusion.diffusion.sampler import Known
 from transfusion.generation import Guidance, Request, TextSampling, generate
 from transfusion.kernels.testing import judge
 from transfusion.sequence import Image
@@ -110,12 +111,17 @@ def test_every_kind_of_request_in_one_call(seed):
     assert verdict.passed and verdict.bound < 1e-2, (seed, verdict)
 
 
+def always_boi(model, monkeypatch):
+    """Rigs the text side alone: an image follows whatever came before."""
+    head = model.head.forward
+    monkeypatch.setattr(model.head, "forward", lambda states: head(states).index_fill(1, torch.tensor([BOI]), 1e4))
+
+
 @torch.no_grad()
 def test_the_second_image_follows_the_first_ones_clean_latent(seed, monkeypatch):
     """Not its last noisy evaluation: against the plain loop over the document that holds the first image."""
     model = random_model(seed).double()
-    head = model.head.forward
-    monkeypatch.setattr(model.head, "forward", lambda states: head(states).index_fill(1, torch.tensor([BOI]), 1e4))
+    always_boi(model, monkeypatch)
     (result,) = generate(model, [paint(text(BOS, 7), tokens=1, images=2, seed=seed)], **options_of(model, steps=4))
     assert shape_of(result.new) == ["image", "image"]
     before = (text(BOS, 7), Image(result.images[0]))
@@ -125,6 +131,48 @@ def test_the_second_image_follows_the_first_ones_clean_latent(seed, monkeypatch)
     eager = plain_denoise(model.float(), before, seed, scheduler_of(model), number=1)
     verdict = judge(result.images[1], eager, gold.double(), factor=1.0)
     assert verdict.passed and verdict.bound < (wrong - gold).abs().max() / 100, (seed, verdict)
+
+
+def later_images(model, request, result, scale=1.0):
+    """The second image and those after it, each by the plain loop after the images before it."""
+    before, drawn = [*request.context], []
+    for number, latent in enumerate(result.images):
+        if number:
+            options = {"number": number, "scale": scale}
+            drawn.append(plain_denoise(model, before, request.seed, scheduler_of(model), **options))
+        before.append(Image(latent))
+    return torch.stack(drawn)
+
+
+@torch.no_grad()
+def test_every_image_of_a_row_is_guided(seed, monkeypatch):
+    """The later ones too, beside a row that draws its first; twins know of no image before."""
+    model, scale = random_model(seed, std=0.15).double(), 3.0
+    always_boi(model, monkeypatch)
+    requests = [paint(text(BOS, 7), tokens=2, images=3, seed=seed), paint(text(BOS, 8), seed=seed + 1)]
+    result, _ = generate(model, requests, **options_of(model, steps=4, guidance=Guidance(scale)))
+    assert shape_of(result.new) == ["image"] * 3
+    gold, unguided = (later_images(model, requests[0], result, each) for each in (scale, 1.0))
+    eager = later_images(model.float(), requests[0], result, scale)
+    verdict = judge(torch.stack(result.images[1:]), eager, gold.double(), factor=1.0)
+    difference = min(float((a - b).abs().max()) for a, b in zip(gold, unguided, strict=True))
+    assert verdict.passed and verdict.bound < difference / 100, (seed, verdict)
+
+
+@torch.no_grad()
+def test_what_is_known_is_of_the_first_image_alone(seed, monkeypatch):
+    model = random_model(seed, std=0.15).double()
+    always_boi(model, monkeypatch)
+    known = Known(torch.randn(SHAPE), torch.rand(1, *SHAPE[1:]) > 0.5)
+    request = paint(text(BOS, 7), tokens=2, images=3, seed=seed, known=known)
+    (result,) = generate(model, [request], **options_of(model, steps=4))
+    kept = ~known.unknown.expand(SHAPE)
+    assert torch.equal(result.images[0][kept], known.latents[kept])
+    gold = later_images(model, request, result)
+    eager = later_images(model.float(), request, result)
+    verdict = judge(torch.stack(result.images[1:]), eager, gold.double(), factor=1.0)
+    difference = min(float((each - known.latents)[kept].abs().max()) for each in gold)
+    assert verdict.passed and verdict.bound < difference / 100, (seed, verdict)
 
 
 def test_rows_that_draw_wait_for_each_other(seed, monkeypatch):
