@@ -17,15 +17,18 @@ from rigged import (
     options_of,
     paint,
     plain_denoise,
+    plain_prediction,
     random_model,
+    rows_by_hand,
     scheduler_of,
     text,
 )
 
+from transfusion.data.documents import caption_image_document
 from transfusion.diffusion.sampler import Known, make_scheduler
 from transfusion.diffusion.schedule import NoiseSchedule
 from transfusion.generation import Guidance, denoise, generate, interleaved
-from transfusion.generation.rows import Rows
+from transfusion.generation.rows import Denoiser, Rows
 from transfusion.kernels.attention import torch_paths
 from transfusion.kernels.testing import judge
 from transfusion.sequence import Image, Text
@@ -200,6 +203,38 @@ def test_guidance_zero_is_the_unconditional_model(seed):
     single = denoise(model.float(), [(text(BOS),)], SHAPE, **options)
     verdict = judge(ignored, single, empty.double())
     assert verdict.passed, (seed, verdict)
+
+
+@torch.no_grad()
+def test_the_unconditional_branch_is_the_document_of_caption_dropout(seed, monkeypatch):
+    """Token by token, and in what the network predicts of it: against one forward of that document, nothing cached."""
+    model = random_model(seed).double()
+    starts, asked, start, both = [], [], Rows.start, Denoiser.both
+    monkeypatch.setattr(Rows, "start", lambda *call: starts.append(call[1]) or start(*call))
+
+    def recorded(self, latents, timestep):
+        result = both(self, latents, timestep)
+        asked.extend(zip(latents.split(1), timestep, result[1], strict=True))
+        return result
+
+    monkeypatch.setattr(Denoiser, "both", recorded)
+    options = {"scheduler": scheduler_of(model), "steps": 4, "guidance": Guidance(3.0)}
+    denoise(model, contexts(), SHAPE, seeds=[seed + i for i in range(4)], **options)
+    (twin,) = starts[1]
+    dropped = caption_image_document(torch.tensor([7, 8]), torch.randn(SHAPE), drop_caption=True)
+    ours, theirs = (rows_by_hand(model, each)[0] for each in ((*twin, Image(torch.randn(SHAPE))), dropped))
+    for name in ("token_ids", "positions", "image_rows"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert torch.equal(ours.mask.intervals, theirs.mask.intervals)
+    found = torch.stack([prediction for *_, prediction in asked])
+
+    def by_hand():
+        predict = plain_prediction(model, dropped)
+        return torch.cat([predict(latents, t) for latents, t, _ in asked])
+
+    gold, _ = by_hand(), model.float()
+    verdict = judge(found, by_hand(), gold.double(), factor=1.0)
+    assert len(found) == 16 and verdict.passed and verdict.bound < 1e-2 * gold.abs().max(), (seed, verdict)
 
 
 def test_clean_images_of_the_context_are_what_they_were(seed, monkeypatch):
