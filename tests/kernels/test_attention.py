@@ -163,6 +163,27 @@ def test_rows_may_lie_far_apart(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="test_attention_device has it on a GPU")
+@pytest.mark.parametrize("dim", [0, 1], ids=["batch", "heads"])
+def test_batch_and_heads_may_lie_far_apart(dim: int, tmp_path: Path) -> None:
+    """Index and stride fit 32 bits each, their product does not; one that wraps round reads the zeros of a hole."""
+    mask, gap, shape, strides = IntervalMask.causal(20), 2**30, [1, 1, 20, 16], [320, 320, 16, 1]
+    shape[dim], strides[dim] = 3, gap
+    close = [torch.randn(shape).half() for _ in range(4)]
+
+    def apart(name: int, tensor: Tensor) -> Tensor:
+        size = 2**31 + 2 * gap + 320
+        storage = torch.from_file(str(tmp_path / str(name)), shared=True, size=size, dtype=torch.float16)
+        return storage.as_strided(shape, strides, 2**31).copy_(tensor)
+
+    results = []
+    for *qkv, grad_out in (close, [apart(*each) for each in enumerate(close)]):
+        leaves = [t.requires_grad_() for t in qkv]
+        out = transfusion_attention(*leaves, mask, impl="triton")  # type: ignore[call-overload]
+        results.append([out, *torch.autograd.grad(out, leaves, grad_out)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_large_logits_stay_finite() -> None:
     case = make_case(LAYOUTS["adjacent_images"].mask(), torch.float32)
     scaled = case._replace(q=case.q * 300, k=case.k * 300)
