@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from transfusion.kernels import registry
 from transfusion.kernels.attention import reference
@@ -53,21 +54,36 @@ def test_only_full_computes_attention_again(
     assert torch.equal(plain["weights"], other["weights"])
 
 
+class Calls(TorchDispatchMode):
+    """How often each of PyTorch's operations runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[str]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "again"), [("none", 0), ("selective", 0), ("full", 1)])
+def test_only_full_computes_what_auto_takes_on_a_cpu_again(tmp_path: Path, mode: Checkpointing, again: int) -> None:
+    """PyTorch's own attention, whose outputs "selective" keeps as it does ours."""
+    with Calls() as calls:
+        steps(tmp_path, ParallelConfig(checkpointing=mode), impl="auto")
+    found = {name: count for name, count in calls.counts.items() if "_scaled_dot_product_" in name}
+    backward = sum(count for name, count in found.items() if name.endswith("_backward"))
+    assert backward == 3 * tiny.CONFIG.layers
+    assert sum(found.values()) - backward == 3 * tiny.CONFIG.layers * (1 + again), found
+
+
 def test_selective_keeps_every_other_product(tmp_path: Path) -> None:
     """Matrix products of a block: its own 4 forward and 8 backward, and those that are computed again."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Products(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count += func == torch.ops.aten.mm.default
-            return func(*args, **(kwargs or {}))
 
     def products(mode: Checkpointing) -> int:
-        with Products() as counter:
+        with Calls() as calls:
             steps(tmp_path / mode, ParallelConfig(checkpointing=mode))
-        return counter.count
+        return calls.counts["aten::mm"]
 
     whole = products("none")
     # What is computed again in full: all but the block's last product, which no gradient needs.
