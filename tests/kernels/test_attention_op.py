@@ -1,5 +1,6 @@
 """transfusion_attention as an op of PyTorch: opcheck, compile, checkpointing, autocast, transforms, FlexAttention."""
 
+import copy
 import random
 from typing import Any
 
@@ -9,10 +10,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from transfusion.kernels import IntervalMask, transfusion_attention
+from transfusion.kernels import IntervalMask, prepare_attention, transfusion_attention, tuning
 from transfusion.kernels.attention import check as rule
-from transfusion.kernels.attention import op
+from transfusion.kernels.attention import op, torch_paths
 from transfusion.kernels.attention.check import Case
+from transfusion.kernels.registry import TRITON_INTERPRET
 from transfusion.kernels.testing import LAYOUTS, random_layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,6 +139,15 @@ def test_vmap_is_refused(impl: str) -> None:
         torch.vmap(lambda q: transfusion_attention(q, *case[1:4], impl=impl))(torch.stack([case.q, case.q]))
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_vmap_over_the_backward_alone_is_refused(impl: str) -> None:
+    case = make_case(LAYOUTS["text_only"].mask())
+    leaves = [t.requires_grad_() for t in case[:3]]
+    out = transfusion_attention(*leaves, case.mask, impl=impl)  # type: ignore[call-overload]
+    with pytest.raises(NotImplementedError, match=r"no batching rule for torch\.vmap"):
+        torch.vmap(lambda above: torch.autograd.grad(out, leaves, above))(torch.stack([case.grad_out] * 2))
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_over_pytorchs_own_attention() -> None:
     case = make_case(LAYOUTS["text_only"].mask())
@@ -155,28 +166,73 @@ def test_what_is_no_tensor_is_named(name: str) -> None:
         transfusion_attention(**call, mask=case.mask)
 
 
-def test_autocast_casts_to_its_dtype() -> None:
-    """Of mixed inputs too; gradients come back in each input's own dtype."""
-    case = make_case(LAYOUTS["text_only"].mask())
-    leaves = [case.q.clone().requires_grad_(), case.k.bfloat16().requires_grad_(), case.v.clone().requires_grad_()]
-    with torch.autocast(DEVICE, torch.bfloat16):
-        out = transfusion_attention(*leaves, case.mask, impl="reference")
-    assert out.dtype == torch.bfloat16
-    assert torch.equal(out, transfusion_attention(*(t.bfloat16() for t in leaves), case.mask, impl="reference"))
-    grads = torch.autograd.grad(out.sum(), leaves)
-    assert [grad.dtype for grad in grads] == [leaf.dtype for leaf in leaves]
-
-
-def test_flex_is_the_same_attention() -> None:
-    """FlexAttention under `to_block_mask`, eager here (its compiled form needs a GPU), grouped heads and a batch."""
+@pytest.fixture
+def eager_flex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention as it is, where nothing of what its compiler does is asked."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    monkeypatch.setattr(torch_paths, "_compiled_flex", lambda: flex_attention)
+
+
+@pytest.mark.usefixtures("eager_flex")
+@pytest.mark.parametrize("impl", ["triton", "reference", "sdpa", "flex"])
+def test_autocast_casts_to_its_dtype(impl: str) -> None:
+    """Of mixed inputs too; gradients come back in each input's own dtype."""
+    case, trains = make_case(LAYOUTS["text_only"].mask()), impl != "flex"  # which has no backward on a CPU
+    dtype = torch.float16 if impl == "triton" and TRITON_INTERPRET else torch.bfloat16
+    leaves = [t.clone().requires_grad_(trains) for t in (case.q, case.k.bfloat16(), case.v)]
+    with torch.autocast(DEVICE, dtype):
+        out = transfusion_attention(*leaves, case.mask, impl=impl)
+    assert out.dtype == dtype
+    assert torch.equal(out, transfusion_attention(*(t.to(dtype) for t in leaves), case.mask, impl=impl))
+    if trains:
+        grads = torch.autograd.grad(out.sum(), leaves)
+        assert [grad.dtype for grad in grads] == [leaf.dtype for leaf in leaves]
+
+
+@pytest.mark.usefixtures("eager_flex")
+@pytest.mark.parametrize("impl", ["triton", "sdpa", "flex"])
+@pytest.mark.parametrize("cast", [None, torch.float16], ids=str)
+def test_a_call_makes_nothing_that_was_prepared(
+    impl: str, cast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast of its dtype, whose launches are others here; float64 stays what it is, which neither takes."""
+    monkeypatch.setattr(tuning, "_TABLES", copy.deepcopy(tuning._TABLES))
+    for stage in ("forward", "decode", "backward_query", "backward_key"):
+        table = tuning.table_name(torch.device(DEVICE))
+        tuning.set_launch("attention", stage, table, torch.float16, 16, tuning.Launch(16, 16, 4, 1))
+    case, trains = make_case(LAYOUTS["adjacent_images"].mask()), impl == "triton"
+    sizes = {"batch": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "needs_grad": trains, "impl": impl}
+    with torch.autocast(DEVICE, cast, enabled=cast is not None):
+        prepare_attention(case.mask, dtype=torch.float32, **sizes)
+        prepared = set(case.mask._derived)
+        transfusion_attention(*(t.requires_grad_(trains) for t in case[:3]), case.mask, impl=impl)
+        assert prepared == set(case.mask._derived) and prepared
+        if impl != "sdpa":
+            with pytest.raises(RuntimeError, match="float64"):
+                prepare_attention(case.mask, dtype=torch.float64, **sizes)
+
+
+@pytest.mark.usefixtures("eager_flex")
+def test_flex_is_the_same_attention() -> None:
+    """FlexAttention under `to_block_mask`, grouped heads and a batch."""
     masks = [random_layout(random.Random(seed), 300).mask() for seed in range(2)]
     case = make_case(IntervalMask.stack(masks), heads=(4, 2))
-    if DEVICE == "cuda":
-        out = transfusion_attention(*case[:4], impl="flex")
-    else:
-        out = flex_attention(*case[:3], block_mask=case.mask.to_block_mask(), enable_gqa=True)  # type: ignore[assignment]
+    out = transfusion_attention(*case[:4], impl="flex")
     gold = rule.formula(case, torch.float64, torch.float64)[0]
     verdict = rule.judge(out, rule.eager_orders(case, 8)[0], gold)
     assert verdict.passed, verdict
+
+
+def test_compiled_flex_is_the_same_attention() -> None:
+    """On a CPU too: another scale, one mask row for a batch, grouped heads, queries that see nothing.
+
+    scale·(q·k) = (2·q)·k / √D at scale = 2 / √D: the formula, of queries times a power of two, exactly.
+    """
+    start, end = torch.randint(10, 150, (2, 1, 150))
+    case = make_case(IntervalMask(start, end, 150), heads=(4, 2), batch=2)
+    out = transfusion_attention(*case[:4], scale=0.5, impl="flex")
+    scaled = case._replace(q=2 * case.q)
+    gold = rule.formula(scaled, torch.float64, torch.float64)[0]
+    verdict = rule.judge(out, rule.eager_orders(scaled, 8)[0], gold)
+    assert verdict.passed and not out[:, :, :10].any(), verdict
