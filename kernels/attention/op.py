@@ -176,7 +176,7 @@ def prepare_attention(
     if name == "triton":
         _make_tiles(mask, dtype, batch, heads, kv_heads, head_dim, needs_grad)
     elif name == "sdpa":
-        torch_paths.prepare(mask, batch)
+        torch_paths.prepare(mask)
     elif name == "flex":
         torch_paths.prepare_flex(mask)
 

@@ -22,10 +22,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> T
     """`dense_sdpa`; on a CPU, packed rows are cut where no interval crosses, between documents, and pieces of about one
     length go through together, where that leaves far fewer pairs.
     """
-    pieces = prepare(mask, q.shape[0])
+    pieces = prepare(mask)
     if pieces is None:
         return dense_sdpa(q, k, v, mask, scale)
-    rows = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]  # (B·N, H, D)
+    # (B·N, H, D); of a mask of one row (N, B·H, D), for all that is cut alike goes through as heads do
+    broadcast = mask.batch_size == 1
+    rows = [t.permute(2, 0, 1, 3).flatten(1, 2) if broadcast else t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
     parts = []
     for places, visible in pieces.groups:
         shape = (visible.shape[0], visible.shape[-1])
@@ -33,6 +35,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> T
         out = _attention(query, key, value, visible, scale)
         parts.append(out.transpose(1, 2).flatten(0, 1))
     whole = torch.cat(parts).index_select(0, pieces.origin)
+    if broadcast:
+        return whole.unflatten(1, q.shape[:2]).permute(1, 2, 0, 3)
     return whole.unflatten(0, (q.shape[0], -1)).transpose(1, 2)
 
 
@@ -42,8 +46,12 @@ def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float
 
 
 def prepare_dense(mask: IntervalMask) -> Tensor | None:
-    """(B or 1, 1, N, M) bool, kept with the mask; on a CPU, which can look, None where every query sees every key."""
-    return mask.once("dense", lambda: _dense(mask))
+    """(B or 1, 1, N, M) bool, kept with the mask; on a CPU, which can look, None where every query sees every key.
+
+    In a graph it is made anew, a small part of what attention takes there: what is kept or not would be another graph,
+    and under checkpointing nothing may be kept.
+    """
+    return _dense(mask) if torch.compiler.is_dynamo_compiling() else mask.once("dense", lambda: _dense(mask))
 
 
 def _dense(mask: IntervalMask) -> Tensor | None:
@@ -71,9 +79,9 @@ def _is_grouped(q: Tensor, k: Tensor) -> bool:
     return grouped
 
 
-def prepare(mask: IntervalMask, batch: int) -> "Pieces | None":
+def prepare(mask: IntervalMask) -> "Pieces | None":
     """What `sdpa` makes of a new batch's mask, kept with it: the pieces, or None and the dense mask."""
-    if mask.batch_size == batch and _can_look(mask):
+    if _can_look(mask):
         pieces: Pieces | None = mask.once("pieces", lambda: cut(mask))
         if pieces is not None:
             return pieces

@@ -2,9 +2,12 @@
 
 import random
 
+import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
-from transfusion.kernels import IntervalMask, transfusion_attention
+from transfusion.kernels import IntervalMask, prepare_attention, transfusion_attention
 from transfusion.kernels.attention import check as rule
 from transfusion.kernels.attention.torch_paths import cut, prepare_dense
 from transfusion.kernels.testing import Layout, random_layout
@@ -64,12 +67,54 @@ def test_what_saves_little_is_left_whole() -> None:
     assert cut(Layout(300, [], [30] * 10).mask()) is not None
 
 
-def test_one_mask_row_for_a_batch_is_not_cut() -> None:
-    mask = Layout(300, [], [30] * 10).mask()
-    q = torch.randn(2, 1, 300, 16)
-    out = transfusion_attention(q, q, q, mask, impl="sdpa")
-    assert out.isfinite().all()
-    assert "pieces" not in mask._derived
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_one_mask_row_is_cut_for_the_whole_batch(batch: int) -> None:
+    """Grouped heads and gradients too."""
+    mask = packed(random.Random(batch), 300, 60).mask()
+    leaves = [torch.randn(batch, heads, 300, 16, requires_grad=True) for heads in (4, 2, 2)]
+    grad_out = torch.randn(batch, 4, 300, 16)
+    out = transfusion_attention(*leaves, mask, impl="sdpa")
+    grads = torch.autograd.grad(out, leaves, grad_out)
+    assert "dense" not in mask._derived
+    rows = IntervalMask.stack([packed(random.Random(batch), 300, 60).mask()] * batch) if batch else mask
+    whole = transfusion_attention(*leaves, rows, impl="sdpa")
+    for mine, its in zip((out, *grads), (whole, *torch.autograd.grad(whole, leaves, grad_out)), strict=True):
+        assert mine.shape == its.shape and torch.allclose(mine, its, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("prepared", ["not", "inside", "outside"])
+def test_a_packed_mask_in_a_graph(checkpointed: bool, prepared: str) -> None:
+    """Which layers share, made ready or not: one graph, in which nothing is kept with the mask."""
+    shape, graphs = (2, 2, 96, 16), CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    def ready(mask: IntervalMask) -> None:
+        prepare_attention(mask, dtype=torch.float32, batch=2, heads=2, kv_heads=2, head_dim=16)
+
+    def layer(x: torch.Tensor, mask: IntervalMask) -> torch.Tensor:
+        return x + transfusion_attention(x, x, x, mask, impl="sdpa")
+
+    def layers(x: torch.Tensor, mask: IntervalMask) -> torch.Tensor:
+        if prepared == "inside":
+            ready(mask)
+        for _ in range(2):
+            x = checkpoint(layer, x, mask, use_reentrant=False) if checkpointed else layer(x, mask)
+        return x
+
+    compiled = torch.compile(layers, backend=graphs, fullgraph=True)
+    for seed in range(2):
+        mask = IntervalMask.stack([packed(random.Random(seed + row), 96, 20).mask() for row in range(2)])
+        if prepared == "outside":
+            ready(mask)
+        x = torch.randn(shape, requires_grad=True)
+        out = compiled(x, mask)
+        (grad,) = torch.autograd.grad(out.square().sum(), x)
+        eager = layer(layer(x, mask), mask)
+        assert torch.allclose(out, eager, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(grad, torch.autograd.grad(eager.square().sum(), x)[0], rtol=1e-4, atol=1e-4)
+        compiled(x, mask)
+    assert graphs.frame_count == 1
 
 
 def test_where_all_is_seen_there_is_no_mask() -> None:
