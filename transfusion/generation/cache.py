@@ -1,6 +1,6 @@
 """Keys and values of B rows, each as far as it has got, and the windows through which new tokens enter.
 
-    bytes = 2·layers·B·H_kv·M·D·itemsize
+    bytes = 2·layers·B·H_kv·M·D·itemsize      of a call at most twice that, where rows part or meet: they are copied
 
 A window writes its tokens' keys and values behind each row's length and does not move the length: a denoising step
 overwrites what the step before it wrote. What is to stay is committed by `KVCache.advance`.

@@ -128,6 +128,7 @@ class _Row:
 
 _UNGUIDED, _GREEDY = Guidance(), TextSampling()
 _Group = tuple[list[_Row], Rows]
+_Following = tuple[list[_Row], Rows, Tensor]  # with the logits of what follows
 
 
 def generate(
@@ -181,10 +182,11 @@ def generate(
         drawing = _those(rows, state, [i for i, row in enumerate(rows) if row.wants_image])
         writing = [i for i, row in enumerate(rows) if not row.wants_image]
         text = [(*group, logits[writing]) for group in _those(rows, state, writing)]
+        del state  # whoever goes on has a cache, and each that is done with goes at once: see `KVCache`
         while text or drawing:
-            for group, cached, following in text:
-                drawing += _write(plan, group, cached, following)
-            text, drawing = (_draw(plan, drawing) if drawing else []), []
+            while text:
+                drawing += _write(plan, text)
+            text = _draw(plan, drawing) if drawing else []
     return [row.result() for row in rows]
 
 
@@ -195,12 +197,14 @@ def _those(rows: Sequence[_Row], state: Rows, chosen: Sequence[int]) -> list[_Gr
     return [([rows[i] for i in chosen], state if len(chosen) == len(rows) else state.take(chosen))]
 
 
-def _write(plan: _Plan, rows: list[_Row], state: Rows, logits: Tensor) -> list[_Group]:
-    """Draws text for every row until each is finished or wants an image -> those that do, in groups.
+def _write(plan: _Plan, text: list[_Following]) -> list[_Group]:
+    """Takes the last group of `text`, and draws text for every row of it until each is finished or wants an image ->
+    those that do, in groups.
 
     Where a step is a graph, of one number of rows, those that are done rest until half are, and leave together.
     """
     drawing: list[_Group] = []
+    rows, state, logits = text.pop()
     going = list(range(len(rows)))
     while True:
         theirs = logits if len(going) == len(rows) else logits[going]  # who rests draws nothing
@@ -217,9 +221,10 @@ def _write(plan: _Plan, rows: list[_Row], state: Rows, logits: Tensor) -> list[_
         logits = state.next(torch.tensor([row.tokens[-1] for row in rows]), going)
 
 
-def _draw(plan: _Plan, drawing: list[_Group]) -> list[tuple[list[_Row], Rows, Tensor]]:
-    """Draws an image for every row of the groups -> those that go on, with the logits of what follows: one group."""
+def _draw(plan: _Plan, drawing: list[_Group]) -> list[_Following]:
+    """Takes all groups of `drawing`, and draws an image for every row -> those that go on: one group."""
     rows, state = [row for group, _ in drawing for row in group], Rows.stack([each for _, each in drawing])
+    drawing.clear()
     state.next(torch.tensor([plan.model.config.special.boi]).expand(len(rows)))
     generators = [row.image_generator() for row in rows]
     drawn = [torch.randn(plan.latent_shape, generator=each, dtype=torch.float32) for each in generators]

@@ -1,6 +1,7 @@
 """Every cached evaluation is the full forward over the whole document, to rounding; and the cache is what it says."""
 
 import random
+import weakref
 
 import pytest
 import torch
@@ -12,19 +13,25 @@ from rigged import (
     PATCH,
     SHAPE,
     VOCABULARY,
+    chain,
     contexts,
     in_several_orders,
+    options_of,
+    paint,
     random_model,
+    rig_image,
     rows_by_hand,
     text,
+    write,
 )
 
 from transfusion.config import UNetConfig
+from transfusion.generation import Guidance, generate
 from transfusion.generation.cache import KVCache
 from transfusion.generation.rows import Denoiser, Rows, inference
 from transfusion.kernels import IntervalMask
 from transfusion.kernels.testing import judge
-from transfusion.sequence import Image
+from transfusion.sequence import Image, document_length
 
 IMAGE_TOKENS = SHAPE[1] * SHAPE[2] // PATCH**2
 CHANGES = {
@@ -184,6 +191,36 @@ def test_memory_is_what_arithmetic_says(dtype, seed):
     expected = 2 * layers * rows * heads * capacity * 4 * dtype.itemsize
     held = sum(buffer.untyped_storage().nbytes() for buffer in (cache.keys, cache.values))
     assert cache.nbytes == held == expected, seed
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_call_holds_at_most_twice_its_rows(monkeypatch, seed, guided):
+    """Rows of every kind, which part and meet: what is done with goes at once. Of guidance there are the twins too."""
+    rng, model = random.Random(seed), random_model(seed)
+    chain(model, monkeypatch, {10: BOI, **{token: token - 1 for token in range(11, 17)}, EOI: 10})
+    rig_image(model, monkeypatch)
+    held = peak = 0
+    init = KVCache.__init__
+
+    def changed(nbytes):
+        nonlocal held, peak
+        held += nbytes
+        peak = max(peak, held)
+
+    def counted(cache, *sizes, **kind):
+        init(cache, *sizes, **kind)
+        changed(cache.nbytes)
+        weakref.finalize(cache, changed, -cache.nbytes)
+
+    monkeypatch.setattr(KVCache, "__init__", counted)
+    stories = [text(BOS, *[5] * rng.randint(60, 90), rng.randint(10, 16)) for _ in range(7)]
+    options = {"tokens": 20, "images": 3}
+    requests = [(write if rng.random() < 0.7 else paint)(story, **options) for story in stories]
+    generate(model, requests, **options_of(model, guidance=Guidance(3.0 if guided else 1.0)))
+    reach = max(document_length(each.context, PATCH) for each in requests) + 20 + 3 * (IMAGE_TOKENS + 2)
+    token = 2 * model.config.layers * model.config.num_kv_heads * model.config.head_dim * 4
+    rows, twins = len(requests) * reach, (len(requests) + 1) * (IMAGE_TOKENS + 2)
+    assert rows * token <= peak <= (2 * rows + guided * twins) * token, f"seed {seed}"
 
 
 def test_autocast_decides_the_dtype(seed):
