@@ -95,6 +95,52 @@ def test_a_signal_saves_and_ends_the_run(tmp_path: Path, number: int) -> None:
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == list(range(1, 11))
 
 
+@pytest.mark.parametrize("stop", [3, 7])
+def test_a_stop_leaves_no_step_out_of_the_log(tmp_path: Path, stop: int) -> None:
+    """Neither one that a signal stops, nor one that is killed and goes on from an earlier checkpoint."""
+
+    class Interrupting(tiny.Batches):
+        def batch(self, step: int) -> Batch:
+            if step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().batch(step)
+
+    class Killed(tiny.Batches):
+        def batch(self, step: int) -> Batch:
+            if step == stop:
+                raise KeyboardInterrupt
+            return super().batch(step)
+
+    every = {"log_every": 4, "checkpoint_every": 3}
+    assert trainer(tmp_path / "whole", **every).run()
+    stopped, killed = trainer(tmp_path / "stopped", **every), trainer(tmp_path / "killed", **every)
+    stopped.loader, killed.loader = Interrupting(), Killed()
+    assert not stopped.run()
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    whole = _curves(tmp_path / "whole")
+    for name in ("stopped", "killed"):
+        assert trainer(tmp_path / name, **every).run()
+        assert _curves(tmp_path / name) == whole
+
+
+def _curves(directory: Path) -> list[str]:
+    """The lines of the log, but for what the clock and the memory say."""
+    measured = ("per_second", "mfu", "data_wait", "peak_memory")
+    lines = read_log(directory / "log.jsonl")
+    return [json.dumps({n: v for n, v in each.items() if not any(m in n for m in measured)}) for each in lines]
+
+
+def test_other_bins_begin_the_sums_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    each = trainer(tmp_path, timestep_bins=2)
+    each.train_step(each.loader.iterate())
+    each.save()
+    again = trainer(tmp_path, timestep_bins=3)
+    again.resume()
+    assert "timestep_bins has changed" in caplog.text
+    assert not again.losses_seen._interval.any() and again.speed.state_dict()["steps"] == 1
+
+
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     """kill -9 in the middle: the next run starts from the last checkpoint, drops the log's later lines and .tmp."""
     program = f"""

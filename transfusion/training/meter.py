@@ -4,14 +4,16 @@
     image_loss  Σ of each image's error / images  likewise, and apart for each part of the diffusion path
     mfu         floating point operations of the model's formula / seconds / (ranks · peak of one device)
 
-Steps that were skipped count in none of the losses.
+Steps that were skipped count in none of the losses. A checkpoint keeps what was summed since the last line, so that
+the lines of a run that was stopped or killed are those of one that was not.
 """
 
+import logging
 import re
 import resource
 import sys
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from transfusion.model import Losses
 from transfusion.model.flops import training_flops
 from transfusion.sequence import Batch
 from transfusion.training.world import World
+
+logger = logging.getLogger(__name__)
 
 # Dense bfloat16 TFLOP/s of one device without sparsity, from the makers' data sheets; the first that matches.
 _PEAK_BFLOAT16 = (
@@ -112,6 +116,18 @@ class LossMeter:
         self.skipped = self.skipped + not_finite
         return not_finite
 
+    def state_dict(self) -> list[float]:
+        """The sums since the last reading, the same on every rank. Waits."""
+        sums: list[float] = self._interval.tolist()
+        return sums
+
+    def load_state_dict(self, sums: list[float]) -> None:
+        """Goes on from `sums`. Those of another number of bins cannot be told apart as these are: a warning says so."""
+        if len(sums) != len(self._interval):
+            logger.warning("timestep_bins has changed: the next line of the log is of the steps from here on alone")
+            return
+        self._interval = torch.tensor(sums, dtype=torch.float64, device=self._world.device)
+
     def read(self) -> dict[str, float]:
         """Means since the last reading (NaN where nothing was seen), and the last step's gradient norm. Waits."""
         state = torch.stack([self.gradient_norm.double(), self.bad_in_a_row.double(), self.skipped.double()])
@@ -142,6 +158,16 @@ class SpeedMeter:
     def add(self, counts: Counts, waited: float) -> None:
         """One step: its global counts, and the seconds in which this host waited for data."""
         self._counts, self._steps, self._waited = self._counts.plus(counts), self._steps + 1, self._waited + waited
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was added since the last reading, and the seconds since then: JSON."""
+        seconds = time.monotonic() - self._since
+        return {"counts": list(self._counts), "steps": self._steps, "waited": self._waited, "seconds": seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`, as if no time had passed since it was taken."""
+        self._counts, self._steps, self._waited = Counts(*state["counts"]), state["steps"], state["waited"]
+        self._since = time.monotonic() - state["seconds"]
 
     def read(self) -> dict[str, float]:
         """Rates and shares since the last reading; memory is this rank's peak."""

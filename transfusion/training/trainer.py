@@ -6,8 +6,8 @@ What a step minimises is a mean over the whole global batch, however it is cut i
 
 so each batch's means are weighted by its share of the text targets and of the images; ranks may hold different numbers
 of both. A run is a pure function of its config: the data stream is one of the seed, and the model draws nothing. So a
-checkpoint holds weights, average, optimizer, step number and place in the stream, and a resumed run continues bitwise
-(on a CPU, on as many ranks as before).
+checkpoint holds weights, average, optimizer, step number, place in the stream and what the log is to tell next, and a
+resumed run continues bitwise (on a CPU, on as many ranks as before).
 """
 
 import threading
@@ -223,7 +223,11 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of this step."""
-        record = {"data": self.loader.state_dict(), "batches_of_a_step": self.config.accumulation * self.world.size}
+        record = {
+            "data": self.loader.state_dict(),
+            "batches_of_a_step": self.config.accumulation * self.world.size,
+            "since_last_line": {"losses": self.losses_seen.state_dict(), "speed": self.speed.state_dict()},
+        }
         return self.checkpoints.save(self.step, self._tensors(), record)
 
     def resume(self) -> None:
@@ -232,6 +236,9 @@ class Trainer:
         if record is not None:
             self.step = record["step"]
             self.loader.load_state_dict(record["data"])
+            if told := record.get("since_last_line"):  # which checkpoints before this was kept do not say
+                self.losses_seen.load_state_dict(told["losses"])
+                self.speed.load_state_dict(told["speed"])
 
     def open_log(self) -> RunLog:
         """The run's log on rank 0, and none on the others."""
