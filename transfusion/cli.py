@@ -5,6 +5,7 @@ import io
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -73,6 +74,7 @@ def train(arguments: Sequence[str]) -> int:
 
     from transfusion import config as configs
     from transfusion import presets, recipes
+    from transfusion.files import alone_in
     from transfusion.run import Run
     from transfusion.run_config import CONFIG, RunConfig, with_saved_model
     from transfusion.training import join
@@ -118,7 +120,8 @@ def train(arguments: Sequence[str]) -> int:
         config = replace(config, model=model, data=replace(config.data, loader=loader))
     options = tyro.cli(Options, args=list(arguments), default=Options(run=config), prog="transfusion train")
     spread = options.run.train.parallel
-    with join(pick_device(options.device), spread.shard, spread.timeout_seconds) as world:
+    with join(pick_device(options.device), spread.shard, spread.timeout_seconds) as world, ExitStack() as held:
+        world.main_first(lambda: held.enter_context(alone_in(options.out)) if world.main else None)
         finished = Run.start(options.run, options.out, world).train(world)
         if world.main:
             print(f"{options.out}: {'finished' if finished else 'stopped; the same command goes on'}")

@@ -1,8 +1,19 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and folders that one process has to itself."""
 
+import contextlib
+import errno
+import logging
 import os
 import shutil
+import socket
+from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
+from typing import IO
+
+logger = logging.getLogger(__name__)
+
+LOCK = "in-use.lock"
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -20,3 +31,65 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError:
         aside.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Nobody else enters `folder`, made where there is none, as long as this lasts; one that stays empty is removed.
+
+    The system lets go of it when the process dies, however that is. Raises `ValueError` where another process is in it.
+    Where the system has no such locks nothing is held: a warning says so of a file system, Windows never has them.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(folder / LOCK):
+            yield
+    finally:
+        for path in takewhile(lambda path: path != there, (folder, *folder.parents)):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    while True:
+        with open(path, "a+", encoding="utf-8") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a forked child would go on holding
+            except OSError as error:
+                _refuse(path.parent, file, error)
+            if not _is_at(file, path):  # who had it has just removed it
+                continue
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _refuse(folder: Path, file: IO[str], error: OSError) -> None:
+    """Raises `ValueError` where the lock is another's; warns where there are none."""
+    if error.errno not in (errno.EACCES, errno.EAGAIN):
+        logger.warning("%s cannot be locked (%s): see that no other process writes there", folder, error.strerror)
+        return
+    file.seek(0)
+    raise ValueError(
+        f"{folder} is in use by another training ({file.read() or 'no more is known'}); wait for it or stop it, or "
+        "give another --out"
+    )
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

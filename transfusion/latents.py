@@ -13,6 +13,7 @@ def train_vae(arguments: Sequence[str]) -> int:
 
     from transfusion.cli import pick_device
     from transfusion.data import DataConfig, LoaderConfig, image_source
+    from transfusion.files import alone_in
     from transfusion.training.autoencoder import AutoencoderConfig, AutoencoderTrainer, feature_distance
 
     @dataclass(frozen=True)
@@ -40,8 +41,9 @@ def train_vae(arguments: Sequence[str]) -> int:
     if images is None:
         raise ValueError("no images: give --images")
     perceptual = feature_distance(options.perceptual, device) if options.perceptual else None
-    trainer = AutoencoderTrainer(options.config, images, options.out, device, perceptual)
-    finished = trainer.run()
+    with alone_in(options.out):
+        trainer = AutoencoderTrainer(options.config, images, options.out, device, perceptual)
+        finished = trainer.run()
     print(f"{options.out}: {'finished' if finished else 'stopped; the same command goes on'}")
     if trainer.skipped:
         print(f"{len(trainer.skipped)} image(s) could not be read, the first: {next(iter(trainer.skipped))}")

@@ -1,5 +1,6 @@
 """What is left of a run by signals, by hand and by bad entries, and what is made of it."""
 
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ from transfusion import config as configs
 from transfusion.config import UNetConfig
 from transfusion.data import DataConfig
 from transfusion.evaluation import evenly
+from transfusion.files import LOCK, alone_in
+from transfusion.generation import TransfusionPipeline
 from transfusion.model.flops import codec_flops
 from transfusion.run import CHECKPOINTS, STEP, Run
 from transfusion.run_config import MODEL, RunConfig, with_saved_model
@@ -93,6 +96,54 @@ def test_an_interrupt_of_all_processes_saves(folder: Path, tmp_path: Path) -> No
             os.killpg(run.pid, signal.SIGKILL)
     assert "Traceback" not in output and "stopped at step" in output, output
     assert list((out / CHECKPOINTS).iterdir())
+
+
+@pytest.mark.parametrize("command", ["train", "train-vae"])
+def test_a_folder_in_use_is_refused_until_its_process_is_gone(
+    command: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    program = f"""
+import time
+from pathlib import Path
+from transfusion.files import alone_in
+with alone_in(Path({str(out)!r})):
+    print("in", flush=True)
+    time.sleep(600)
+"""
+    small = ["--image-size", "16", "--channels", "4", "8", "--steps", "2", "--batch-size", "2", "--device", "cpu"]
+    words = ["--data.images", str(folder), *TWO_STEPS] if command == "train" else ["--images", str(folder), *small]
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "in\n"
+        assert cli.main([command, "--out", str(out), *words]) == 2
+        said = capsys.readouterr().err
+        assert f"{out} is in use by another training (process {other.pid} on " in said and "another --out" in said
+        assert [path.name for path in out.iterdir()] == [LOCK]
+    finally:
+        other.kill()
+        other.communicate()
+    assert cli.main([command, "--out", str(out), *words]) == 0
+    assert not (out / LOCK).exists()
+
+
+def test_a_run_holds_its_folder_to_the_end(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, seen = tmp_path / "run", []
+    save = TransfusionPipeline.save_pretrained
+    monkeypatch.setattr(
+        TransfusionPipeline, "save_pretrained", lambda *given: (seen.append((out / LOCK).is_file()), save(*given))
+    )
+    assert train(out, folder) == 0
+    assert seen == [True]
+
+
+def test_a_disk_without_locks_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+    with alone_in(tmp_path / "run"):
+        assert f"{tmp_path / 'run'} cannot be locked (No locks available)" in caplog.text
 
 
 def test_bad_entries_are_skipped_and_named(
