@@ -37,7 +37,8 @@ class SampleOptions:
         image: files to caption.
         text: texts to continue.
         story: texts to continue with text and images.
-        out: folder for PNGs, sheet.html and settings.json, made where there is none.
+        out: folder for PNGs, sheet.html and settings.json, made where there is none. PNGs of an earlier call stay, but
+            for those of the same name, and are told of: sheet and settings are of this call alone.
         steps: denoising steps of an image; None is the scheduler's usual number.
         guidance: classifier-free guidance scale; 1 is none.
         guidance_interval: times, 0 the clean image and 1 pure noise, between which guidance is on.
@@ -92,7 +93,9 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError("--mask needs --edit: the image that it is a part of")
     options = with_model(options)
     _check_folder(options.out)
+    earlier = _numbered(options.out)
     rows = write_samples(options, open_pipeline(options))
+    _tell_of(options.out, earlier, rows)
     print(json.dumps(rows, indent=2, ensure_ascii=False))
     print(f"see {options.out}/sheet.html")
     return 0
@@ -112,6 +115,24 @@ def _check_folder(out: Path) -> None:
         for path in takewhile(lambda path: path != there, (out, *out.parents)):
             with suppress(OSError):
                 path.rmdir()
+
+
+def _numbered(out: Path) -> list[str]:
+    """The names in `out` of images that a call has written, or could have."""
+    return sorted(path.name for path in out.glob("*.png") if re.match(r"\d{3,}[-.]", path.name))
+
+
+def _tell_of(out: Path, earlier: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """One line where `out` had images: how many this call has replaced, and which it has left."""
+    new = {name for row in rows for name in (*row.get("files", ()), *row.get("document", ()))}
+    left = [name for name in earlier if name not in new]
+    if earlier:
+        shown = f": {', '.join(left[:3])}{', ...' if len(left) > 3 else ''}" if left else ""
+        print(
+            f"{out} had images of an earlier call: {len(earlier) - len(left)} replaced, {len(left)} left, which are "
+            f"not in the sheet{shown}",
+            file=sys.stderr,
+        )
 
 
 def with_model(options: SampleOptions) -> SampleOptions:

@@ -106,6 +106,22 @@ def test_the_same_seed_gives_the_same_files(folder, tmp_path):
     assert a == b != c
 
 
+def test_what_an_earlier_call_left_stays_and_is_told_of(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    sample(folder, out, "--prompt", "red", "green", "green")
+    assert "earlier" not in capsys.readouterr().err
+    (out / "mine.png").write_text("no sample")
+    before = (out / "000-red.png").read_bytes()
+    _, settings = sample(folder, out, "--prompt", "red", "--seed", "7")
+    said = f"{out} had images of an earlier call: 1 replaced, 2 left, which are not in the sheet: "
+    assert capsys.readouterr().err == said + "001-green.png, 002-green.png\n"
+    assert [row["files"] for row in settings["rows"]] == [["000-red.png"]]
+    assert (out / "sheet.html").read_text().count("<article") == 1
+    assert (out / "000-red.png").read_bytes() != before
+    left = ["000-red.png", "001-green.png", "002-green.png", "mine.png"]
+    assert sorted(path.name for path in out.glob("*.png")) == left
+
+
 def test_edits_and_inpainting(folder, tmp_path):
     edit = ["--edit", str(folder / "fruit.png"), "--prompt", "make it blue", "make it red"]
     status, settings = sample(folder, tmp_path / "edit", *edit)
