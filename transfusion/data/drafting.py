@@ -19,6 +19,8 @@ from transfusion.sequence import Document, document_length
 
 T = TypeVar("T")
 
+_QUOTED = 60  # letters of a caption in a message
+
 Images = ImageSource | Stream[CaptionedImage]
 Texts = TextSource | Sequence[str] | Stream[str]
 
@@ -42,10 +44,15 @@ def caption_ids(tokenizer: Tokenizer, caption: str, max_tokens: int) -> Tensor:
         raise ValueError("the caption is empty")
     if len(ids) > max_tokens:
         raise ValueError(
-            f"the caption {caption!r} has {len(ids)} tokens, more than the {max_tokens} that fit beside its image; "
-            "shorten it or use a longer context"
+            f"the caption {_quoted(caption)} has {len(ids)} tokens, more than the {max_tokens} that fit beside its "
+            "image; shorten it or use a longer context"
         )
     return ids
+
+
+def _quoted(caption: str) -> str:
+    """The caption, or how a long one begins."""
+    return repr(caption) if len(caption) <= _QUOTED else f"{caption[:_QUOTED]!r}..."
 
 
 @dataclass(frozen=True)

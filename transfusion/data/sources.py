@@ -7,6 +7,7 @@ Train and test are told apart by a hash of each sample's name, so that a sample 
 come or go, on every machine. What is too large to list is a stream (streams.py).
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -41,6 +42,12 @@ class SampleError(ValueError):
 
     def __reduce__(self) -> tuple[type["SampleError"], Skipped]:  # it travels from worker processes
         return SampleError, (self.name, self.reason)
+
+
+@functools.cache
+def warn_skipped(place: Path, name: str, reason: str) -> None:
+    """Warns once in a process of what is no sample in `place`, which each split of it reads anew."""
+    logger.warning("skipped %s: %s", name, reason)
 
 
 @dataclass(frozen=True)
@@ -234,7 +241,7 @@ class FolderSource:
                 entries.append(self._parse(line, f"{file}:{number}"))
             except SampleError as error:
                 self.skipped.append((error.name, error.reason))
-                logger.warning("skipped %s", error)
+                warn_skipped(self.path, error.name, error.reason)
         return entries
 
     def _parse(self, line: bytes, where: str) -> "_Entry":

@@ -1,13 +1,10 @@
 """Plain text: Python's own manual, and a user's .txt and .jsonl files; texts that fit in memory."""
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from transfusion.data.sources import SampleError, Skipped, Split, TextSource, held_out, is_unicode
-
-logger = logging.getLogger(__name__)
+from transfusion.data.sources import SampleError, Skipped, Split, TextSource, held_out, is_unicode, warn_skipped
 
 
 class PydocTextSource(TextSource):
@@ -56,7 +53,7 @@ class TextFolderSource(TextSource):
         for name, text in _texts(place):
             if isinstance(text, SampleError):
                 skipped.append((text.name, text.reason))
-                logger.warning("skipped %s", text)
+                warn_skipped(place, text.name, text.reason)
             else:
                 texts[name] = text
         if not texts:

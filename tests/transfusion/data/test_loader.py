@@ -261,7 +261,7 @@ def test_a_caption_longer_than_the_context_is_skipped_counted_and_named():
     loader = Loader(replace(CONFIG, text_fraction=0.0), TOKENIZER, source)
     assert [name for name, _ in loader.skipped] == ["image 2"]
     length = len(TOKENIZER.encode(source.captions[2]))
-    assert f"{length} tokens, more than the {48 - 4 - 4}" in loader.skipped[0][1]
+    assert f"the caption '{'red ' * 15}'... has {length} tokens, more than the {48 - 4 - 4}" in loader.skipped[0][1]
     assert {i for step in range(4) for i in _indices(loader.batch(step))} == {0, 1, 3, 4, 5}
 
 

@@ -95,6 +95,18 @@ def test_folder_skips_counts_and_names_what_is_broken(write_folder, tmp_path, ca
         assert f"{name}: {reason}" in caplog.text
 
 
+def test_a_bad_line_is_warned_about_once_however_often_its_file_is_read(write_folder, caplog):
+    folder = write_folder(8, "no JSON")
+    (folder / "texts.jsonl").write_text('{"text": "one"}\n{"text": "two"}\nno JSON either')
+    for split in ("train", "test"):
+        images, texts = FolderSource(folder, split, 0.3), TextFolderSource(folder, split, 0.5)
+        assert len(images.skipped) == len(texts.skipped) == 1
+    assert [message.partition(": ")[0] for message in caplog.messages] == [
+        f"skipped {folder}/captions.jsonl:9",
+        "skipped texts.jsonl:3",
+    ]
+
+
 @pytest.mark.parametrize("format_", ["PNG", "JPEG", "GIF", "BMP", "TIFF"])
 def test_image_truncated_after_its_header_raises_a_sample_error_at_access(tmp_path, format_):
     pixels = np.random.default_rng().integers(0, 256, (64, 64, 3), dtype=np.uint8)
