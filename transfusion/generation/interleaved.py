@@ -100,7 +100,10 @@ class _Row:
         self.images += 1
         self.wants_image = False
         self.length += self.plan.image_tokens + 2
-        self._check_room()
+        if self.request.max_new_tokens:
+            self._check_room()
+        else:
+            self.finish = "done"
 
     def _check_room(self) -> None:
         limit = self.plan.max_length

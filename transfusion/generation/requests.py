@@ -68,7 +68,8 @@ class Generation(NamedTuple):
     new            segments after the context; BOI and EOI come with each image and are not in its text
     token_ids      (T,) int64, every token that was drawn, BOI and EOS included
     logprobs       (T,) float64, of each its natural log-probability under the model itself
-    finish_reason  "eos"; "stop": a stop token or string; "length": no room for more; "images": BOI beyond max_images
+    finish_reason  "done": the image that was asked for alone; of text "eos"; "stop": a stop token or string; "length":
+                   no room for more; "images": BOI beyond max_images
     """
 
     new: Document

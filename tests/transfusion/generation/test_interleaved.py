@@ -78,6 +78,8 @@ def test_an_image_that_does_not_fit_the_models_length_is_not_begun(seed, monkeyp
     assert shape_of(result.new) == [[10], "image", [10]] and result.finish_reason == "length"
     (result,) = generate(model, [paint(text(BOS), tokens=5)], **options_of(model, max_length=9))
     assert shape_of(result.new) == ["image"] and result.finish_reason == "length"
+    (result,) = generate(model, [paint(text(BOS))], **options_of(model, max_length=9))
+    assert shape_of(result.new) == ["image"] and result.finish_reason == "done"  # nothing else was asked for
 
 
 @torch.no_grad()

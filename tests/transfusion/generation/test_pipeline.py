@@ -40,7 +40,7 @@ def images(done):
 def test_text_to_image(pipeline):
     done = pipeline(PROMPTS, seed=7, **FEW)
     assert [(image.mode, image.size) for image in done.images] == [("RGB", (WIDTH, HEIGHT))] * 2
-    assert done.text == ["", ""] and done.documents == [[0], [1]] and done.finish_reasons == ["length"] * 2
+    assert done.text == ["", ""] and done.documents == [[0], [1]] and done.finish_reasons == ["done"] * 2
     assert images(pipeline(PROMPTS[1], seed=8, **FEW)) == images(done)[1:]
     assert images(pipeline(PROMPTS[::-1], seed=[8, 7], **FEW)) == images(done)[::-1]
     assert images(pipeline(PROMPTS, seed=8, **FEW)) != images(done)
