@@ -175,10 +175,7 @@ def generate(
     """
     shape, requests = tuple(latent_shape), list(requests)
     plan = _Plan(model, shape, scheduler, steps, guidance, sampling, stop, max_length, on_step_end, impl, progress)
-    check_requests(model, requests, shape, max_length)
-    if any(request.max_images for request in requests):
-        check_scheduler(scheduler, model.config.schedule)
-        timesteps(copy.deepcopy(scheduler), model.config.schedule, steps)  # raises where steps do not fit
+    check_call(model, requests, shape, scheduler, steps, max_length)
     rows = [_Row(plan, request) for request in requests]
     with inference(model):
         state, logits = Rows.start(model, [r.context for r in requests], max(row.reach() for row in rows), impl)
@@ -191,6 +188,21 @@ def generate(
                 drawing += _write(plan, text)
             text = _draw(plan, drawing) if drawing else []
     return [row.result() for row in rows]
+
+
+def check_call(
+    model: Transfusion,
+    requests: Sequence[Request],
+    latent_shape: Sequence[int],
+    scheduler: Any,
+    steps: int,
+    max_length: int | None,
+) -> None:
+    """Raises `ValueError` or `TypeError` for what `generate` cannot be asked, before any work is done."""
+    check_requests(model, requests, latent_shape, max_length)
+    if any(request.max_images for request in requests):
+        check_scheduler(scheduler, model.config.schedule)
+        timesteps(copy.deepcopy(scheduler), model.config.schedule, steps)  # raises where steps do not fit
 
 
 def _those(rows: Sequence[_Row], state: Rows, chosen: Sequence[int]) -> list[_Group]:

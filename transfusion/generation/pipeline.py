@@ -11,7 +11,7 @@ pipe(prompt="a story", output="both").documents[0]              text and images 
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -24,7 +24,7 @@ from transfusion.diffusion.sampler import Known, OnStepEnd, can_clip, default_st
 from transfusion.generation.arguments import whole
 from transfusion.generation.guidance import Guidance
 from transfusion.generation.inputs import PipelineOutput, Row, StopStrings, rows_of, seeds_of
-from transfusion.generation.interleaved import generate
+from transfusion.generation.interleaved import check_call, generate
 from transfusion.generation.media import check_output_type, from_pixels, to_pixels, to_unknown
 from transfusion.generation.requests import Generation, Request
 from transfusion.generation.score import score
@@ -175,27 +175,29 @@ class TransfusionPipeline:
         """
         check_output_type(output_type)
         rows = rows_of(prompt, image, mask_image, output)
-        seeds = seeds_of(seed, generator, len(rows))
-        pairs = zip(rows, seeds, strict=True)
-        requests = [self._request(row, own, max_new_tokens, max_images) for row, own in pairs]
+        requests = [self._request(row, max_new_tokens, max_images) for row in rows]
         chosen, steps = self._scheduler(scheduler, num_inference_steps)
-        stops = StopStrings(self.tokenizer, stop)
+        stops, on_step_end = StopStrings(self.tokenizer, stop), self._on_step_end(callback_on_step_end)
+        guidance = Guidance(guidance_scale, guidance_interval, guidance_rescale)
+        sampling = TextSampling(temperature, top_k, top_p, min_p)
+        check_call(self.model, requests, self.latent_shape, chosen, steps, self.max_length)
+        seeds = seeds_of(seed, generator, len(rows))  # last: a call that is refused leaves the generator as it was
         done = generate(
             self.model,
-            requests,
+            [replace(request, seed=own) for request, own in zip(requests, seeds, strict=True)],
             latent_shape=self.latent_shape,
             scheduler=chosen,
             steps=steps,
-            guidance=Guidance(guidance_scale, guidance_interval, guidance_rescale),
-            sampling=TextSampling(temperature, top_k, top_p, min_p),
+            guidance=guidance,
+            sampling=sampling,
             stop=stops.reached if stops.strings else None,
             max_length=self.max_length,
-            on_step_end=self._on_step_end(callback_on_step_end),
+            on_step_end=on_step_end,
             progress=sys.stderr.isatty() if progress is None else progress,
         )
         return self._output(done, stops, output_type)
 
-    def _request(self, row: Row, seed: int, max_new_tokens: int, max_images: int) -> Request:
+    def _request(self, row: Row, max_new_tokens: int, max_images: int) -> Request:
         text = [torch.tensor([self.tokenizer.special.bos])]
         before: tuple[Text | Image, ...] = ()
         known = None
@@ -212,7 +214,7 @@ class TransfusionPipeline:
         segments = (*before, Text(torch.cat(text))) if text else before
         tokens = 0 if row.output == "image" else max_new_tokens
         images = {"image": 1, "text": 0, "both": max_images}[row.output]
-        return Request(segments, tokens, images, row.output == "image", seed, known)
+        return Request(segments, tokens, images, row.output == "image", known=known)
 
     def _scheduler(self, scheduler: str | Any, steps: int | None) -> tuple[Any, int]:
         """A diffusers scheduler, and how many steps it takes. A model of pixels has its estimate clipped to theirs."""
@@ -313,7 +315,7 @@ class TransfusionPipeline:
             raise TypeError(f"texts={texts!r} must be a list, one for each image")
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts; give one of each")
-        contexts = [self._request(Row(None, image, None, "text"), 0, 1, 0).context for image in images]
+        contexts = [self._request(Row(None, image, None, "text"), 1, 0).context for image in images]
         end = torch.tensor([self.tokenizer.special.eos])
         targets = [torch.cat([self.tokenizer.encode(text), end]) for text in texts]
         for index, (context, target) in enumerate(zip(contexts, targets, strict=True)):

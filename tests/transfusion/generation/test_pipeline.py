@@ -110,8 +110,25 @@ def test_schedulers_by_name_and_as_objects(pipeline):
     assert by_object == images(pipeline(PROMPTS, scheduler="ddim", **FEW)) == images(pipeline(PROMPTS, **FEW))
     assert by_object != images(pipeline(PROMPTS, scheduler="dpmsolver", **FEW))
     assert by_object != images(pipeline(PROMPTS, scheduler=EulerDiscreteScheduler(**options), **FEW))
-    with pytest.raises(ValueError, match="'euler' cannot sample 'v_prediction'"):
-        pipeline(PROMPTS, scheduler="euler")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scheduler": "euler"}, "'euler' cannot sample 'v_prediction'"),
+        ({"num_inference_steps": 30}, "steps=30 does not divide"),
+        ({"prompt": "red " * 60}, "longer than max_length=60"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"stop": ""}, "a stop string is empty"),
+        ({"image": "nowhere.png"}, "nowhere.png"),
+    ],
+)
+def test_a_call_that_is_refused_draws_nothing_from_the_users_generator(pipeline, change, message):
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pipeline(**({"prompt": PROMPTS[0], "generator": generator} | change))
+    assert torch.equal(generator.get_state(), before)
 
 
 @pytest.mark.parametrize(("name", "steps"), [("fast", 50), ("paper", 250), ("dpmsolver", 20)])
