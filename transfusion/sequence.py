@@ -169,7 +169,7 @@ def collate(
     generator: torch.Generator,
     sampling: TimeSampling = _SAMPLING,
 ) -> Batch:
-    """Packs row b's documents one after the other into `length` tokens and draws times and the noise seed.
+    """Packs row b's documents, on the host, into `length` tokens and draws times and the noise seed.
 
     Times are drawn as `sampling` says, each within its image's limit, from `generator`: the batch is a pure function of
     its arguments and the generator's state. Raises `ValueError` where a row overflows, or where latents differ in
@@ -184,29 +184,31 @@ def collate(
         packed.append(row)
     images = [image for row in packed for image in row.images]
     spans = [(b * length + start, b * length + end) for b, row in enumerate(packed) for start, end in row.spans]
-    counts = torch.tensor([end - start for start, end in spans], dtype=torch.int64)
+    counts = torch.tensor([end - start for start, end in spans], dtype=torch.int64, device="cpu")
     image_rows = [i for span in spans for i in range(*span)]
     text_rows = [b * length + i for b, row in enumerate(packed) for i in row.text_rows()]
-    flat_ids = torch.tensor([row.token_ids for row in packed], dtype=torch.int64)
-    text_index = torch.tensor(text_rows, dtype=torch.int64)
+    flat_ids = torch.tensor([row.token_ids for row in packed], dtype=torch.int64, device="cpu")
+    text_index = torch.tensor(text_rows, dtype=torch.int64, device="cpu")
     return Batch(
         token_ids=flat_ids,
-        positions=torch.tensor([row.positions for row in packed], dtype=torch.int64),
-        mask=IntervalMask.stack([IntervalMask.from_spans(length, row.spans, row.documents) for row in packed]),
-        image_rows=torch.tensor(image_rows, dtype=torch.int64),
+        positions=torch.tensor([row.positions for row in packed], dtype=torch.int64, device="cpu"),
+        mask=IntervalMask.stack(
+            [IntervalMask.from_spans(length, row.spans, row.documents, device="cpu") for row in packed]
+        ),
+        image_rows=torch.tensor(image_rows, dtype=torch.int64, device="cpu"),
         token_image=torch.repeat_interleave(counts),
         text_rows=text_index,
         text_targets=flat_ids.flatten()[text_index + 1],
         latents=_latents([image.latent for image in images], patch_size),
         times=sampling.draw([image.max_time for image in images], generator),
-        noise_seed=torch.randint(0, 2**62, (), dtype=torch.int64, generator=generator),
+        noise_seed=torch.randint(0, 2**62, (), dtype=torch.int64, generator=generator, device="cpu"),
     )
 
 
 def _latents(images: Sequence[Tensor], patch_size: int) -> Tensor | RaggedLatents:
     """float32, dense where all shapes are the same, ragged where they differ."""
     if not images:
-        return torch.zeros(0, 1, patch_size, patch_size)
+        return torch.zeros(0, 1, patch_size, patch_size, dtype=torch.float32, device="cpu")
     if len({tuple(image.shape) for image in images}) == 1:
         return torch.stack([image.float() for image in images])
     return RaggedLatents.pack([image.float() for image in images])

@@ -1,6 +1,9 @@
 """collate: every field of a batch against the documents, token by token."""
 
 import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import fields
 
 import pytest
 import torch
@@ -105,6 +108,16 @@ def test_the_batch_is_a_function_of_its_arguments() -> None:
     assert torch.equal(one.times, two.times)
     assert torch.equal(one.noise_seed, two.noise_seed)
     assert not torch.equal(one.noise_seed, other.noise_seed)
+
+
+def test_a_batch_without_images_is_on_the_host_too(elsewhere: Callable[[], AbstractContextManager[None]]) -> None:
+    words = [[(Text(torch.tensor([1, 9, 2])),)]]
+    with elsewhere():
+        torch.set_default_dtype(torch.float64)
+        batch = collate(words, 4, PATCH, SPECIAL, torch.Generator())
+    tensors = [getattr(batch, field.name) for field in fields(batch) if field.name != "mask"]
+    assert {part.device.type for part in (*tensors, batch.mask.query_start)} == {"cpu"}
+    assert batch.latents.dtype == batch.times.dtype == torch.float32
 
 
 def test_text_only_and_empty_rows() -> None:

@@ -2,6 +2,8 @@
 
 import math
 import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -49,6 +51,19 @@ def test_the_default_is_stratified_uniform() -> None:
     slots = torch.randperm(5, generator=generator) + torch.rand(5, generator=generator)
     expected = (slots / 5).clamp(max=1 - 2**-24) * torch.tensor(limits)
     assert torch.equal(TimeSampling().draw(limits, torch.Generator().manual_seed(seed)), expected)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
+def test_times_are_those_of_the_seed_whatever_torchs_defaults(
+    distribution: str, spread: str, elsewhere: Callable[[], AbstractContextManager[None]]
+) -> None:
+    sampling, seed = TimeSampling(distribution, spread=spread), random.randrange(2**32)
+    wanted = sampling.draw([1.0] * 5, torch.Generator().manual_seed(seed))
+    with elsewhere():
+        torch.set_default_dtype(torch.float64)
+        found = sampling.draw([1.0] * 5, torch.Generator().manual_seed(seed))
+    assert found.dtype == torch.float32 and torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 64])

@@ -25,7 +25,7 @@ def _text(*parts: Tensor | int) -> Text:
     ids: list[int] = []  # one tensor of a list is made sooner than a few tensors are joined
     for part in parts:
         ids += [part] if isinstance(part, int) else part.tolist()
-    return Text(torch.tensor(ids, dtype=torch.int64))
+    return Text(torch.tensor(ids, dtype=torch.int64, device="cpu"))
 
 
 def caption_image_length(caption_tokens: int, tokens_per_image: int, images: int = 1) -> int:
@@ -81,7 +81,7 @@ def mismatched(captions: Sequence[Tensor], generator: torch.Generator) -> list[i
     largest = max(counts.values(), default=0)
     if 2 * largest > len(keys):
         raise ValueError(f"{largest} of {len(keys)} captions are the same: they cannot all be given another one")
-    shuffled = torch.randperm(len(keys), generator=generator).tolist()
+    shuffled = torch.randperm(len(keys), generator=generator, device="cpu").tolist()
     group = {key: number for number, key in enumerate(dict.fromkeys(keys[i] for i in shuffled))}
     # equal captions lie side by side; a rotation by the size of the largest group takes each out of its group
     ring = sorted(shuffled, key=lambda i: group[keys[i]])
@@ -121,6 +121,6 @@ def evaluation_batch(
     beside = max(document_length(d, patch_size) - len(c) for (d,), c in zip(rows, captions, strict=True))
     length = max(map(len, captions)) + beside
     batch = collate(rows, length, patch_size, special, torch.Generator())
-    index = torch.tensor([1 + (first is not None) for first in firsts]).cumsum(0) - 1
-    placed = torch.zeros(batch.num_images).index_copy(0, index, times.float().cpu())
-    return replace(batch, times=placed, noise_seed=torch.tensor(noise_seed, dtype=torch.int64)), index
+    index = torch.tensor([1 + (first is not None) for first in firsts], device="cpu").cumsum(0) - 1
+    placed = torch.zeros(batch.num_images, dtype=torch.float32, device="cpu").index_copy(0, index, times.float().cpu())
+    return replace(batch, times=placed, noise_seed=torch.tensor(noise_seed, dtype=torch.int64, device="cpu")), index

@@ -283,7 +283,7 @@ class Loader:
         """The documents of an image row, random by the row's number alone."""
         whole = self._substituted(read, deck, places)
         generator = seeded(self.config.seed, "row", number)
-        draws = torch.rand(len(whole), 2, generator=generator, dtype=torch.float64).tolist()
+        draws = torch.rand(len(whole), 2, generator=generator, dtype=torch.float64, device="cpu").tolist()
         documents = []
         for (draft, contents), (order, dropout) in zip(whole, draws, strict=True):
             *before, latent = [self._reader.latent(content, generator) for content in contents]

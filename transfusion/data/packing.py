@@ -73,7 +73,7 @@ class RowPlan:
                 f"use a row length of at least {per_row * max(slots)}"
             )
         self._rows = pack(slots, row_length, per_row)
-        self._lengths = torch.tensor(slots, dtype=torch.int64)
+        self._lengths = torch.tensor(slots, dtype=torch.int64, device="cpu")
         self._by_length = self._lengths.argsort(stable=True)
         self._key = (seed, name)
         self._dealt: dict[int, _Deal] = {}
@@ -95,9 +95,9 @@ class RowPlan:
         dealt = self._dealt.get(epoch)
         if dealt is None:
             generator = seeded(*self._key, epoch)
-            shuffled = torch.randperm(len(self._lengths), generator=generator)
+            shuffled = torch.randperm(len(self._lengths), generator=generator, device="cpu")
             samples = torch.empty_like(shuffled)
             samples[self._by_length] = shuffled[self._lengths[shuffled].argsort(stable=True)]
-            dealt = _Deal(torch.randperm(len(self), generator=generator), samples)
+            dealt = _Deal(torch.randperm(len(self), generator=generator, device="cpu"), samples)
             self._dealt = {**{e: d for e, d in self._dealt.items() if abs(e - epoch) < 2}, epoch: dealt}
         return dealt

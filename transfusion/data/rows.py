@@ -150,7 +150,7 @@ class StreamRows(Generic[S, T]):
                 self._next = after
                 self._deck += self._expand(sample)
             packed = pack([self._length(document) for document in self._deck], self._row_length)
-            order = torch.randperm(len(packed), generator=seeded(*self._key, "block", number)).tolist()
+            order = torch.randperm(len(packed), generator=seeded(*self._key, "block", number), device="cpu").tolist()
             self._rows = [packed[row] for row in order]
             if self._next[0] > epoch + 1 and not self._rows:
                 raise ValueError(f"none of the samples in {self._stream.num_shards} shard(s) can be used")
@@ -159,7 +159,9 @@ class StreamRows(Generic[S, T]):
         """Samples without end, each with (epoch, place, cursor) after it."""
         found = place > 0 or cursor > 0  # an epoch joined in its middle proves nothing
         while True:
-            order = torch.randperm(self._stream.num_shards, generator=seeded(*self._key, "shards", epoch)).tolist()
+            order = torch.randperm(
+                self._stream.num_shards, generator=seeded(*self._key, "shards", epoch), device="cpu"
+            ).tolist()
             for shard in range(place, len(order)):
                 for after, sample in self._stream.read(order[shard], cursor):
                     found = True

@@ -86,7 +86,7 @@ class Tokenizer:
         """-> (n,) int64, without BOS or EOS. Raises `ValueError` for what is no Unicode: half of a surrogate pair."""
         if not is_unicode(text):
             raise ValueError(f"the text {text!r} is no valid Unicode: half of a surrogate pair is in it")
-        return torch.tensor(self._backend.encode(text).ids, dtype=torch.int64)
+        return torch.tensor(self._backend.encode(text).ids, dtype=torch.int64, device="cpu")
 
     def decode(self, token_ids: Tensor | Sequence[int]) -> str:
         """-> the text; special tokens say nothing."""

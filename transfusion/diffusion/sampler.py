@@ -123,7 +123,8 @@ def make_scheduler(schedule: NoiseSchedule, name: str = "fast", clip_sample: boo
         options |= {"clip_sample": clip_sample} if kind.clips else {"lambda_min_clipped": -5.1}
     if kind.path == "trigflow":
         options["sigma_data"] = schedule.sigma_data
-    return getattr(require("diffusers"), kind.class_name)(**options)
+    with torch.device("cpu"):  # whatever torch's default is
+        return getattr(require("diffusers"), kind.class_name)(**options)
 
 
 def check_scheduler(scheduler: Any, schedule: NoiseSchedule) -> None:
@@ -151,7 +152,7 @@ def check_scheduler(scheduler: Any, schedule: NoiseSchedule) -> None:
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if schedule.path == "cosine" and isinstance(alphas, Tensor):
         total = schedule.num_train_timesteps
-        signal, _ = cosine_path(torch.arange(total), total, torch.float64)
+        signal, _ = cosine_path(torch.arange(total, device="cpu"), total, torch.float64)
         # rescale_betas_zero_snr moves the cosine's by 5e-5
         if alphas.shape != signal.shape or (alphas.double().cpu() - signal**2).abs().max() > 1e-3:
             raise ValueError(
@@ -200,21 +201,26 @@ def timesteps(scheduler: Any, schedule: NoiseSchedule, steps: int) -> Tensor:
             f"steps={steps} does not divide the {total} training timesteps, and {type(scheduler).__name__} would skip "
             f"some of its path; take steps={below} or steps={above}, or another scheduler"
         )
-    takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
-    if schedule.path == "trigflow":
-        only_two = {} if steps == 2 else {"intermediate_timesteps": None}
-        scheduler.set_timesteps(steps, **only_two)
-    elif schedule.path == "flow" and takes_sigmas and "prediction_type" not in config:
-        # FlowMatch*, left alone, spends the last of its steps between sigma = 1 / T and 0, where nothing happens.
-        scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
-    else:
-        scheduler.set_timesteps(steps)
+    with torch.device("cpu"):
+        _set_timesteps(scheduler, schedule, steps)
     if hasattr(scheduler, "set_begin_index"):  # or it looks for its first timestep, and of equal ones takes the second
         scheduler.set_begin_index(0)
     # TrigFlow's list ends with t = 0, where there is nothing left to ask
     moments: Tensor = scheduler.timesteps[:-1] if schedule.path == "trigflow" else scheduler.timesteps
     _check_timesteps(scheduler, schedule, moments.cpu())
     return moments
+
+
+def _set_timesteps(scheduler: Any, schedule: NoiseSchedule, steps: int) -> None:
+    takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    if schedule.path == "trigflow":
+        only_two = {} if steps == 2 else {"intermediate_timesteps": None}
+        scheduler.set_timesteps(steps, **only_two)
+    elif schedule.path == "flow" and takes_sigmas and "prediction_type" not in getattr(scheduler, "config", {}):
+        # FlowMatch*, left alone, spends the last of its steps between sigma = 1 / T and 0, where nothing happens.
+        scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
+    else:
+        scheduler.set_timesteps(steps)
 
 
 def _check_timesteps(scheduler: Any, schedule: NoiseSchedule, moments: Tensor) -> None:

@@ -65,13 +65,19 @@ class TimeSampling:
         uniform = self._uniform(len(limits), generator).clamp(max=_BELOW_ONE)
         if self.distribution == "logit_normal":
             uniform = torch.sigmoid(self.mean + self.std * torch.special.ndtri(uniform)).clamp(max=_BELOW_ONE)
-        return uniform * torch.tensor([min(limit, self.max_time) for limit in limits], dtype=torch.float32)
+        return uniform * torch.tensor(
+            [min(limit, self.max_time) for limit in limits], dtype=torch.float32, device="cpu"
+        )
 
     def _uniform(self, count: int, generator: torch.Generator) -> Tensor:
         if self.spread == "independent":
-            return torch.rand(count, generator=generator)
-        slots = torch.randperm(count, generator=generator)
+            return _rand(count, generator)
+        slots = torch.randperm(count, generator=generator, device="cpu")
         if self.spread == "antithetic":
-            half = torch.rand((count + 1) // 2, generator=generator)
+            half = _rand((count + 1) // 2, generator)
             return torch.cat([half, 1 - half])[:count][slots]
-        return (slots + torch.rand(count, generator=generator)) / max(count, 1)
+        return (slots + _rand(count, generator)) / max(count, 1)
+
+
+def _rand(count: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")

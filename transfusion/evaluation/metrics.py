@@ -50,7 +50,7 @@ def text_figures(model: Transfusion, tokenizer: Tokenizer, texts: TextSource, ro
     entropy = -(frequencies * frequencies.log()).sum().item()
     tokens = int(counts.sum())
     loss = nats / tokens
-    perplexity = float(torch.tensor(loss).exp())
+    perplexity = float(torch.tensor(loss, dtype=torch.float32, device="cpu").exp())
     return {"loss": loss, "unigram_entropy": entropy, "perplexity": perplexity, "tokens": tokens}
 
 
@@ -128,8 +128,8 @@ def _one_draw(model: Transfusion, samples: Samples, draw: int, draws: int, seed:
     generator = seeded(seed, "evaluation", draw)
     captions, latents, before = samples
     count, patch, device = len(captions), model.config.patch_size, model.head.weight.device
-    times = (draw + torch.rand(count, generator=generator)) / draws
-    noise_seed = int(torch.randint(0, 2**62, (), generator=generator))
+    times = (draw + torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")) / draws
+    noise_seed = int(torch.randint(0, 2**62, (), generator=generator, device="cpu"))
 
     def losses(shown: Sequence[Tensor], of: Callable[[Batch], Tensor]) -> Tensor:
         batch, judged = evaluation_batch(shown, latents, times, noise_seed, patch, model.config.special, before)
@@ -138,7 +138,7 @@ def _one_draw(model: Transfusion, samples: Samples, draw: int, draws: int, seed:
     def of_model(batch: Batch) -> Tensor:
         return model(batch).per_image
 
-    shuffled = torch.zeros(0)
+    shuffled = torch.zeros(0, device="cpu")
     if 2 * Counter(tuple(caption.tolist()) for caption in captions).most_common(1)[0][1] <= count:
         shuffled = losses([captions[i] for i in mismatched(captions, generator)], of_model)
     return losses(captions, of_model), shuffled, losses(captions, partial(_loss_of_zero, model))

@@ -117,14 +117,14 @@ class _Row:
 
     def _close_run(self) -> None:
         if self._run:
-            self._segments.append(Text(torch.tensor(self._run, dtype=torch.int64)))
+            self._segments.append(Text(torch.tensor(self._run, dtype=torch.int64, device="cpu")))
             self._run = []
 
     def result(self) -> Generation:
         self._close_run()
         tokens, logprobs = (
-            torch.tensor(self.tokens, dtype=torch.int64),
-            torch.tensor(self.logprobs, dtype=torch.float64),
+            torch.tensor(self.tokens, dtype=torch.int64, device="cpu"),
+            torch.tensor(self.logprobs, dtype=torch.float64, device="cpu"),
         )
         return Generation(tuple(self._segments), tokens, logprobs, self.finish)
 
@@ -233,16 +233,16 @@ def _write(plan: _Plan, text: list[_Following]) -> list[_Group]:
         if not is_replayed(state.device) or 2 * len(going) <= len(rows):
             ((rows, state),) = _those(rows, state, going)
             going = list(range(len(rows)))
-        logits = state.next(torch.tensor([row.tokens[-1] for row in rows]), going)
+        logits = state.next(torch.tensor([row.tokens[-1] for row in rows], device="cpu"), going)
 
 
 def _draw(plan: _Plan, drawing: list[_Group]) -> list[_Following]:
     """Takes all groups of `drawing`, and draws an image for every row -> those that go on: one group."""
     rows, state = [row for group, _ in drawing for row in group], Rows.stack([each for _, each in drawing])
     drawing.clear()
-    state.next(torch.tensor([plan.model.config.special.boi]).expand(len(rows)))
+    state.next(torch.tensor([plan.model.config.special.boi], device="cpu").expand(len(rows)))
     generators = [row.image_generator() for row in rows]
-    drawn = [torch.randn(plan.latent_shape, generator=each, dtype=torch.float32) for each in generators]
+    drawn = [torch.randn(plan.latent_shape, generator=each, dtype=torch.float32, device="cpu") for each in generators]
     latents = sample(
         _predictor(plan, state),
         torch.stack(drawn).to(state.device),
@@ -265,9 +265,9 @@ def _predictor(plan: _Plan, state: Rows) -> Predict:
     guidance, special = plan.guidance, plan.model.config.special
     if guidance.off:
         return Denoiser(state, plan.latent_shape)
-    document = (Text(torch.tensor([special.bos])),)
+    document = (Text(torch.tensor([special.bos], device="cpu")),)
     single, _ = Rows.start(plan.model, [document], plan.image_tokens + 2, plan.impl)
-    single.next(torch.tensor([special.boi]))
+    single.next(torch.tensor([special.boi], device="cpu"))
     denoiser = Denoiser(state, plan.latent_shape, single.take([0] * len(state)))
     schedule = plan.model.config.schedule
     # decided here, on the host: to read a timestep back from the device would wait for all work before it
@@ -285,8 +285,8 @@ def _known(plan: _Plan, rows: Sequence[_Row], device: torch.device) -> Known | N
     given = [row.request.known if not row.images else None for row in rows]
     if not any(given):
         return None
-    everything = torch.ones(1, *plan.latent_shape[1:], dtype=torch.bool)
-    nothing = Known(torch.zeros(plan.latent_shape), everything)
+    everything = torch.ones(1, *plan.latent_shape[1:], dtype=torch.bool, device="cpu")
+    nothing = Known(torch.zeros(plan.latent_shape, device="cpu"), everything)
     latents, unknown = zip(*[known or nothing for known in given], strict=True)
     return Known(torch.stack(latents).float().to(device), torch.stack(unknown).to(device))
 

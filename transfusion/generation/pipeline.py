@@ -198,7 +198,7 @@ class TransfusionPipeline:
         return self._output(done, stops, output_type)
 
     def _request(self, row: Row, max_new_tokens: int, max_images: int) -> Request:
-        text = [torch.tensor([self.tokenizer.special.bos])]
+        text = [torch.tensor([self.tokenizer.special.bos], device="cpu")]
         before: tuple[Text | Image, ...] = ()
         known = None
         if row.image is not None:
@@ -243,12 +243,12 @@ class TransfusionPipeline:
 
     def _output(self, done: Sequence[Generation], stops: StopStrings, output_type: str) -> PipelineOutput:
         latents = [latent for each in done for latent in each.images]
-        images: Any = torch.stack(latents) if latents else torch.zeros(0, *self.latent_shape)
+        images: Any = torch.stack(latents) if latents else _none(*self.latent_shape)
         if output_type != "latent" and latents:
             images = from_pixels(self.autoencoder.decode(images), output_type)
         elif output_type != "latent":
             sides = (side * self.autoencoder.downscale for side in self.latent_shape[1:])
-            images = [] if output_type == "pil" else torch.zeros(0, 3, *sides)
+            images = [] if output_type == "pil" else _none(3, *sides)
         documents, count = [], 0
         for each in done:
             document: list[str | int] = []
@@ -316,7 +316,7 @@ class TransfusionPipeline:
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts; give one of each")
         contexts = [self._request(Row(None, image, None, "text"), 1, 0).context for image in images]
-        end = torch.tensor([self.tokenizer.special.eos])
+        end = torch.tensor([self.tokenizer.special.eos], device="cpu")
         targets = [torch.cat([self.tokenizer.encode(text), end]) for text in texts]
         for index, (context, target) in enumerate(zip(contexts, targets, strict=True)):
             length = document_length(context, self.model.config.patch_size) + len(target)
@@ -326,3 +326,8 @@ class TransfusionPipeline:
                     "longest document of the model; give a shorter text"
                 )
         return torch.stack([each.sum() for each in score(self.model, contexts, targets)])
+
+
+def _none(*shape: int) -> Tensor:
+    """No images of this shape."""
+    return torch.zeros(0, *shape, dtype=torch.float32, device="cpu")

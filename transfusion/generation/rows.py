@@ -83,7 +83,9 @@ def full_hidden(
         segment.latent.to(device) for document in documents for segment in document if isinstance(segment, Image)
     ]
     alike = len({latent.shape for latent in latents}) == 1
-    patches = patches_of(model, torch.stack(latents) if alike else latents) if latents else torch.empty(0)
+    patches = (
+        patches_of(model, torch.stack(latents) if alike else latents) if latents else torch.empty(0, device=device)
+    )
     hidden = model.hidden(batch, patches, clean, impl, window)
     if cache is not None:
         cache.advance(lengths)
@@ -124,7 +126,7 @@ class Rows:
         """Reads the documents -> their rows, with room for `capacity` tokens each, and the logits of what follows."""
         cache = KVCache.of(model, len(documents), capacity)
         hidden, lengths = full_hidden(model, documents, impl, cache)
-        last = hidden[torch.arange(len(hidden)), torch.tensor(lengths) - 1]
+        last = hidden[torch.arange(len(hidden), device="cpu"), torch.tensor(lengths, device="cpu") - 1]
         return Rows(model, cache, impl), logits_of(model, last)
 
     def next(self, token_ids: Tensor, going: Sequence[int] | None = None) -> Tensor:

@@ -78,7 +78,7 @@ def _drawn(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tens
 
     A token of probability 0 passes nothing. Of a row that is not finite any token, which `choose` refuses.
     """
-    shares = torch.stack([torch.rand((), dtype=torch.float64, generator=own) for own in generators])
+    shares = torch.stack([torch.rand((), dtype=torch.float64, generator=own, device="cpu") for own in generators])
     running = probabilities.cumsum(-1)
     whole = running[:, -1:]
     share = torch.minimum(shares.to(whole.device)[:, None] * whole, whole.nextafter(torch.zeros_like(whole)))

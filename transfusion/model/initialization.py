@@ -20,7 +20,8 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     U-Net 1/√fan_in. What closes a residual branch is divided by √(number of branches) on the same path.
     """
     if len(shape) < 2:
-        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        made = torch.zeros if name.endswith("bias") else torch.ones
+        return made(shape, dtype=torch.float32, device="cpu")
     branches = 2 * config.layers
     deviation = 0.02
     if config.codec == "unet" and name.startswith("codec."):
@@ -31,7 +32,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
         deviation /= math.sqrt(branches)
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape, device="cpu").normal_(std=deviation, generator=generator)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(std=deviation, generator=generator)
 
 
 @torch.no_grad()

@@ -181,7 +181,9 @@ class AutoencoderTrainer:
         images = images.to(self.device)
         generator = seeded(self.config.seed, "latents", self.step)
         posterior = self.vae.encode(images).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(self.device)
+        noise = torch.randn(posterior.mean.shape, generator=generator, dtype=torch.float32, device="cpu").to(
+            self.device
+        )
         decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
         losses = {"l1": (images - decoded).abs().mean(), "kl": posterior.kl().sum() / images.numel()}
         total = losses["l1"] + self.config.kl_weight * losses["kl"]
@@ -226,7 +228,7 @@ class AutoencoderTrainer:
 
     def _image(self, place: int) -> Tensor:
         epoch, index = divmod(place, len(self.images))
-        order = torch.randperm(len(self.images), generator=seeded(self.config.seed, "order", epoch))
+        order = torch.randperm(len(self.images), generator=seeded(self.config.seed, "order", epoch), device="cpu")
         for offset in range(len(self.images)):
             number = int(order[(index + offset) % len(order)])
             try:
@@ -298,7 +300,7 @@ def write_sheet(path: Path, originals: Tensor, vae: Any, device: torch.device | 
     """A PNG of the originals (I, 3, H, W), eight in a row, and below each row what the autoencoder makes of it."""
     decoded = torch.cat([vae.decode(_mode(vae, image[None].to(device))).sample.cpu() for image in originals])
     rows = [part for pair in zip(originals.split(8), decoded.split(8), strict=True) for part in pair]
-    blank = torch.ones(8, *originals.shape[1:])
+    blank = torch.ones(8, *originals.shape[1:], device="cpu")
     sheet = torch.cat([torch.cat([row, blank])[:8] for row in rows])
     aside = path.with_suffix(".tmp.png")
     require("PIL.Image").fromarray(contact_sheet(sheet)).save(aside)

@@ -39,7 +39,7 @@ class World:
         """Sums over ranks, from host to host. Raises `ConnectionError` where another rank has died or hangs."""
         if self.control is None:
             return list(numbers)
-        summed = torch.tensor(numbers, dtype=torch.int64)
+        summed = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         try:
             dist.all_reduce(summed, group=self.control)
         except RuntimeError as error:

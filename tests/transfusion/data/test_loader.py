@@ -65,6 +65,14 @@ def test_a_batch_is_a_function_of_seed_step_and_rank():
     assert not _same(Loader(replace(CONFIG, seed=seed), TOKENIZER, source, TEXTS, None, 1, 2).batch(0), batches[0])
 
 
+def test_batches_are_made_on_the_host_whatever_torchs_default_device(elsewhere):
+    source, found = NoiseImages(30), []
+    wanted = [Loader(CONFIG, TOKENIZER, source, TEXTS).batch(step) for step in range(2)]
+    with elsewhere():
+        found = [Loader(CONFIG, TOKENIZER, source, TEXTS).batch(step) for step in range(2)]
+    assert all(map(_same, found, wanted))
+
+
 @pytest.mark.parametrize("start", [0, 1, 9])
 def test_iterate_goes_on_from_the_state_which_is_a_row_number(start):
     loader = Loader(CONFIG, TOKENIZER, NoiseImages(30), TEXTS)

@@ -195,6 +195,27 @@ def test_noise_is_of_the_seed_whatever_torchs_default(pipeline):
     assert (found[0] - wanted[0]).abs().max() < 1e-4
 
 
+def test_what_is_of_the_host_is_there_whatever_torchs_default_device(pipeline, elsewhere):
+    picture, mask = Pil.new("RGB", (12, 8), "orange"), Pil.new("L", (12, 8), 255)
+    rows = {"prompt": ["red", None, "green", "red", "red"], "image": [None, picture, None, picture, picture]}
+    rows |= {"mask_image": [None] * 4 + [mask], "output": ["image", "text", "both", "image", "image"]}
+    options = {"num_inference_steps": 2, "max_new_tokens": 5, "temperature": 1.5, "output_type": "latent"}
+
+    def everything():
+        done = pipeline(**rows, **options)
+        few = pipeline("red", scheduler="dpmsolver", num_inference_steps=5).images
+        none = pipeline("red", output="text", max_new_tokens=1, output_type="pt")
+        return done, few, none.images, pipeline.score([picture], ["red"])
+
+    wanted = everything()
+    with elsewhere():
+        found = everything()
+    assert found[0].text == wanted[0].text and torch.equal(found[0].images, wanted[0].images)
+    for mine, theirs in zip(found[0].logprobs, wanted[0].logprobs, strict=True):
+        assert torch.equal(mine, theirs)
+    assert found[1] == wanted[1] and found[2].device.type == "cpu" and torch.equal(found[3], wanted[3])
+
+
 def test_latents_that_end_without_numbers_are_no_picture(pipeline):
     def last(pipe, step, timestep, values):
         return {"latents": values["latents"] * (torch.nan if step == 1 else 1)}
