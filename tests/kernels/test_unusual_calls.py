@@ -176,6 +176,7 @@ def test_autocast_casts_what_torch_would() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"scale": "x"}, TypeError, "scale='x' must be a number, got str"),
         ({"scale": torch.tensor(0.3)}, TypeError, "scale must be a number; a Tensor would get no gradient"),
         ({"dim": 0}, ValueError, "has no head dimension"),
         ({"impl": "flex", "dtype": torch.float64}, RuntimeError, "FlexAttention takes no float64"),
