@@ -87,3 +87,22 @@ def test_a_scheduler_that_overflows_is_not_taken_for_the_network():
             steps=3,
             generators=[torch.Generator()],
         )
+
+
+def test_what_a_callback_gives_goes_on_in_float32_and_without_its_gradient():
+    schedule, weight = NoiseSchedule("v_prediction"), torch.ones((), dtype=torch.float64, requires_grad=True)
+    options = {"schedule": schedule, "scheduler": make_scheduler(schedule), "steps": 4}
+    seen = []
+
+    def predict(latents, timestep):
+        seen.append((latents.dtype, latents.requires_grad))
+        return latents.tanh()
+
+    def steer(step, timestep, latents):
+        with torch.enable_grad():
+            return latents * weight
+
+    noise = torch.randn(2, 3, 4, 4)
+    found = sample(predict, noise, generators=[torch.Generator()] * 2, on_step_end=steer, **options)
+    assert set(seen) == {(torch.float32, False)} and found.dtype == torch.float32 and not found.requires_grad
+    assert torch.equal(found, sample(predict, noise, generators=[torch.Generator()] * 2, **options))

@@ -263,11 +263,12 @@ def sample(
             same on every device.
         known: a part of the images that stays as it is; the rest is painted to fit it. At every step the known part is
             put back, noised as far as the rest is then (RePaint, arXiv 2201.09865, without its resampling).
-        on_step_end: (step from 0, timestep, latents) -> the latents to go on with, called after every step.
+        on_step_end: (step from 0, timestep, latents) -> the latents to go on with, called after every step; what it
+            gives is taken without its gradient, in float32.
         progress: show a bar.
 
     Raises:
-        ValueError: a scheduler of another path, a number of steps that does not fit.
+        ValueError: a scheduler of another path, a number of steps that does not fit, what on_step_end gives.
         TypeError: what is no scheduler.
         FloatingPointError: a prediction that is not finite, naming the step.
     """
@@ -289,12 +290,20 @@ def sample(
         prediction = predict(scale_input(latents, moment), times[step].expand(len(latents))).float()
         health.see(step, latents, prediction)
         latents = scheduler.step(unit * prediction, moment, latents, **options, return_dict=False)[0]
-        latents = latents if on_step_end is None else on_step_end(step, moment, latents)
+        latents = latents if on_step_end is None else _gone_on_with(on_step_end(step, moment, latents), latents)
     health.check()
     if not latents.isfinite().all():
         made = "on_step_end" if on_step_end else type(scheduler).__name__
         raise FloatingPointError(f"the latents after the last of {len(moments)} denoising steps are not finite: {made}")
     return latents if known is None else torch.where(known.unknown, latents, known.latents.float())
+
+
+def _gone_on_with(given: Any, latents: Tensor) -> Tensor:
+    """What `on_step_end` gave. Raises `ValueError` where it is not like the latents."""
+    if not isinstance(given, Tensor) or given.shape != latents.shape or not given.dtype.is_floating_point:
+        found = f"{tuple(given.shape)} {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(f"on_step_end gave latents {found}; they must be {tuple(latents.shape)} floating point")
+    return given.detach().to(latents.device, torch.float32)
 
 
 def _check_can_noise(scheduler: Any) -> None:
