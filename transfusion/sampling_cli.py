@@ -91,6 +91,10 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError("--edit needs --prompt: what is to change")
     if options.mask is not None and options.edit is None:
         raise ValueError("--mask needs --edit: the image that it is a part of")
+    if options.max_tokens < 1 and (options.image or options.text or options.story):
+        raise ValueError(f"--max-tokens {options.max_tokens} leaves nothing to write; give at least 1")
+    if options.max_images < 0:
+        raise ValueError(f"--max-images {options.max_images}: a story cannot have fewer than 0")
     options = with_model(options)
     _check_folder(options.out)
     earlier = _numbered(options.out)

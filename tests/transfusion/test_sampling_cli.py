@@ -161,6 +161,8 @@ def test_a_folder_that_cannot_be_written_to_fails_before_any_work(folder, tmp_pa
         (["--prompt", "red", "--run", "runs/x"], "give one of --run"),
         (["--text", "red", "--edit", "x.png"], "--edit needs --prompt"),
         (["--prompt", "red", "--mask", "x.png"], "--mask needs --edit"),
+        (["--text", "red", "--max-tokens", "0"], "--max-tokens 0 leaves nothing to write; give at least 1"),
+        (["--story", "red", "--max-images", "-1"], "--max-images -1: a story cannot have fewer than 0"),
         (["--prompt", ""], "prompt 0 is empty"),
         (["--prompt", "red " * 90], "longer than max_length=90"),
         (["--prompt", "red", "--scheduler", "plms"], "scheduler 'plms' is unknown"),

@@ -1,6 +1,7 @@
 """Checks of what a user gives, each naming the argument, its value and what is wanted."""
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +24,25 @@ def real(name: str, given: Any) -> float:
         return float(given)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}={given!r} must be a number, got {type(given).__name__}") from error
+
+
+def sides(given: Any) -> tuple[int, ...]:
+    """A latent_shape as ints. Raises `TypeError` for what is none."""
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise TypeError(f"latent_shape={given!r} must be (C, h, w), got {type(given).__name__}")
+    return tuple(whole("a side of latent_shape", side) for side in given)
+
+
+def of_kind(name: str, given: Any, kind: type) -> None:
+    """Raises `TypeError` unless `given` is a `kind`."""
+    if not isinstance(given, kind):
+        raise TypeError(f"{name}={given!r} must be a {kind.__name__}, got {type(given).__name__}")
+
+
+def function(name: str, given: Any) -> None:
+    """Raises `TypeError` unless `given` can be called, or is None."""
+    if given is not None and not callable(given):
+        raise TypeError(f"{name}={given!r} must be a function or None, got {type(given).__name__}")
 
 
 def seed_of_64_bits(given: Any) -> int:

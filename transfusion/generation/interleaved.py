@@ -14,9 +14,10 @@ from torch import Tensor
 
 from transfusion.data.packing import seeded
 from transfusion.diffusion.sampler import Known, OnStepEnd, Predict, check_scheduler, sample, timesteps
+from transfusion.generation.arguments import function, of_kind, sides, whole
 from transfusion.generation.graphs import is_replayed
 from transfusion.generation.guidance import Guidance
-from transfusion.generation.requests import Generation, Request, check_requests
+from transfusion.generation.requests import Generation, Request, check_requests, listed
 from transfusion.generation.rows import Denoiser, Rows, inference
 from transfusion.generation.text import TextSampling, choose
 from transfusion.model import Transfusion
@@ -165,7 +166,8 @@ def generate(
         sampling: of text.
         stop: told the text tokens since the last image after each new one; True ends the document.
         max_length: tokens of the longest document that the model can read; documents end there.
-        on_step_end: (step from 0, timestep, latents (I, C, h, w)) -> the latents to go on with, after every step.
+        on_step_end: (step from 0, timestep, latents (I, C, h, w)) -> the latents to go on with, after every step; what
+            it gives is taken without its gradient, in float32.
         impl: of the kernels.
         progress: show a bar for each round of denoising.
 
@@ -173,9 +175,11 @@ def generate(
         ValueError, TypeError: an argument that does not fit, named with the fix.
         FloatingPointError: logits or a prediction that are not finite.
     """
-    shape, requests = tuple(latent_shape), list(requests)
+    shape, requests = sides(latent_shape), listed(requests)
+    _check_kinds(guidance, sampling, stop, max_length, on_step_end)
     plan = _Plan(model, shape, scheduler, steps, guidance, sampling, stop, max_length, on_step_end, impl, progress)
     check_call(model, requests, shape, scheduler, steps, max_length)
+    _check_stop_tokens(model, sampling)
     rows = [_Row(plan, request) for request in requests]
     with inference(model):
         state, logits = Rows.start(model, [r.context for r in requests], max(row.reach() for row in rows), impl)
@@ -203,6 +207,21 @@ def check_call(
     if any(request.max_images for request in requests):
         check_scheduler(scheduler, model.config.schedule)
         timesteps(copy.deepcopy(scheduler), model.config.schedule, steps)  # raises where steps do not fit
+
+
+def _check_kinds(guidance: Any, sampling: Any, stop: Any, max_length: Any, on_step_end: Any) -> None:
+    of_kind("guidance", guidance, Guidance)
+    of_kind("sampling", sampling, TextSampling)
+    function("stop", stop)
+    function("on_step_end", on_step_end)
+    if max_length is not None:
+        whole("max_length", max_length)
+
+
+def _check_stop_tokens(model: Transfusion, sampling: TextSampling) -> None:
+    size = model.config.vocab_size
+    if any(token >= size for token in sampling.stop_tokens):
+        raise ValueError(f"stop_tokens={sampling.stop_tokens} must be within the vocabulary of {size}")
 
 
 def _those(rows: Sequence[_Row], state: Rows, chosen: Sequence[int]) -> list[_Group]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transfusion import config as configs
 from transfusion.data import Autoencoder, DiffusersAutoencoder, PixelAutoencoder, Tokenizer
 from transfusion.diffusion.sampler import Known, OnStepEnd, can_clip, default_steps, make_scheduler
-from transfusion.generation.arguments import whole
+from transfusion.generation.arguments import function, sides, whole
 from transfusion.generation.guidance import Guidance
 from transfusion.generation.inputs import PipelineOutput, Row, StopStrings, rows_of, seeds_of
 from transfusion.generation.interleaved import check_call, generate
@@ -88,7 +88,7 @@ class TransfusionPipeline:
         max_length: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.autoencoder = model, tokenizer, autoencoder
-        channels, height, width = (whole("a side of latent_shape", side) for side in latent_shape)
+        channels, height, width = sides(latent_shape)
         self.latent_shape, self.max_length = (channels, height, width), max_length
 
     # ---------------------------------------------------------------- the folder
@@ -213,6 +213,8 @@ class TransfusionPipeline:
             text.append(self.tokenizer.encode(row.prompt))
         segments = (*before, Text(torch.cat(text))) if text else before
         tokens = 0 if row.output == "image" else max_new_tokens
+        if row.output != "image" and whole("max_new_tokens", tokens) < 1:
+            raise ValueError(f"max_new_tokens={tokens} asks for nothing where output={row.output!r}; give at least 1")
         images = {"image": 1, "text": 0, "both": max_images}[row.output]
         return Request(segments, tokens, images, row.output == "image", known=known)
 
@@ -226,6 +228,7 @@ class TransfusionPipeline:
         return make_scheduler(schedule, scheduler, clips), count
 
     def _on_step_end(self, callback: Callback | None) -> OnStepEnd | None:
+        function("callback_on_step_end", callback)
         if callback is None:
             return None
 
@@ -233,11 +236,8 @@ class TransfusionPipeline:
             given = callback(self, step, timestep, {"latents": latents})
             if given is not None and not isinstance(given, dict):
                 raise TypeError(f"callback_on_step_end must give a dict or None, got {type(given).__name__}")
-            changed = (given or {}).get("latents", latents)
-            if not isinstance(changed, Tensor) or changed.shape != latents.shape:
-                found = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
-                raise ValueError(f"callback_on_step_end gave latents {found}; they must be {tuple(latents.shape)}")
-            return changed
+            changed: Tensor = (given or {}).get("latents", latents)
+            return changed  # `sample` looks at it
 
         return on_step_end
 
@@ -292,10 +292,11 @@ class TransfusionPipeline:
         return self.autoencoder.decode(done.images)
 
     def captions(
-        self, images: Tensor, *, max_new_tokens: int = 32, temperature: float = 0.0, seed: int = 0
+        self, images: Tensor | Sequence[Any], *, max_new_tokens: int = 32, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
-        """(I, 3, H, W) in [-1, 1] -> a caption of each; greedy by default, as in the paper."""
-        shown = list((images.float() + 1).clamp(0, 2) / 2)
+        """(I, 3, H, W) in [-1, 1], or images as a call takes them, -> a caption of each; greedy by default, as in the
+        paper."""
+        shown = list((images.float() + 1).clamp(0, 2) / 2) if isinstance(images, Tensor) else images
         done = self(image=shown, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         return [caption.strip() for caption in done.text]
 
@@ -315,6 +316,8 @@ class TransfusionPipeline:
             raise TypeError(f"texts={texts!r} must be a list, one for each image")
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts; give one of each")
+        if not len(images):
+            raise ValueError("images is an empty list: give at least one image and its text")
         contexts = [self._request(Row(None, image, None, "text"), 1, 0).context for image in images]
         end = torch.tensor([self.tokenizer.special.eos], device="cpu")
         targets = [torch.cat([self.tokenizer.encode(text), end]) for text in texts]

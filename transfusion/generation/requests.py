@@ -1,8 +1,8 @@
 """What generation may be asked for, checked before any work is done, and what it gives back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +83,17 @@ class Generation(NamedTuple):
         return [segment.latent for segment in self.new if isinstance(segment, Image)]
 
 
+def listed(requests: Any) -> list[Request]:
+    """The requests as a list. Raises `TypeError` for one alone, and for what is none, naming it."""
+    if not isinstance(requests, Iterable):
+        raise TypeError(f"requests must be a list of Request, got {type(requests).__name__}; give [request]")
+    found = list(requests)
+    for index, request in enumerate(found):
+        if not isinstance(request, Request):
+            raise TypeError(f"request {index} must be a Request, got {type(request).__name__}")
+    return found
+
+
 def check_requests(
     model: Transfusion, requests: Sequence[Request], latent_shape: Sequence[int], max_length: int | None
 ) -> None:
@@ -107,6 +118,7 @@ def check_requests(
 def check_contexts(model: Transfusion, contexts: Sequence[Document]) -> None:
     """Raises `ValueError` unless each is a document so far: text that begins with BOS, then anything of the model's."""
     config = model.config
+    check_documents(contexts)
     if not len(contexts):
         raise ValueError("no contexts are given: generation needs at least one, such as (Text(torch.tensor([bos])),)")
     for index, context in enumerate(contexts):
@@ -128,6 +140,19 @@ def check_contexts(model: Transfusion, contexts: Sequence[Document]) -> None:
                     f"context {index} holds token ids {int(ids.min())}..{int(ids.max())}, outside the vocabulary "
                     f"of {config.vocab_size}; is the tokenizer the model's?"
                 )
+
+
+def check_documents(contexts: Sequence[Document]) -> None:
+    """Raises `TypeError` unless each is a tuple, or a list, of Text and Image."""
+    for index, context in enumerate(contexts):
+        alone = isinstance(context, Text | Image)  # which are tuples too
+        if alone or not isinstance(context, Sequence):
+            cure = "; give (segment,)" if alone else ""
+            kind = type(context).__name__
+            raise TypeError(f"context {index} must be a tuple of Text and Image segments, got {kind}{cure}")
+        for segment in context:
+            if not isinstance(segment, Text | Image):
+                raise TypeError(f"context {index} holds a {type(segment).__name__}; its segments are Text and Image")
 
 
 def check_latent_shape(model: Transfusion, shape: Sequence[int]) -> None:
@@ -166,4 +191,8 @@ def _check_known(index: int, known: Known, latent_shape: tuple[int, ...]) -> Non
     if known.unknown.dtype != torch.bool:
         raise TypeError(
             f"known.unknown of request {index} must be bool, True where to paint, got {known.unknown.dtype}"
+        )
+    if not (known.latents.isfinite() | known.unknown).all():
+        raise ValueError(
+            f"known of request {index} has latents with NaN or infinities; look at the image and its autoencoder"
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from transfusion.generation.arguments import check_token_ids
-from transfusion.generation.requests import check_contexts
+from transfusion.generation.requests import check_contexts, check_documents
 from transfusion.generation.rows import full_hidden, inference
 from transfusion.model import Transfusion
 from transfusion.sequence import Document, Text, document_length
@@ -36,6 +36,7 @@ def score(
         check_token_ids(f"target {index}", target)
         if not len(target):
             raise ValueError(f"target {index} is empty; it must be (T,) with at least one token")
+    check_documents(contexts)
     documents = [(*context, Text(target)) for context, target in zip(contexts, targets, strict=True)]
     check_contexts(model, documents)
     with inference(model):

@@ -1,9 +1,9 @@
 """token ~ softmax(logits / temperature) over the tokens that top-k, top-p and min-p leave; greedy at temperature 0."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class TextSampling:
         top_k: sample from the k likeliest tokens only.
         top_p: sample from the fewest likeliest tokens, of those, whose probabilities add up to top_p or more.
         min_p: and of those, from the tokens at least min_p times as likely as the likeliest (arXiv 2407.01082).
-        stop_tokens: ids that end a document as EOS does; they are its last token.
+        stop_tokens: ids that end a document as EOS does; they are its last token. Any iterable of them.
 
     Raises:
         ValueError: a number out of range.
@@ -34,6 +34,7 @@ class TextSampling:
     stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_tokens", _ids(self.stop_tokens))
         real("temperature", self.temperature)
         for name in ("top_p", "min_p"):
             if getattr(self, name) is not None:
@@ -48,6 +49,15 @@ class TextSampling:
             raise ValueError(f"top_p={self.top_p} must be within (0, 1]; None is no limit")
         if self.min_p is not None and not 0 < self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must be within (0, 1]; None is no limit")
+
+
+def _ids(given: Any) -> tuple[int, ...]:
+    if not isinstance(given, Iterable) or isinstance(given, str | bytes):
+        raise TypeError(f"stop_tokens={given!r} must be token ids, such as (2,), got {type(given).__name__}")
+    ids = tuple(whole("a stop token", each) for each in given)
+    if ids and min(ids) < 0:
+        raise ValueError(f"stop_tokens={ids} must be token ids, from 0 on")
+    return ids
 
 
 class Choice(NamedTuple):

@@ -13,7 +13,7 @@ from PIL import Image as Pil
 
 from transfusion.data import PixelAutoencoder, Tokenizer
 from transfusion.data.packing import seeded
-from transfusion.diffusion.sampler import make_scheduler
+from transfusion.diffusion.sampler import Known, make_scheduler
 from transfusion.generation import Guidance, TextSampling, TransfusionPipeline, generate
 from transfusion.generation.media import to_pixels, to_unknown
 from transfusion.generation.requests import Request
@@ -60,6 +60,9 @@ def test_seeds_are_numbers_whatever_their_kind():
         (lambda: TextSampling(1.0, top_k=2.0), r"top_k=2\.0 must be a whole number, got float"),
         (lambda: TextSampling(1.0, top_p="x"), "top_p='x' must be a number, got str"),
         (lambda: TextSampling(1.0, min_p=[1]), r"min_p=\[1\] must be a number, got list"),
+        (lambda: TextSampling(stop_tokens=5), r"stop_tokens=5 must be token ids, such as \(2,\), got int"),
+        (lambda: TextSampling(stop_tokens=None), "stop_tokens=None must be token ids"),
+        (lambda: TextSampling(stop_tokens=("a",)), "a stop token='a' must be a whole number, got str"),
         (lambda: Guidance("3"), "guidance scale='3' must be a number, got str"),
         (lambda: Guidance(3.0, 0.5), r"guidance interval=0\.5 must be two times"),
         (lambda: Guidance(3.0, (0.0, "x")), "a time of the guidance interval='x' must be a number, got str"),
@@ -69,6 +72,69 @@ def test_seeds_are_numbers_whatever_their_kind():
 def test_no_numbers_are_named(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"requests": Request(CONTEXT, 1)}, TypeError, r"must be a list of Request, got Request; give \[request\]"),
+        ({"requests": [CONTEXT]}, TypeError, "request 0 must be a Request, got tuple"),
+        (
+            {"requests": [Request(CONTEXT[0], 1)]},
+            TypeError,
+            r"context 0 must be a tuple .* got Text; give \(segment,\)",
+        ),
+        (
+            {"requests": [Request((torch.tensor([1]),), 1)]},
+            TypeError,
+            "context 0 holds a Tensor; its segments are Text",
+        ),
+        ({"requests": [Request(None, 1)]}, TypeError, "context 0 must be a tuple of Text and Image .* got NoneType"),
+        ({"latent_shape": (3, 4.0, 6.0)}, TypeError, r"a side of latent_shape=4\.0 must be a whole number, got float"),
+        ({"latent_shape": 4}, TypeError, r"latent_shape=4 must be \(C, h, w\), got int"),
+        ({"guidance": 3.0}, TypeError, r"guidance=3\.0 must be a Guidance, got float"),
+        ({"sampling": None}, TypeError, "sampling=None must be a TextSampling, got NoneType"),
+        ({"stop": "x"}, TypeError, "stop='x' must be a function or None, got str"),
+        ({"max_length": "x"}, TypeError, "max_length='x' must be a whole number, got str"),
+        ({"on_step_end": 5}, TypeError, "on_step_end=5 must be a function or None, got int"),
+        (
+            {"on_step_end": lambda *_: None},
+            ValueError,
+            r"on_step_end gave latents NoneType; .* \(1, 3, 4, 6\) floating",
+        ),
+        ({"on_step_end": lambda *_: torch.zeros(2)}, ValueError, r"on_step_end gave latents \(2,\) torch\.float32"),
+        ({"on_step_end": lambda s, t, x: x.long()}, ValueError, r"gave latents \(1, 3, 4, 6\) torch\.int64"),
+        ({"sampling": TextSampling(stop_tokens=[300])}, ValueError, r"stop_tokens=\(300,\) .* vocabulary of 300"),
+    ],
+)
+def test_arguments_of_generate_are_named(pipeline, change, error, message):
+    model = pipeline.model
+    options = {"latent_shape": SHAPE, "scheduler": make_scheduler(model.config.schedule), "steps": 2}
+    given = {"requests": [Request(CONTEXT, 0, 1, image_next=True)]} | options | change
+    with pytest.raises(error, match=message):
+        generate(model, **given)
+
+
+def test_stop_tokens_are_ids_of_any_kind():
+    assert TextSampling(stop_tokens=torch.tensor([2, 7])).stop_tokens == (2, 7)
+    with pytest.raises(ValueError, match=r"stop_tokens=\(2, -1\) must be token ids, from 0 on"):
+        TextSampling(stop_tokens=[2, -1])
+
+
+def test_a_part_that_is_given_has_numbers(pipeline):
+    """Where it is painted over it need have none."""
+    model, unknown = pipeline.model, torch.zeros(1, *SHAPE[1:], dtype=torch.bool)
+    unknown[:, :2] = True
+    options = {"latent_shape": SHAPE, "scheduler": make_scheduler(model.config.schedule), "steps": 2}
+    for row, fits in ((0, True), (3, False)):
+        latents = torch.zeros(SHAPE)
+        latents[:, row] = torch.nan
+        request = Request(CONTEXT, 0, 1, image_next=True, known=Known(latents, unknown))
+        if fits:
+            assert generate(model, [request], **options)[0].images[0].isfinite().all()
+            continue
+        with pytest.raises(ValueError, match="known of request 0 has latents with NaN or infinities"):
+            generate(model, [request], **options)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +172,8 @@ def test_token_ids_are_a_tensor_of_whole_numbers(pipeline, token_ids, error):
         generate(pipeline.model, [Request((Text(token_ids),), 1)], latent_shape=SHAPE)
     with pytest.raises(error, match="target 0"):
         score(pipeline.model, [CONTEXT], [token_ids])
+    with pytest.raises(TypeError, match="context 0 must be a tuple of Text and Image segments, got Text"):
+        score(pipeline.model, [CONTEXT[0]], [torch.tensor([5])])
 
 
 def test_the_smallest_temperature_is_greedy():

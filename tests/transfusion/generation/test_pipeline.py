@@ -208,6 +208,9 @@ def test_every_limit_of_sampling_reaches_the_text(pipeline, limit):
 def test_captions_and_continuations_are_one_text_each(pipeline):
     captions = pipeline.captions(torch.rand(3, *rigged.SHAPE) * 2 - 1, max_new_tokens=4)
     assert len(captions) == 3 and all(isinstance(caption, str) for caption in captions)
+    assert pipeline.captions([PICTURE, PICTURE], max_new_tokens=4) == [
+        text.strip() for text in pipeline(image=[PICTURE] * 2, max_new_tokens=4).text
+    ]
     texts = pipeline.continuations(["red", "green"], max_new_tokens=4, temperature=1.0, seed=2)
     assert texts == pipeline.continuations(["red", "green"], max_new_tokens=4, temperature=1.0, seed=2)
 
@@ -220,6 +223,8 @@ def test_score_is_the_log_probability_that_generation_reports(pipeline):
     torch.testing.assert_close(again, with_end[1:])
     with pytest.raises(ValueError, match="1 images and 2 texts"):
         pipeline.score([PICTURE], ["a", "b"])
+    with pytest.raises(ValueError, match="images is an empty list: give at least one image and its text"):
+        pipeline.score([], [])
 
 
 def test_score_counts_the_end(pipeline):
@@ -341,7 +346,10 @@ def test_what_is_no_pipeline_is_refused(pipeline, tmp_path):
         ({"seed": 2**63 - 1, "prompt": ["red", "red"]}, f"seed={2**63} must be of 64 bits"),
         ({"generator": [torch.Generator()] * 3}, "3 generators for 1 rows"),
         ({"stop": ""}, "a stop string is empty"),
-        ({"output": "text", "max_new_tokens": 0}, "asks for nothing"),
+        ({"output": "text", "max_new_tokens": 0}, "max_new_tokens=0 asks for nothing where output='text'; give at"),
+        ({"output": "both", "max_new_tokens": 0}, "max_new_tokens=0 asks for nothing where output='both'; give at"),
+        ({"output": "both", "max_new_tokens": 2.5}, r"max_new_tokens=2\.5 must be a whole number, got float"),
+        ({"callback_on_step_end": 5}, "callback_on_step_end=5 must be a function or None, got int"),
     ],
 )
 def test_bad_input_is_named_and_the_pipeline_goes_on(pipeline, change, message):
