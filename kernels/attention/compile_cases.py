@@ -25,7 +25,7 @@ HEAD_DIMS = {16: (16,), 32: (32, 24), 64: (64, 40), 128: (128, 80), 256: (256, 1
 SPLITS = (16, 264)  # a few, and the most that an H200 takes: two programs of one head on each processor
 
 _TYPES = {
-    **dict.fromkeys(("p_lse", "p_grad_lse", "p_delta", "p_parts", "p_part_lse"), "*fp32"),
+    **dict.fromkeys(("p_lse", "p_lse2", "p_grad_lse", "p_delta", "p_parts", "p_part_lse"), "*fp32"),
     **dict.fromkeys(("p_intervals", "p_tiles", "p_next"), "*i32"),
     "scale": "fp32",
 }
@@ -52,7 +52,7 @@ def compile_cases(table: str) -> Iterator[CompileCase]:
                 for split in (False, True)[: 2 if head_dim == padded else 1]:
                     alone = constants | {"PACKED": False, "SPLIT": split, "packed": 1}
                     yield _specialise(forward_kernel, alone, *options)
-                silent = dict.fromkeys(("p_grad_lse", "gl_b", "gl_h", "gl_n"))
+                silent = dict.fromkeys(("p_grad_lse", "gl_b", "gl_h", "gl_n", *(() if size == 2 else ("p_lse2",))))
                 yield _specialise(delta_kernel, delta_constexprs(head_dim) | silent, dtype, 4, 3)
                 for splits in SPLITS:
                     yield _specialise(combine_kernel, combine_constexprs(head_dim, splits), dtype, 4, 3)

@@ -61,7 +61,7 @@ def run(stage: str, case: check.Case, launch: Launch, module: ModuleType | None 
         return out, lse
     out, lse, *_ = check.formula(case, torch.float64, torch.float64)
     delta = (out * grad_out).sum(-1).float() - grad_lse
-    inputs = (q, k, v, grad_out, lse.float(), delta)
+    inputs = (q, k, v, grad_out, (lse * math.log2(math.e)).float(), delta)
     if stage == "backward_query":
         dq = torch.full_like(q, torch.nan)
         module.backward_query(*inputs, dq, mask.intervals, mask.query_tiles(block_q, block_k), scale, launch)

@@ -49,9 +49,13 @@ FORWARD: dict[str, Changes] = {
 BOTH: dict[str, Changes] = {
     "no fence": [(FENCE + "return", "return")],
     "places are overwritten": [("mbarrier.wait(bars.index(STAGES + at), n // STAGES & 1 ^ 1)", "pass")],
-    "owned tiles are overwritten": [("mbarrier.wait(block_bars.index(1), count & 1 ^ 1)", "pass")],
+    "owned tiles are overwritten": [
+        ("mbarrier.wait(block_bars.index(PLACES + held), count // PLACES & 1 ^ 1)", "pass")
+    ],
     "one consumer frees a place for both": [("bars.index(STAGES + at), count=2", "bars.index(STAGES + at), count=1")],
-    "one consumer frees owned tiles for both": [("block_bars.index(1), count=2", "block_bars.index(1), count=1")],
+    "one consumer frees owned tiles for both": [
+        ("block_bars.index(PLACES + at), count=2", "block_bars.index(PLACES + at), count=1")
+    ],
     "the parity is wrong": [("n // STAGES & 1 ^ 1", "n // STAGES & 1")],
     "too few bytes": [("4 * STREAMED * BLOCK_D + 8 * STREAMED", "4 * STREAMED * BLOCK_D")],
     "too few bytes owned": [("4 * OWNED * BLOCK_D", "2 * OWNED * BLOCK_D")],
@@ -61,7 +65,7 @@ QUERY_LAST_FREED = "mbarrier.arrive(bars.index(STAGES + n % STAGES))\n    return
 QUERY_AWAITED = "dq, next_scores, next_dp = warpgroup_mma_wait(0, deps=[dq, next_scores, next_dp])\n    "
 QUERY: dict[str, Changes] = BOTH | {
     "keys are read early": [("mbarrier.wait(bars.index(n % STAGES), n // STAGES & 1)", "pass")],
-    "queries are read early": [("mbarrier.wait(block_bars.index(0), count & 1)", "pass")],
+    "queries are read early": [("mbarrier.wait(block_bars.index(held), count // PLACES & 1)", "pass")],
     "a step uses products early": [(QUERY_AWAITED, QUERY_AWAITED.replace("(0", "(1"))],
     "the first scores are used early": [("wait(0, deps=[scores, dp])", "wait(1, deps=[scores, dp])")],
     "the last dq is used early": [("wait(0, deps=[_weighted", "wait(1, deps=[_weighted")],
@@ -71,18 +75,19 @@ QUERY: dict[str, Changes] = BOTH | {
         (QUERY_AWAITED + QUERY_FREED, "FREED"),
         ("FREED", QUERY_FREED.partition("\n")[0] + "\n    " + QUERY_AWAITED + "return dq, next"),
     ],
-    "queries are never freed": [("mbarrier.arrive(block_bars.index(1))", "pass")],
+    "queries are never freed": [("    mbarrier.arrive(done)\n    dq =", "    dq =")],
     "queries are freed early": [
-        ("mbarrier.arrive(block_bars.index(1))", "pass"),
-        ("pairs = (tile_count - 1) // 2", "pairs = (tile_count - 1) // 2\n    mbarrier.arrive(block_bars.index(1))"),
+        ("    mbarrier.arrive(done)\n    dq =", "    dq ="),
+        ("pairs = (tile_count - 1) // 2", "pairs = (tile_count - 1) // 2\n    mbarrier.arrive(done)"),
     ],
     "n is not counted on": [("n += tile_count", "n += tile_count - 1")],
 }
 KEY_AWAITED = "dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])\n    "
+KEYS_FREED = "mbarrier.arrive(block_bars.index(PLACES + held))"
 KEY_FREED = "mbarrier.arrive(bars.index(STAGES + at))\n    return dk"
 KEY: dict[str, Changes] = BOTH | {
     "queries are read early": [("mbarrier.wait(bars.index(at), n // STAGES & 1)", "pass")],
-    "keys are read early": [("mbarrier.wait(block_bars.index(0), count & 1)", "pass")],
+    "keys are read early": [("mbarrier.wait(block_bars.index(held), count // PLACES & 1)", "pass")],
     "scores are used early": [("wait(1, deps=[scores])", "wait(2, deps=[scores])")],
     "dp is used early": [("wait(1, deps=[dp])", "wait(2, deps=[dp])")],
     "dk is used early": [(KEY_AWAITED, KEY_AWAITED.replace("(0", "(1"))],
@@ -91,10 +96,10 @@ KEY: dict[str, Changes] = BOTH | {
         (KEY_AWAITED + KEY_FREED, "FREED"),
         ("FREED", KEY_FREED.partition("\n")[0] + "\n    " + KEY_AWAITED + "return dk"),
     ],
-    "keys are never freed": [("mbarrier.arrive(block_bars.index(1))", "pass")],
+    "keys are never freed": [(KEYS_FREED, "pass")],
     "keys are freed early": [
-        ("mbarrier.arrive(block_bars.index(1))", "pass"),
-        ("for _ in range(group):", "mbarrier.arrive(block_bars.index(1))\n            for _ in range(group):"),
+        (KEYS_FREED, "pass"),
+        ("for _ in range(group):", KEYS_FREED + "\n            for _ in range(group):"),
     ],
 }  # fmt: skip
 FEED: dict[str, Changes] = {  # in what all three share

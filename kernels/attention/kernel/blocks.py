@@ -83,10 +83,10 @@ def exponential(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def probabilities(products, lse, scale, PRECISION: tl.constexpr):
-    """exp(scale·products - lse); in 16 bits one multiply-add makes the exponent of 2."""
+    """exp(scale·products - lse), lse in the units of `exponential`: in 16 bits one multiply-add makes its argument."""
     if PRECISION == "ieee":
         return exponential(products * scale - lse, PRECISION)
-    return exponential(products * (scale * LOG2_E) - lse * LOG2_E, PRECISION)
+    return exponential(products * (scale * LOG2_E) - lse, PRECISION)
 
 
 def row_strides(intervals: Tensor, tiles: Tensor) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transfusion.kernels import tuning
 from transfusion.kernels.attention.kernel.blocks import (
     FULL_RUNS,
+    LOG2_E,
     MASKED_RUNS,
     is_visible,
     launch_options,
@@ -29,11 +30,14 @@ from transfusion.kernels.launching import launch
 
 @triton.jit
 def delta_kernel(
-    p_out, p_grad_out, p_grad_lse, p_delta,
+    p_out, p_grad_out, p_grad_lse, p_delta, p_lse, p_lse2,
     out_b, out_h, out_n, go_b, go_h, go_n, gl_b, gl_h, gl_n, heads, num_queries,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """delta_i = grad_out_i·out_i - grad_lse_i, float32; without p_grad_lse where nothing depends on lse."""
+    """delta_i = grad_out_i·out_i - grad_lse_i, float32; without p_grad_lse where nothing depends on lse.
+
+    Where scores are in units of log2 also lse in those, once and not for each tile that reads it.
+    """
     tiles = tl.cdiv(num_queries, BLOCK_Q)
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -46,6 +50,9 @@ def delta_kernel(
     if p_grad_lse is not None:
         delta -= tl.load(p_grad_lse + b * gl_b + h * gl_h + queries * gl_n, mask=inside, other=0.0)
     tl.store(p_delta + row * num_queries + queries, delta, mask=inside)
+    if p_lse2 is not None:
+        lse = tl.load(p_lse + row * num_queries + queries, mask=inside, other=0.0)
+        tl.store(p_lse2 + row * num_queries + queries, lse * LOG2_E, mask=inside)
 
 
 @triton.jit
@@ -208,12 +215,12 @@ def backward(
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
     batch, heads, num_queries, head_dim = q.shape
-    delta = torch.empty_like(lse)
-    inputs = (q, k, v, grad_out, lse, delta)
+    delta, lse2 = torch.empty_like(lse), None if q.dtype == torch.float32 else torch.empty_like(lse)
+    inputs = (q, k, v, grad_out, lse if lse2 is None else lse2, delta)
     meta = delta_constexprs(head_dim)
     launch(
         delta_kernel, -(-num_queries // meta["BLOCK_Q"]) * batch * heads,
-        out, grad_out, grad_lse, delta, *out.stride()[:3], *grad_out.stride()[:3],
+        out, grad_out, grad_lse, delta, lse, lse2, *out.stride()[:3], *grad_out.stride()[:3],
         *((None,) * 3 if grad_lse is None else grad_lse.stride()), heads, num_queries, **meta,
     )  # fmt: skip
     _backward_key(*inputs, dk, dv, intervals, key_tiles, scale)

@@ -139,19 +139,22 @@ def store_rows(p_base, stride, first_row, num_rows, value, HEAD_DIM: gl.constexp
 def allocate(
     dtype: gl.constexpr, OWNED: gl.constexpr, STREAMED: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr
 ):
-    """Two tiles of OWNED rows, two rings of places of STREAMED rows, barriers, and what tells of items.
+    """Two rings of PLACES tiles of OWNED rows, two of STAGES tiles of STREAMED rows, barriers, and what tells of items.
 
-    block_bars are those of the owned tiles, bars those of the places: first the ones that say full, then free.
+    block_bars are those of the owned tiles, bars those of the streamed: first the ones that say full, then free. With
+    two places the next block's tiles arrive while this one is computed; at 128 lanes there is room for one.
     """
+    PLACES: gl.constexpr = 2 if BLOCK_D == 64 else 1
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    first = gl.allocate_shared_memory(dtype, [OWNED, BLOCK_D], SWIZZLED)
-    second = gl.allocate_shared_memory(dtype, [OWNED, BLOCK_D], SWIZZLED)
+    first = gl.allocate_shared_memory(dtype, [PLACES, OWNED, BLOCK_D], SWIZZLED)
+    second = gl.allocate_shared_memory(dtype, [PLACES, OWNED, BLOCK_D], SWIZZLED)
     first_ring = gl.allocate_shared_memory(dtype, [STAGES, STREAMED, BLOCK_D], SWIZZLED)
     second_ring = gl.allocate_shared_memory(dtype, [STAGES, STREAMED, BLOCK_D], SWIZZLED)
-    block_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    block_bars = gl.allocate_shared_memory(gl.int64, [2 * PLACES, 1], mbarrier.MBarrierLayout())
     bars = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(block_bars.index(0), count=1)
-    mbarrier.init(block_bars.index(1), count=2)
+    for at in gl.static_range(PLACES):
+        mbarrier.init(block_bars.index(at), count=1)
+        mbarrier.init(block_bars.index(PLACES + at), count=2)
     for at in gl.static_range(STAGES):
         mbarrier.init(bars.index(at), count=1)
         mbarrier.init(bars.index(STAGES + at), count=2)
@@ -168,8 +171,9 @@ def produce(owned, streamed, tiles, rings, block_bars, bars, feed, work, p_next,
     owned; k, v and intervals are streamed.
     """
     items, heads, _order, _lines = work
-    OWNED: gl.constexpr = tiles[0].shape[0]
-    BLOCK_D: gl.constexpr = tiles[0].shape[1]
+    PLACES: gl.constexpr = tiles[0].shape[0]
+    OWNED: gl.constexpr = tiles[0].shape[1]
+    BLOCK_D: gl.constexpr = tiles[0].shape[2]
     STAGES: gl.constexpr = rings[0].shape[0]
     STREAMED: gl.constexpr = rings[0].shape[1]
     n = 0  # tiles so far
@@ -178,11 +182,13 @@ def produce(owned, streamed, tiles, rings, block_bars, bars, feed, work, p_next,
     while item < items:
         head, block, line = tell(item, count, feed, work, not KEYS)
         b, h = head // heads, head % heads
-        mbarrier.wait(block_bars.index(1), count & 1 ^ 1)
-        full = block_bars.index(0)
+        held = count % PLACES
+        mbarrier.wait(block_bars.index(PLACES + held), count // PLACES & 1 ^ 1)
+        full = block_bars.index(held)
         mbarrier.expect(full, 4 * OWNED * BLOCK_D)
-        _copy_rows(owned[0], b, h, block * OWNED, full, tiles[0])
-        _copy_rows(owned[1], b, h, block * OWNED, full, tiles[1])
+        _copy_rows(owned[0], b, h, block * OWNED, full, tiles[0].index(held))
+        _copy_rows(owned[1], b, h, block * OWNED, full, tiles[1].index(held))
+        after = -1
         for member in range(group if KEYS else 1):
             other = h * group + member if KEYS else h // group
             for kind in gl.static_range(2):
@@ -202,8 +208,12 @@ def produce(owned, streamed, tiles, rings, block_bars, bars, feed, work, p_next,
                         else:
                             row = b * own_mask
                             tma.async_copy_global_to_shared(streamed[2], [row, 2 * first], full, rings[2].index(at))
+                        if PLACES == 2 and after < 0:  # here: a counter in memory answers late, what follows it waits
+                            after = following(p_next)
                         n += 1
-        item = following(p_next)
+        if after < 0:
+            after = following(p_next)
+        item = after
         count += 1
     tell(item, count, feed, work, not KEYS)
 

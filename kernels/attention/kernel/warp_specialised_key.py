@@ -53,7 +53,7 @@ def _step(
     mbarrier.wait(bars.index(at), n // STAGES & 1)
     scores, dp = products(k_rows, q_ring.index(at), S), products(v_rows, go_ring.index(at), S)
     scores = warpgroup_mma_wait(1, deps=[scores])
-    lse = lse_ring.index(at).reshape([BLOCK_Q]).load(COLUMNS) * LOG2_E
+    lse = lse_ring.index(at).reshape([BLOCK_Q]).load(COLUMNS)
     p = gl.exp2(scores * exponent - gl.expand_dims(lse, 0))
     if MASKED:  # so is every tile with a query that sees nothing, whose p is infinite here, or past the end
         queries = gl.expand_dims(first_query + gl.arange(0, BLOCK_Q, COLUMNS), 0)
@@ -87,14 +87,14 @@ def _consume(
     items, heads, _order, _lines = work
     p_intervals, mask_b, num_keys = mask
     p_dk, p_dv, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n = results
-    BLOCK_K: gl.constexpr = tiles[0].shape[0]
+    PLACES: gl.constexpr = tiles[0].shape[0]
+    BLOCK_K: gl.constexpr = tiles[0].shape[1]
     BLOCK_Q: gl.constexpr = rings[0].shape[1]
     BLOCK_D: gl.constexpr = rings[0].shape[2]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     dtype: gl.constexpr = rings[0].dtype
-    k_rows, v_rows = tiles[0].slice(HALF * ROWS, ROWS, 0), tiles[1].slice(HALF * ROWS, ROWS, 0)
     exponent = scale * LOG2_E
     n = 0
     count = 0
@@ -109,7 +109,10 @@ def _consume(
         end = gl.expand_dims(gl.load(p_pairs + 1, mask=keys < num_keys, other=0), 1)
         dk = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
         dv = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
-        mbarrier.wait(block_bars.index(0), count & 1)
+        held = count % PLACES
+        mbarrier.wait(block_bars.index(held), count // PLACES & 1)
+        k_rows = tiles[0].index(held).slice(HALF * ROWS, ROWS, 0)
+        v_rows = tiles[1].index(held).slice(HALF * ROWS, ROWS, 0)
         if tile_count > 0:
             for _ in range(group):
                 for run in range(masked_runs):
@@ -120,7 +123,7 @@ def _consume(
                         )
                 for _ in range(tile_count - masked_tiles):
                     dk, dv, n = _step(dk, dv, n, 0, k_rows, v_rows, rings, bars, start, end, exponent, S, P, False)
-        mbarrier.arrive(block_bars.index(1))
+        mbarrier.arrive(block_bars.index(PLACES + held))
         b, h = gl.cast(head // heads, gl.int64), gl.cast(head % heads, gl.int64)
         store_rows(p_dk + b * dk_b + h * dk_h, dk_n, first_row, num_keys, (dk * scale).to(dtype), HEAD_DIM)
         store_rows(p_dv + b * dv_b + h * dv_h, dv_n, first_row, num_keys, dv.to(dtype), HEAD_DIM)
@@ -162,7 +165,7 @@ def backward_key(
     q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
     intervals: Tensor, tiles: Tensor, scale: float, chosen: tuning.Launch,
 ) -> None:  # fmt: skip
-    """Fills dk, dv. q, k, v, grad_out of 16 bits, D a multiple of 8; lse and delta (B, H, N), contiguous."""
+    """Fills dk, dv. q, k, v, grad_out of 16 bits, D a multiple of 8; lse in units of log2 and delta, (B, H, N) contiguous."""
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     group = heads // kv_heads

@@ -85,7 +85,7 @@ def _two_steps(
 
 @gluon.jit
 def _dq(
-    n, masked_tiles, tile_count, q_rows, go_rows, rings, block_bars, bars, rows, exponent,
+    n, masked_tiles, tile_count, q_rows, go_rows, rings, done, bars, rows, exponent,
     S: gl.constexpr, O: gl.constexpr,
 ):  # fmt: skip
     """dq/scale of a block that sees tiles from the n-th on, masked ones before full ones.
@@ -106,7 +106,7 @@ def _dq(
         dq, scores, dp, n = _two_steps(dq, scores, dp, n, q_rows, go_rows, rings, bars, rows, exponent, S, P, False)
     if tile_count % 2 == 0:
         dq, scores, dp, n = _step(dq, scores, dp, n, q_rows, go_rows, rings, bars, rows, exponent, S, P, True)
-    mbarrier.arrive(block_bars.index(1))
+    mbarrier.arrive(done)
     dq = warpgroup_mma_wait(0, deps=[_weighted(dq, scores, dp, n, rings, rows, exponent, S, P, True)])
     mbarrier.arrive(bars.index(STAGES + n % STAGES))
     return dq
@@ -121,12 +121,12 @@ def _consume(
     items, heads, _order, _lines = work
     p_lse, p_delta = numbers
     p_dq, dq_b, dq_h, dq_n = results
-    BLOCK_Q: gl.constexpr = tiles[0].shape[0]
+    PLACES: gl.constexpr = tiles[0].shape[0]
+    BLOCK_Q: gl.constexpr = tiles[0].shape[1]
     BLOCK_K: gl.constexpr = rings[0].shape[1]
     BLOCK_D: gl.constexpr = rings[0].shape[2]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    q_rows, go_rows = tiles[0].slice(HALF * ROWS, ROWS, 0), tiles[1].slice(HALF * ROWS, ROWS, 0)
     n = 0
     count = 0
     item, masked_tiles, tile_count = told(0, feed)
@@ -136,17 +136,21 @@ def _consume(
         queries = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, S))
         numbers_at = gl.cast(head, gl.int64) * num_queries + queries
         # a row past the end has p = 0, as has one that sees nothing: it is in no full tile
-        lse = gl.load(p_lse + numbers_at, mask=queries < num_queries, other=float("inf")) * LOG2_E
+        lse = gl.load(p_lse + numbers_at, mask=queries < num_queries, other=float("inf"))
         delta = gl.load(p_delta + numbers_at, mask=queries < num_queries, other=0.0)
         rows = (gl.expand_dims(queries, 1), gl.expand_dims(lse, 1), gl.expand_dims(delta, 1))
         dq = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
-        mbarrier.wait(block_bars.index(0), count & 1)
+        held = count % PLACES
+        mbarrier.wait(block_bars.index(held), count // PLACES & 1)
+        q_rows = tiles[0].index(held).slice(HALF * ROWS, ROWS, 0)
+        go_rows = tiles[1].index(held).slice(HALF * ROWS, ROWS, 0)
+        done = block_bars.index(PLACES + held)
         if tile_count > 0:
             exponent = scale * LOG2_E
-            dq = _dq(n, masked_tiles, tile_count, q_rows, go_rows, rings, block_bars, bars, rows, exponent, S, O)
+            dq = _dq(n, masked_tiles, tile_count, q_rows, go_rows, rings, done, bars, rows, exponent, S, O)
             n += tile_count
         else:
-            mbarrier.arrive(block_bars.index(1))
+            mbarrier.arrive(done)
         base = p_dq + gl.cast(head // heads, gl.int64) * dq_b + gl.cast(head % heads, gl.int64) * dq_h
         store_rows(base, dq_n, first_row, num_queries, (dq * scale).to(rings[0].dtype), HEAD_DIM)
         count += 1
@@ -186,7 +190,7 @@ def backward_query(
     q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, intervals: Tensor,
     tiles: Tensor, scale: float, chosen: tuning.Launch,
 ) -> None:  # fmt: skip
-    """Fills dq. q, k, v, grad_out of 16 bits, D a multiple of 8; lse and delta (B, H, N), contiguous."""
+    """Fills dq. q, k, v, grad_out of 16 bits, D a multiple of 8; lse in units of log2 and delta, (B, H, N) contiguous."""
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     heads_of_a_section = SECTION_BYTES * (heads // kv_heads) // (4 * num_keys * head_dim)
