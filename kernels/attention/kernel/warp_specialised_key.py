@@ -165,7 +165,7 @@ def backward_key(
     q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor,
     intervals: Tensor, tiles: Tensor, scale: float, chosen: tuning.Launch,
 ) -> None:  # fmt: skip
-    """Fills dk, dv. q, k, v, grad_out of 16 bits, D a multiple of 8; lse in units of log2 and delta, (B, H, N) contiguous."""
+    """Fills dk, dv. q, k, v, grad_out of 16 bits, D a multiple of 8; lse (in log2) and delta (B, H, N), contiguous."""
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     group = heads // kv_heads

@@ -190,7 +190,7 @@ def backward_query(
     q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, intervals: Tensor,
     tiles: Tensor, scale: float, chosen: tuning.Launch,
 ) -> None:  # fmt: skip
-    """Fills dq. q, k, v, grad_out of 16 bits, D a multiple of 8; lse in units of log2 and delta, (B, H, N) contiguous."""
+    """Fills dq. q, k, v, grad_out of 16 bits, D a multiple of 8; lse (in log2) and delta (B, H, N), contiguous."""
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     heads_of_a_section = SECTION_BYTES * (heads // kv_heads) // (4 * num_keys * head_dim)
