@@ -158,7 +158,8 @@ def generate(
     Args:
         model: in any mode, which is kept.
         requests: documents so far, of any lengths.
-        latent_shape: (C, h, w) of new images; those in the contexts may have others.
+        latent_shape: (C, h, w) of new images; those in the contexts may have others, with the U-Net codec all the same
+            one.
         scheduler: of `make_scheduler`, or any other of diffusers that fits the model's schedule; not changed. Needed
             where images may come.
         steps: of denoising. The paper takes 250 of 1000.

@@ -116,7 +116,8 @@ def check_requests(
 
 
 def check_contexts(model: Transfusion, contexts: Sequence[Document]) -> None:
-    """Raises `ValueError` unless each is a document so far: text that begins with BOS, then anything of the model's."""
+    """Raises `ValueError` unless each is a document so far: text that begins with BOS, then anything of the model's;
+    with the U-Net codec, images of one size."""
     config = model.config
     check_documents(contexts)
     if not len(contexts):
@@ -140,6 +141,8 @@ def check_contexts(model: Transfusion, contexts: Sequence[Document]) -> None:
                     f"context {index} holds token ids {int(ids.min())}..{int(ids.max())}, outside the vocabulary "
                     f"of {config.vocab_size}; is the tokenizer the model's?"
                 )
+    if config.codec == "unet":
+        _check_one_size(contexts)
 
 
 def check_documents(contexts: Sequence[Document]) -> None:
@@ -196,3 +199,16 @@ def _check_known(index: int, known: Known, latent_shape: tuple[int, ...]) -> Non
         raise ValueError(
             f"known of request {index} has latents with NaN or infinities; look at the image and its autoencoder"
         )
+
+
+def _check_one_size(contexts: Sequence[Document]) -> None:
+    found = [
+        (i, tuple(part.latent.shape)) for i, each in enumerate(contexts) for part in each if isinstance(part, Image)
+    ]
+    for index, shape in found:
+        first, wanted = found[0]
+        if shape != wanted:
+            raise ValueError(
+                f"context {index} holds a latent of shape {shape}, context {first} one of {wanted}; the U-Net codec "
+                "reads images of one size in a call: crop them to one, or give each size a call of its own"
+            )

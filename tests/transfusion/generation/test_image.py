@@ -24,10 +24,11 @@ from rigged import (
     text,
 )
 
+from transfusion.config import UNetConfig
 from transfusion.data.documents import caption_image_document
 from transfusion.diffusion.sampler import Known, make_scheduler
 from transfusion.diffusion.schedule import NoiseSchedule
-from transfusion.generation import Guidance, denoise, generate, interleaved
+from transfusion.generation import Guidance, denoise, generate, interleaved, score
 from transfusion.generation.rows import Denoiser, Rows
 from transfusion.kernels.attention import torch_paths
 from transfusion.kernels.testing import judge
@@ -347,3 +348,19 @@ def test_a_known_part_of_another_shape_is_refused(known, message, seed):
     model = random_model(seed)
     with pytest.raises((ValueError, TypeError), match=message):
         generate(model, [paint(text(BOS), known=known)], **options_of(model))
+
+
+def test_the_unet_reads_contexts_of_one_size(seed):
+    """Which need not be that of the new image; the linear codec takes any mix."""
+    unet = UNetConfig(width=8, deep_width=16, blocks=1, head_dim=8)
+    model, linear = random_model(seed, codec="unet", unet=unet), random_model(seed)
+    wide, tall = ((text(BOS, 7), Image(torch.randn(3, *sides))) for sides in ((4, 6), (6, 4)))
+    for documents, match in (([GOOD, wide, tall], "context 2 .*6, 4.* context 1"), ([wide + tall[1:]], "context 0")):
+        requests = [paint(*document) for document in documents]
+        with pytest.raises(ValueError, match=f"{match}.* of one size in a call"):
+            generate(model, requests, **options_of(model))
+        assert len(generate(linear, requests, **options_of(linear))) == len(documents)
+    with pytest.raises(ValueError, match=r"context 1 .* of one size in a call"):
+        score(model, [wide, tall], [torch.tensor([5])] * 2)
+    drawn = generate(model, [paint(*GOOD), paint(*tall), paint(*tall)], **options_of(model))
+    assert [tuple(each.images[0].shape) for each in drawn] == [SHAPE] * 3
