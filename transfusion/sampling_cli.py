@@ -31,12 +31,14 @@ class SampleOptions:
         model: a saved pipeline in place of a run: its folder, or the name of one that comes with the package. Without
             a run or a model, emoji-32, which does.
         prompt: captions to draw, or what to change in --edit.
-        edit: an image to change as each prompt says; its largest centred part of the model's shape is taken.
+        edit: an image to change as each prompt says; its largest centred part of the shape that is drawn is taken.
         mask: with --edit: a picture of the same size, white where the image is to be painted anew; the rest of it
             stays. It is cropped as the image is.
         image: files to caption.
         text: texts to continue.
         story: texts to continue with text and images.
+        height: of every image, in pixels; None is the model's usual side.
+        width: of every image, in pixels; None is the model's usual side.
         out: folder for PNGs, sheet.html and settings.json, made where there is none. PNGs of an earlier call stay, but
             for those of the same name, and are told of: sheet and settings are of this call alone.
         steps: denoising steps of an image; None is the scheduler's usual number.
@@ -63,6 +65,8 @@ class SampleOptions:
     image: tuple[Path, ...] = ()
     text: tuple[str, ...] = ()
     story: tuple[str, ...] = ()
+    height: int | None = None
+    width: int | None = None
     out: Path = Path("samples")
     steps: int | None = None
     guidance: float = 3.0
@@ -205,6 +209,8 @@ def write_samples(options: SampleOptions, pipeline: "TransfusionPipeline") -> li
         image=[job.image for job in jobs],
         mask_image=[options.mask if job.kind == "inpainting" else None for job in jobs],
         output=[job.output for job in jobs],
+        height=options.height,
+        width=options.width,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,
         guidance_interval=options.guidance_interval,

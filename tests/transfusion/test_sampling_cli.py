@@ -134,6 +134,13 @@ def test_edits_and_inpainting(folder, tmp_path):
     assert set(Image.open(tmp_path / "kept" / "000-nothing.png").getdata()) == {(255, 165, 0)}  # orange
 
 
+def test_height_and_width(folder, tmp_path):
+    rows = ["--prompt", "red", "--edit", str(folder / "fruit.png"), "--image", str(folder / "fruit.png")]
+    status, settings = sample(folder, tmp_path, *rows, "--height", "8", "--width", "2", "--max-tokens", "2")
+    assert status == 0 and [row["kind"] for row in settings["rows"]] == ["edit", "caption"]
+    assert Image.open(tmp_path / "000-red.png").size == (2, 8)
+
+
 def test_equal_prompts_and_those_in_other_scripts_are_all_kept(folder, tmp_path):
     prompts = ["red", "red", "Красный лис", "赤い_キツネ!", "🦊"]
     _, settings = sample(folder, tmp_path, "--prompt", *prompts, "--text", "once", "once", "--max-tokens", "3")
@@ -165,6 +172,7 @@ def test_a_folder_that_cannot_be_written_to_fails_before_any_work(folder, tmp_pa
         (["--story", "red", "--max-images", "-1"], "--max-images -1: a story cannot have fewer than 0"),
         (["--prompt", ""], "prompt 0 is empty"),
         (["--prompt", "red " * 90], "longer than max_length=90"),
+        (["--prompt", "red", "--width", "7"], "width=7 does not divide into patches of 2 pixels"),
         (["--prompt", "red", "--scheduler", "plms"], "scheduler 'plms' is unknown"),
         (["--prompt", "red", "--steps", "7"], "steps=7 does not divide"),
         (["--image", "nowhere.png"], "nowhere.png"),

@@ -59,13 +59,13 @@ def to_image(pixels: Tensor) -> "Image.Image":
     return require("PIL.Image").fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
-def check_image_size(size: int, downscale: int, patch_size: int) -> None:
-    """Raises `ValueError` unless `size` pixels divide into patches of latents."""
+def check_image_size(size: int, downscale: int, patch_size: int, name: str = "image_size") -> None:
+    """Raises `ValueError`, naming the nearest that fits, unless `size` pixels divide into patches of latents."""
     step = downscale * patch_size
     if size < 1 or size % step:
         nearest = max(step, round(size / step) * step)
         raise ValueError(
-            f"image_size={size} does not divide into patches of {step} pixels "
+            f"{name}={size} does not divide into patches of {step} pixels "
             f"(patch_size {patch_size} x the autoencoder's downscale {downscale}); use e.g. {nearest}"
         )
 

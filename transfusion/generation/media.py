@@ -28,8 +28,9 @@ def to_pixels(picture: Any, size: tuple[int, int]) -> Tensor:
     if isinstance(picture, Tensor):
         if tuple(picture.shape) != (3, *size) or not picture.dtype.is_floating_point:
             raise ValueError(
-                f"an image tensor must be (3, {size[0]}, {size[1]}) floating point in [0, 1] for this model, got "
-                f"{tuple(picture.shape)} {picture.dtype}; resize it, or give a PIL image, which is cropped and resized"
+                f"an image tensor must be (3, {size[0]}, {size[1]}) floating point in [0, 1], the model's size or that "
+                f"of height= and width=, got {tuple(picture.shape)} {picture.dtype}; resize it, or give a PIL image, "
+                "which is cropped and resized"
             )
         if not (picture.isfinite().all() and picture.min() >= 0 and picture.max() <= 1):
             raise ValueError(
@@ -44,12 +45,15 @@ def to_unknown(mask: Any, picture: Any, size: tuple[int, int], latent_size: tupl
     small in a large mask.
 
     mask: a PIL image or a file of the size of `picture`, whatever that is, and cropped with it, where what is
-    transparent is not marked; or a tensor (H, W) in [0, 1] of the model's `size`, in which what is left of the
-    picture is meant. Raises `ValueError` for another size.
+    transparent is not marked; or a tensor (H, W) in [0, 1] of `size`, in which what is left of the picture is meant.
+    Raises `ValueError` for another size.
     """
     if isinstance(mask, Tensor):
         if tuple(mask.shape) != size:
-            raise ValueError(f"a mask tensor must be ({size[0]}, {size[1]}) for this model, got {tuple(mask.shape)}")
+            raise ValueError(
+                f"a mask tensor must be ({size[0]}, {size[1]}) here, the model's size or that of height= and width=, "
+                f"got {tuple(mask.shape)}"
+            )
         if not (mask.isfinite().all() and mask.min() >= 0 and mask.max() <= 1):
             raise ValueError(f"a mask tensor must lie in [0, 1], got {float(mask.min())} .. {float(mask.max())}")
         white = mask.float().cpu()[None]

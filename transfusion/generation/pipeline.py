@@ -20,6 +20,7 @@ from torch import Tensor
 
 from transfusion import config as configs
 from transfusion.data import Autoencoder, DiffusersAutoencoder, PixelAutoencoder, Tokenizer
+from transfusion.data.transforms import check_image_size
 from transfusion.diffusion.sampler import Known, OnStepEnd, can_clip, default_steps, make_scheduler
 from transfusion.generation.arguments import function, sides, whole
 from transfusion.generation.guidance import Guidance
@@ -60,11 +61,13 @@ class TransfusionPipeline:
     Args of a call:
         prompt: texts, or None for rows without one.
         image: for each row a PIL image, a path, a tensor (3, H, W) in [0, 1], or None. It comes before the prompt. All
-            but a tensor is cropped to its largest centred part of the model's shape, and resized.
+            but a tensor is cropped to its largest centred part of the shape of `height` and `width`, and resized.
         mask_image: inpainting: white where each row's image is to be painted anew; the rest of it stays. Of the size of
             the image, with which it is cropped; or a tensor (H, W) over what is left of it then.
         output: "image", "text" or "both", of all rows or of each; by default an image for a row with a prompt, and
             text, a caption, for one without.
+        height, width: in pixels, of every image that is drawn or given, in all rows; None is the model's usual side.
+            Multiples of patch_size times the autoencoder's downscale, best of a size that the model was trained on.
         num_inference_steps: of denoising; None is the scheduler's usual number.
         guidance_scale, guidance_interval, guidance_rescale: as in `Guidance`.
         scheduler: "fast", "paper", a name that `make_scheduler` knows, or a diffusers scheduler of the model's path.
@@ -149,6 +152,8 @@ class TransfusionPipeline:
         image: Any = None,
         mask_image: Any = None,
         output: str | Sequence[str] | None = None,
+        height: SupportsIndex | None = None,
+        width: SupportsIndex | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float = 3.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -175,17 +180,19 @@ class TransfusionPipeline:
         """
         check_output_type(output_type)
         rows = rows_of(prompt, image, mask_image, output)
-        requests = [self._request(row, max_new_tokens, max_images) for row in rows]
+        channels, *usual = self.latent_shape
+        shape = channels, self._side("height", height, usual[0]), self._side("width", width, usual[1])
+        requests = [self._request(row, max_new_tokens, max_images, shape) for row in rows]
         chosen, steps = self._scheduler(scheduler, num_inference_steps)
         stops, on_step_end = StopStrings(self.tokenizer, stop), self._on_step_end(callback_on_step_end)
         guidance = Guidance(guidance_scale, guidance_interval, guidance_rescale)
         sampling = TextSampling(temperature, top_k, top_p, min_p)
-        check_call(self.model, requests, self.latent_shape, chosen, steps, self.max_length)
+        check_call(self.model, requests, shape, chosen, steps, self.max_length)
         seeds = seeds_of(seed, generator, len(rows))  # last: a call that is refused leaves the generator as it was
         done = generate(
             self.model,
             [replace(request, seed=own) for request, own in zip(requests, seeds, strict=True)],
-            latent_shape=self.latent_shape,
+            latent_shape=shape,
             scheduler=chosen,
             steps=steps,
             guidance=guidance,
@@ -195,15 +202,23 @@ class TransfusionPipeline:
             on_step_end=on_step_end,
             progress=sys.stderr.isatty() if progress is None else progress,
         )
-        return self._output(done, stops, output_type)
+        return self._output(done, stops, output_type, shape)
 
-    def _request(self, row: Row, max_new_tokens: int, max_images: int) -> Request:
+    def _side(self, name: str, given: SupportsIndex | None, usual: int) -> int:
+        """Of the latents, for so many pixels of the images."""
+        if given is None:
+            return usual
+        pixels, downscale = whole(name, given), self.autoencoder.downscale
+        check_image_size(pixels, downscale, self.model.config.patch_size, name)
+        return pixels // downscale
+
+    def _request(self, row: Row, max_new_tokens: int, max_images: int, shape: tuple[int, int, int]) -> Request:
         text = [torch.tensor([self.tokenizer.special.bos], device="cpu")]
         before: tuple[Text | Image, ...] = ()
         known = None
         if row.image is not None:
-            height, width = (side * self.autoencoder.downscale for side in self.latent_shape[1:])
-            size, latent_size = (height, width), self.latent_shape[1:]
+            latent_size, downscale = shape[1:], self.autoencoder.downscale
+            size = latent_size[0] * downscale, latent_size[1] * downscale
             latent = self.autoencoder.encode(to_pixels(row.image, size)[None])[0]
             if row.mask_image is None:
                 before, text = (Text(text[0]), Image(latent)), []
@@ -241,13 +256,15 @@ class TransfusionPipeline:
 
         return on_step_end
 
-    def _output(self, done: Sequence[Generation], stops: StopStrings, output_type: str) -> PipelineOutput:
+    def _output(
+        self, done: Sequence[Generation], stops: StopStrings, output_type: str, shape: tuple[int, int, int]
+    ) -> PipelineOutput:
         latents = [latent for each in done for latent in each.images]
-        images: Any = torch.stack(latents) if latents else _none(*self.latent_shape)
+        images: Any = torch.stack(latents) if latents else _none(*shape)
         if output_type != "latent" and latents:
             images = from_pixels(self.autoencoder.decode(images), output_type)
         elif output_type != "latent":
-            sides = (side * self.autoencoder.downscale for side in self.latent_shape[1:])
+            sides = (side * self.autoencoder.downscale for side in shape[1:])
             images = [] if output_type == "pil" else _none(3, *sides)
         documents, count = [], 0
         for each in done:
@@ -270,6 +287,8 @@ class TransfusionPipeline:
         prompts: Sequence[str],
         *,
         image: Any = None,
+        height: int | None = None,
+        width: int | None = None,
         steps: int | None = None,
         guidance_scale: float = 3.0,
         scheduler: str | Any = "fast",
@@ -277,10 +296,12 @@ class TransfusionPipeline:
         progress: bool = False,
     ) -> Tensor:
         """Captions, and what they change, if anything -> (I, 3, H, W) float32 in [-1, 1]. Image i starts from the noise
-        of seed + i."""
+        of seed + i; H and W are as in a call."""
         done = self(
             prompts,
             image=image,
+            height=height,
+            width=width,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             scheduler=scheduler,
@@ -318,7 +339,8 @@ class TransfusionPipeline:
             raise ValueError(f"{len(images)} images and {len(texts)} texts; give one of each")
         if not len(images):
             raise ValueError("images is an empty list: give at least one image and its text")
-        contexts = [self._request(Row(None, image, None, "text"), 1, 0).context for image in images]
+        rows = [Row(None, image, None, "text") for image in images]
+        contexts = [self._request(row, 1, 0, self.latent_shape).context for row in rows]
         end = torch.tensor([self.tokenizer.special.eos], device="cpu")
         targets = [torch.cat([self.tokenizer.encode(text), end]) for text in texts]
         for index, (context, target) in enumerate(zip(contexts, targets, strict=True)):

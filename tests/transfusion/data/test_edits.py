@@ -231,7 +231,7 @@ def test_what_is_trained_is_what_is_asked_for(folder):
     config = ModelConfig(vocab_size=TOKENIZER.vocab_size, dim=32, layers=1, heads=2, latent_channels=3, patch_size=4)
     pipe = TransfusionPipeline(Transfusion(config), TOKENIZER, PixelAutoencoder(), (3, 8, 8))
     row = Row(source.captions[0], source[0].before.image, None, "image")
-    asked = pipe._request(row, 8, 1).context
+    asked = pipe._request(row, 8, 1, pipe.latent_shape).context
     for mine, its in zip(asked, document, strict=False):
         assert type(mine) is type(its) and torch.equal(mine[0], its[0])
     assert [type(segment) for segment in document[len(asked) :]] == [Image, Text]

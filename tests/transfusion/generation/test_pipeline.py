@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler
 from PIL import Image as Pil
 
+from transfusion.config import UNetConfig
 from transfusion.data import DiffusersAutoencoder, PixelAutoencoder, Tokenizer
 from transfusion.generation import TransfusionPipeline
 from transfusion.generation.inputs import StopStrings, rows_of
@@ -173,6 +174,29 @@ def test_inpainting_keeps_the_rest_of_the_picture(pipeline):
     assert not torch.allclose(done[:, :2], shown[:, :2])
 
 
+@pytest.mark.parametrize("codec", ["linear", "unet"])
+def test_height_and_width_are_of_every_image(codec):
+    """As if it were the size of a model's own; either stands alone, and what is given is cropped to it."""
+    unet = UNetConfig(width=8, deep_width=16, blocks=1, head_dim=8)
+    model, tokenizer = (
+        rigged.random_model(seed=3, vocab_size=300, codec=codec, unet=unet),
+        Tokenizer.train(["red"], 300),
+    )
+    usual, own = (
+        TransfusionPipeline(model, tokenizer, PixelAutoencoder(), shape, 60) for shape in (rigged.SHAPE, (3, 10, 4))
+    )
+    mask = Pil.new("L", PICTURE.size, 255)
+    mask.paste(0, (8, 0, 17, 13))
+    rows = {"prompt": ["red", None, "red", "red"], "image": [None, PICTURE, PICTURE, PICTURE]}
+    rows |= {"mask_image": [None, None, None, mask], "max_new_tokens": 4} | FEW
+    wanted, found = own(**rows), usual(**rows, height=np.int64(10), width=4)
+    assert images(found) == images(wanted) and found.text == wanted.text
+    assert [image.size for image in found.images] == [(4, 10)] * 3
+    assert torch.equal(usual.images(["red"], steps=2, height=10, width=4), own.images(["red"], steps=2))
+    assert usual.images(["red"], steps=2, width=2).shape == (1, 3, HEIGHT, 2)
+    assert usual("red", output="text", max_new_tokens=1, height=2, output_type="pt").images.shape == (0, 3, 2, WIDTH)
+
+
 # ---------------------------------------------------------------- text
 
 
@@ -284,6 +308,9 @@ def test_a_vae_is_saved_with_the_pipeline(tmp_path):
     pipeline = TransfusionPipeline(model, tokenizer, DiffusersAutoencoder(tmp_path / "vae"), rigged.SHAPE)
     pipeline.save_pretrained(tmp_path / "p")
     again = TransfusionPipeline.from_pretrained(tmp_path / "p")
+    assert again.images(["red"], steps=2, height=4, width=8).shape == (1, 3, 4, 8)
+    with pytest.raises(ValueError, match=r"width=6 .* 4 pixels \(patch_size 2 x .* downscale 2\); use e\.g\. 8"):
+        again.images(["red"], steps=2, width=6)
     done = again("red", **FEW)
     assert images(done) == images(pipeline("red", **FEW)) and done.images[0].size == (2 * WIDTH, 2 * HEIGHT)
     assert again(image=PICTURE, max_new_tokens=3).text == pipeline(image=PICTURE, max_new_tokens=3).text
@@ -330,6 +357,11 @@ def test_what_is_no_pipeline_is_refused(pipeline, tmp_path):
         ({"image": PICTURE, "mask_image": Pil.new("L", (13, 17))}, "mask is 13×17 pixels and its image 17×13"),
         ({"image": __file__}, ": unreadable image"),
         ({"image": "nowhere.png"}, "nowhere.png"),
+        ({"image": torch.rand(3, 4, 6), "width": 8}, r"must be \(3, 4, 8\) .* got \(3, 4, 6\)"),
+        ({"height": 7}, r"height=7 does not divide .* use e\.g\. 8"),
+        ({"width": 0}, r"width=0 does not divide .* use e\.g\. 2"),
+        ({"width": 2.0}, r"width=2\.0 must be a whole number, got float"),
+        ({"height": 40}, "context 0 has .* with 62 more .* longer than max_length=60"),
         ({"scheduler": "plms"}, "scheduler 'plms' is unknown"),
         ({"scheduler": 7}, "7 is no scheduler"),
         ({"scheduler": DDIMScheduler()}, "beta_schedule='linear'|prediction_type='epsilon'"),
