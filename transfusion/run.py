@@ -31,7 +31,7 @@ from transfusion.data.config import check_sources
 from transfusion.data.documents import caption_image_length
 from transfusion.data.drafting import caption_ids
 from transfusion.data.sources import ImageSource, Split
-from transfusion.data.transforms import check_image_size
+from transfusion.data.transforms import Size, bucket_sizes, check_image_size, nearest_size
 from transfusion.diffusion.sampler import default_steps, make_scheduler
 from transfusion.evaluation import (
     evenly,
@@ -173,10 +173,17 @@ class Run:
         return made
 
     @property
+    def sizes(self) -> list[Size]:
+        """(height, width) in pixels of the images: one, or one of each of the aspect ratios."""
+        loader = self.config.data.loader
+        return bucket_sizes(loader.aspect_ratios, loader.image_size, self.autoencoder.downscale * loader.patch_size)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of one image."""
-        side = self.config.data.loader.image_size // self.autoencoder.downscale
-        return (self.config.model.latent_channels, side, side)
+        """(C, h, w) of one image; where they differ in shape, of those nearest to square, the first of equal ones."""
+        height, width = nearest_size(1, 1, self.sizes)
+        downscale = self.autoencoder.downscale
+        return (self.config.model.latent_channels, height // downscale, width // downscale)
 
     def loader(self, world: World) -> Loader:
         """The training batches of this rank, from the first on; made once."""

@@ -10,6 +10,7 @@ from tiny import TWO_STEPS, train
 
 from transfusion import cli, run
 from transfusion import config as configs
+from transfusion.generation import TransfusionPipeline
 from transfusion.run import Run
 from transfusion.run_config import CONFIG, RunConfig
 from transfusion.training import Trainer
@@ -188,3 +189,18 @@ def test_a_run_may_start_from_a_saved_model(
         torch.testing.assert_close(weight, learned)
     shutil.rmtree(first)
     assert cli.main([*again, "--train.steps", "2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("ratios", "usual"),
+    [(("3:1", "1:2", "2:1"), (48, 24)), (("3:1", "4:3", "1:2"), (24, 40)), (("1:4", "1:2"), (48, 24))],
+)
+def test_the_usual_shape_is_the_nearest_to_square_of_those_trained_on(
+    ratios: tuple[str, ...], usual: tuple[int, int], folder: Path, tmp_path: Path
+) -> None:
+    """As the saved pipeline says and the run draws."""
+    options = ["--data.loader.image-size", "32", "--data.loader.aspect-ratios", *ratios]
+    assert train(tmp_path / "run", folder, *options) == 0
+    opened = Run.open(tmp_path / "run")
+    saved = TransfusionPipeline.from_pretrained(tmp_path / "run" / "model")
+    assert opened.latent_shape == saved.latent_shape == (3, *usual)

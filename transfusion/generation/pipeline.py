@@ -43,7 +43,7 @@ class PipelineConfig:
     """What the folder's pipeline.toml says.
 
     Args:
-        latent_shape: (C, h, w) of the images that the model was trained on.
+        latent_shape: (C, h, w) of the images that the model was trained on; of several shapes, the nearest to square.
         autoencoder: "pixels", or "vae" for the folder vae/ beside it.
         max_length: tokens of the longest document that the model was trained on; None is no limit.
     """
@@ -56,7 +56,8 @@ class PipelineConfig:
 class TransfusionPipeline:
     """Images from captions, captions of images, edits, continuations, and documents of both, in one call.
 
-    latent_shape: (C, h, w) of the images that the model was trained on. max_length: tokens of its longest documents.
+    latent_shape: (C, h, w) of the images that the model was trained on, the usual size of those it draws. max_length:
+    tokens of its longest documents.
 
     Args of a call:
         prompt: texts, or None for rows without one.
