@@ -25,7 +25,6 @@ from transfusion.data import (
     make_autoencoder,
     make_loader,
     text_source,
-    to_tensor,
 )
 from transfusion.data.config import check_sources
 from transfusion.data.documents import caption_image_length
@@ -38,6 +37,7 @@ from transfusion.evaluation import (
     image_distances,
     image_figures,
     load_features,
+    pictures,
     read_images,
     sheets,
     text_figures,
@@ -216,8 +216,8 @@ class Run:
         return finished
 
     def _preview(self, longest: int) -> Preview | None:
-        """What `train.preview_every` shows: images drawn for captions of the training set, spread evenly over it, and
-        before each edit what it changes."""
+        """What `train.preview_every` shows: images drawn for captions of the training set, spread evenly over it, each
+        of its image's size, and before each edit what it changes."""
         images = image_source(self.config.data, "train") if self.config.train.preview_every else None
         spread = range(0, len(images), max(1, len(images) // _PREVIEWED))[:_PREVIEWED] if images else ()
         samples = self._readable(images, spread, longest) if images else []
@@ -227,9 +227,8 @@ class Run:
         make_scheduler(self.config.model.schedule)  # raises now, not at the first picture, where diffusers is missing
 
         def preview(model: Transfusion) -> np.ndarray:
-            drawn = self._drawn(model, samples, steps=steps).cpu()
-            pairs = zip(samples, drawn, strict=True)
-            return sheets.contact_sheet(torch.stack([p for each, new in pairs for p in (*each.pictures[:-1], new)]))
+            pairs = zip(samples, self._drawn(model, samples, steps=steps), strict=True)
+            return sheets.contact_sheet([p for each, new in pairs for p in (*each.pictures[:-1], new)])
 
         return preview
 
@@ -257,7 +256,8 @@ class Run:
         return read_averaged(written(checkpoints)[-1], self.config.model).to(device)
 
     def evaluate(self, model: Transfusion, draws: int = 8, seed: int = 0) -> dict[str, Any]:
-        """The figures of `metrics.json`: text (held out), images of the training and of the held-out split.
+        """The figures of `metrics.json`: text (held out), images of the training and of the held-out split, each of the
+        size that training gives it.
 
         draws: timesteps, with fresh noise, that each image is judged at; they are spread evenly over the path.
         """
@@ -270,16 +270,16 @@ class Run:
         for split, name in splits:
             images = image_source(data, split)
             if images is not None:
-                size = data.loader.image_size
-                samples, skipped = read_images(images, self.tokenizer, self.autoencoder, size, self._longest)
+                samples, skipped = read_images(images, self.tokenizer, self.autoencoder, self.sizes, self._longest)
                 figures[name] = image_figures(model, samples, draws, seed) | {"skipped": skipped}
         return figures
 
     @property
     def _longest(self) -> int:
-        """Tokens of a caption that fits in a row beside its image."""
+        """Tokens of a caption that fits in a row beside an image of the largest size."""
         loader = self.config.data.loader
-        return loader.row_length - caption_image_length(0, image_tokens(self.latent_shape, loader.patch_size))
+        pixels = self.autoencoder.downscale * loader.patch_size
+        return loader.row_length - caption_image_length(0, max(image_tokens(size, pixels) for size in self.sizes))
 
     def distances(
         self, model: Transfusion, features: str | Path, samples: int = 256, guidance_scale: float = 3.0, seed: int = 0
@@ -287,7 +287,8 @@ class Run:
         """How far images that `model` draws for at most `samples` captions are from the images that have them.
 
         The images are held out where the run holds out two or more, and `split` says so; a distance needs two. Raises
-        `ValueError` where the run has fewer. features: what `load_features` takes.
+        `ValueError` where the run has fewer. Each is drawn at the size that training crops its image to, and
+        `image_distances` tells what becomes of several sizes. features: what `load_features` takes.
         """
         device = model.head.weight.device
         network = load_features(features, device)
@@ -303,24 +304,39 @@ class Run:
                 "can be read"
             )
         generated = self._drawn(model, chosen, guidance_scale=guidance_scale, seed=seed)
-        real = torch.stack([sample.pictures[-1] for sample in chosen])
-        distances = image_distances(real.to(device), generated.to(device), network, seed=seed)
+        sets = [sample.pictures[-1].to(device) for sample in chosen], [image.to(device) for image in generated]
+        distances = image_distances(*sets, network, seed=seed)
         return {"split": split, **distances}
 
     def _readable(self, source: ImageSource, indices: Iterable[int], longest: int) -> list[_Sample]:
         """Samples `indices` of `source`, but for those that are no use."""
-        samples, size = [], self.config.data.loader.image_size
+        samples, sizes = [], self.sizes
         for index in indices:
             with contextlib.suppress(ValueError):  # a SampleError is one
                 caption_ids(self.tokenizer, source.captions[index], longest)
-                pictures = tuple(to_tensor(picture.image, size) for picture in source[index].pictures)
-                samples.append(_Sample(source.captions[index], pictures))
+                samples.append(_Sample(source.captions[index], pictures(source[index], sizes)))
         return samples
 
-    def _drawn(self, model: Transfusion, samples: Sequence[_Sample], **options: Any) -> torch.Tensor:
-        """(I, 3, H, W): what `model` draws for each caption, after the image before it where it is an edit."""
-        before = [(each.pictures[0] + 1) / 2 if len(each.pictures) > 1 else None for each in samples]
-        return self.pipeline(model).images([each.caption for each in samples], image=before, **options)
+    def _drawn(
+        self, model: Transfusion, samples: Sequence[_Sample], seed: int = 0, **options: Any
+    ) -> list[torch.Tensor]:
+        """(3, H, W) of each: what `model` draws for its caption, of the size of its pictures, after the image before it
+        where it is an edit. Sample i starts from the noise of seed + i; those of one size are drawn together."""
+        pipeline, drawn = self.pipeline(model), dict[int, torch.Tensor]()
+        shapes = [tuple(each.pictures[-1].shape[1:]) for each in samples]
+        for height, width in dict.fromkeys(shapes):
+            chosen = [index for index, shape in enumerate(shapes) if shape == (height, width)]
+            given = [samples[index].pictures[:-1] for index in chosen]
+            images = pipeline.images(
+                [samples[index].caption for index in chosen],
+                image=[(before[0] + 1) / 2 if before else None for before in given],
+                height=height,
+                width=width,
+                seed=[seed + index for index in chosen],
+                **options,
+            )
+            drawn |= zip(chosen, images, strict=True)
+        return [drawn[index] for index in range(len(samples))]
 
     def pipeline(self, model: Transfusion) -> TransfusionPipeline:
         """Captions, pictures and texts in and out of `model`, this run's or one of its previews."""

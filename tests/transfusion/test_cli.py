@@ -230,12 +230,14 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         assert "transfusion_attention" not in said.out
 
 
-def test_the_gap_is_what_captions_are_worth(run: Path) -> None:
+@pytest.mark.parametrize("others", [(16, 16), (8, 24)])
+def test_the_gap_is_what_captions_are_worth(run: Path, others: tuple[int, int]) -> None:
     """A model blind to text has no gap; one that reads the answer in the caption has a large one."""
     opened = Run.open(run)
     model = opened.model()
     captions = [opened.tokenizer.encode(f"{color} square") for color in tiny.COLORS]
-    samples = Samples(captions, torch.randn(len(captions), *opened.latent_shape), [None] * len(captions))
+    latents = [torch.randn(3, *((16, 16) if index % 2 else others)) for index in range(len(captions))]
+    samples = Samples(captions, latents, [None] * len(captions))
     with torch.no_grad():
         for block in model.transformer.blocks:
             block.attention.out.weight.zero_()  # no token sees another one

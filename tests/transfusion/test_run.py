@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image as Pictures
 from tiny import TWO_STEPS, train
 
 from transfusion import cli, run
@@ -154,15 +155,16 @@ def test_distances_are_measured_where_the_weights_are(
         def images(self, captions: list[str], **options: object) -> torch.Tensor:
             return torch.zeros(len(captions), 3, 16, 16)
 
-    def distances(real: torch.Tensor, generated: torch.Tensor, network: str, seed: int) -> dict[str, float]:
-        seen.update(real=real.device, generated=generated.device, network=network)
+    def distances(real: list[torch.Tensor], generated: list[torch.Tensor], network: str, seed: int) -> dict[str, float]:
+        seen.update(real={each.device for each in real}, generated={each.device for each in generated})
+        seen.update(network={network})
         return {}
 
     monkeypatch.setattr(run, "load_features", lambda name, device: device)
     monkeypatch.setattr(run, "image_distances", distances)
     monkeypatch.setattr(opened, "pipeline", lambda model: Drawing())
     opened.distances(opened.model().to("meta"), "features.pt", samples=4)
-    assert seen == dict.fromkeys(("real", "generated", "network"), torch.device("meta"))
+    assert seen == {name: {torch.device("meta")} for name in ("real", "generated", "network")}
 
 
 def test_a_run_may_start_from_a_saved_model(
@@ -204,3 +206,48 @@ def test_the_usual_shape_is_the_nearest_to_square_of_those_trained_on(
     opened = Run.open(tmp_path / "run")
     saved = TransfusionPipeline.from_pretrained(tmp_path / "run" / "model")
     assert opened.latent_shape == saved.latent_shape == (3, *usual)
+
+
+def test_each_image_is_evaluated_and_previewed_at_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it was trained; the caption that fits beside the smaller images alone is of no use."""
+    data, shapes, lines = tmp_path / "data", {"wide": (40, 18), "tall": (20, 40), "square": (30, 31)}, []
+    data.mkdir()
+    for index, name in enumerate([*shapes] * 4):
+        Pictures.new("RGB", shapes[name], "blue").save(data / f"{index}.png")
+        lines.append({"image": f"{index}.png", "caption": f"{name} {index}"})
+    (data / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    ratios = ["--data.loader.aspect-ratios", "1:1", "3:1", "1:3", "--data.loader.image-size", "24"]
+    options = [*ratios, "--data.texts", "none", "--train.preview-every", "2"]
+    assert train(tmp_path / "run", data, *options) == 0
+    Pictures.new("RGB", (30, 30)).save(data / "long.png")
+    room = 48 - 9 - 4  # beside 9 tokens, BOS, BOI, EOI and EOS; one too many beside 10
+    lines.append({"image": "long.png", "caption": "Z" * room})  # a token a letter
+    (data / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    opened = Run.open(tmp_path / "run")
+    sizes = {"wide": (16, 40), "tall": (40, 16), "square": (24, 24)}
+    assert set(opened.sizes) == set(sizes.values())
+    model = opened.model()
+    figures = opened.evaluate(model, draws=1)["images_train"]
+    source = run.image_source(opened.config.data, "train")
+    assert (figures["images"], figures["skipped"]) == (len(source) - 1, 1)
+    sets: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(run, "load_features", lambda name, device: None)
+    monkeypatch.setattr(run, "image_distances", lambda real, drawn, network, seed: sets.extend((real, drawn)) or {})
+    assert opened.distances(model, "features.pt", seed=5)["split"] == "train"
+    captions = [caption for caption in source.captions if caption[0] != "Z"]
+    real, drawn = sets
+    for index, caption in enumerate(captions):
+        height, width = sizes[caption.split()[0]]
+        assert real[index].shape == drawn[index].shape == (3, height, width)
+        (alone,) = opened.pipeline(model).images([caption], height=height, width=width, seed=5 + index)
+        torch.testing.assert_close(drawn[index], alone)
+    preview = opened._preview(room - 1)
+    assert preview is not None
+    sheet = preview(model)
+    assert sheet.shape == (2 * 40, 8 * 40, 3)
+    for index, caption in enumerate(captions):
+        height, width = sizes[caption.split()[0]]
+        cell = sheet[40 * (index // 8) :][:40, 40 * (index % 8) :][:, :40]
+        blank = (cell == 255).all(-1)
+        assert blank[: (40 - height) // 2].all() and blank[:, : (40 - width) // 2].all()
+        assert not blank[(40 - height) // 2 :, (40 - width) // 2 :].all(), caption

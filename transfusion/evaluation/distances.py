@@ -7,7 +7,7 @@ They are called FID and KID only where the features are those of the Inception n
 features give other numbers. Both are torchmetrics'.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 _BATCH = 32
+Images = Tensor | Sequence[Tensor]
+"""(I, 3, h, w), or a list of images (3, h_i, w_i)."""
 
 
 class _Features(nn.Module):
@@ -26,7 +28,13 @@ class _Features(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(I, 3, h, w) -> (I, F) float64."""
-        return self.network(images).double()
+        features = self.network(images).double()
+        if features.shape[-1] != self.num_features:
+            raise ValueError(
+                f"the network makes {features.shape[-1]} features of images {tuple(images.shape[1:])} and "
+                f"{self.num_features} of others; it must make as many of any size, by resizing them for instance"
+            )
+        return features
 
 
 def load_features(name: str | Path, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
@@ -56,24 +64,27 @@ def load_features(name: str | Path, device: torch.device | str = "cpu") -> Calla
 
 @torch.inference_mode()
 def image_distances(
-    real: Tensor, generated: Tensor, features: Callable[[Tensor], Tensor], subset_size: int = 100, seed: int = 0
+    real: Images, generated: Images, features: Callable[[Tensor], Tensor], subset_size: int = 100, seed: int = 0
 ) -> dict[str, float]:
-    """Distances between two sets of images, (I, 3, h, w) in [-1, 1], under `features` of images in [0, 1].
+    """Distances between two sets of images (3, h_i, w_i) in [-1, 1], under `features` of images in [0, 1].
+
+    Where they differ in size, `features` is given those of one size together, and nothing here resizes them: it must
+    make as many features of any size, as "inception" does, which resizes them itself.
 
     subset_size: of KID's 100 random subsets, `seed` draws them; at most the smaller set. The Fréchet distance needs
     more images than features to mean much, so `features` and both sizes are told beside it. Raises `ValueError` for
-    fewer than two images.
+    fewer than two images, or features whose number depends on the size.
     """
     frechet_distance, kernel_distance = _distances()
     smaller = min(len(real), len(generated))
     if smaller < 2:
         raise ValueError(f"a distance needs two images or more on each side, got {len(real)} and {len(generated)}")
-    width = features(_unit(real[:1])).shape[-1]
+    width = features(_unit(real[0][None])).shape[-1]
     network = _Features(features, width)
-    frechet = frechet_distance(feature=network).to(real.device)
-    kid = kernel_distance(feature=network, subset_size=min(subset_size, smaller)).to(real.device)
+    frechet = frechet_distance(feature=network).to(real[0].device)
+    kid = kernel_distance(feature=network, subset_size=min(subset_size, smaller)).to(real[0].device)
     for images, is_real in ((real, True), (generated, False)):
-        for part in images.split(_BATCH):
+        for part in _batches(images):
             frechet.update(_unit(part), real=is_real)
             kid.update(_unit(part), real=is_real)
     with torch.random.fork_rng(devices=[]):  # torchmetrics draws the subsets from the global generator
@@ -97,6 +108,12 @@ def _distances() -> tuple[Any, Any]:
     except ImportError as error:
         raise ImportError("distances between sets of images need torchmetrics: pip install torchmetrics") from error
     return FrechetInceptionDistance, KernelInceptionDistance
+
+
+def _batches(images: Images) -> Iterator[Tensor]:
+    """(B, 3, h, w): those of one size together, in their order."""
+    for size in dict.fromkeys(image.shape for image in images):
+        yield from torch.stack([image for image in images if image.shape == size]).split(_BATCH)
 
 
 def _unit(images: Tensor) -> Tensor:

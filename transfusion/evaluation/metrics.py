@@ -17,8 +17,9 @@ from torch import Tensor
 from transfusion.data import Autoencoder, evaluation_batch, mismatched, text_documents, to_tensor
 from transfusion.data.drafting import caption_ids
 from transfusion.data.packing import pack, seeded
-from transfusion.data.sources import ImageSource, TextSource
+from transfusion.data.sources import CaptionedImage, ImageSource, TextSource
 from transfusion.data.tokenizer import Tokenizer
+from transfusion.data.transforms import Size, nearest_size
 from transfusion.kernels import diffusion_loss
 from transfusion.model import Transfusion
 from transfusion.sequence import Batch, collate, document_length
@@ -60,27 +61,40 @@ def evenly(count: int, most: int) -> list[int]:
     return [index * count // chosen for index in range(chosen)]
 
 
+def pictures(sample: CaptionedImage, sizes: Sequence[Size]) -> tuple[Tensor, ...]:
+    """What a sample shows, each (3, H, W) in [-1, 1], of that of `sizes` which training crops it to: the one closest to
+    the last picture's shape. Raises `SampleError` for what cannot be read."""
+    shown = [each.image for each in sample.pictures]
+    size = nearest_size(*shown[-1].size, sizes)
+    return tuple(to_tensor(image, size) for image in shown)
+
+
 class Samples(NamedTuple):
-    """Captions as token ids, clean latents (I, C, h, w), and of an edit the latent (C, h, w) before it."""
+    """Captions as token ids, clean latents (C, h, w), each of its size, and of an edit the latent before it."""
 
     captions: list[Tensor]
-    latents: Tensor
+    latents: list[Tensor]
     before: list[Tensor | None]
 
 
 def read_images(
-    images: ImageSource, tokenizer: Tokenizer, autoencoder: Autoencoder, image_size: int, max_caption_tokens: int
+    images: ImageSource,
+    tokenizer: Tokenizer,
+    autoencoder: Autoencoder,
+    sizes: Sequence[Size],
+    max_caption_tokens: int,
 ) -> tuple[Samples, int]:
     """-> at most 256 samples, and how many of them could not be used.
 
-    They are spread evenly over the images, so that each source of a mixture has its part.
+    They are spread evenly over the images, so that each source of a mixture has its part. sizes: (height, width) in
+    pixels; each image is cropped to the one that training crops it to.
     """
     captions, latents, before = list[Tensor](), list[Tensor](), list[Tensor | None]()
     skipped = 0
     for index in evenly(len(images), _MAX_IMAGES):
         try:
             ids = caption_ids(tokenizer, images.captions[index], max_caption_tokens)
-            *first, last = [to_tensor(each.image, image_size) for each in images[index].pictures]
+            *first, last = pictures(images[index], sizes)
         except ValueError:  # a SampleError is one
             skipped += 1
             continue
@@ -89,7 +103,7 @@ def read_images(
         before.append(autoencoder.encode(first[0][None])[0] if first else None)
     if not captions:
         raise ValueError(f"none of the {len(images)} images can be evaluated")
-    return Samples(captions, torch.stack(latents), before), skipped
+    return Samples(captions, latents, before), skipped
 
 
 def image_figures(model: Transfusion, samples: Samples, draws: int, seed: int) -> dict[str, Any]:

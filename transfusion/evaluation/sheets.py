@@ -21,10 +21,14 @@ def nearest(images: Tensor, candidates: Tensor) -> Tensor:
     return torch.cdist(images.flatten(1), candidates.flatten(1)).argmin(1)
 
 
-def contact_sheet(images: Tensor, columns: int = 8) -> np.ndarray:
-    """(I, 3, h, w) in [-1, 1] as one picture (height, width, 3) uint8."""
-    blank = torch.ones(-len(images) % columns, *images.shape[1:], device=images.device)
-    grid = torch.cat([images, blank]).unflatten(0, (-1, columns))
+def contact_sheet(images: Tensor | Sequence[Tensor], columns: int = 8) -> np.ndarray:
+    """Images (3, h_i, w_i) in [-1, 1] as one picture (height, width, 3) uint8, each in the middle of its cell."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    cells = torch.ones(len(images) + -len(images) % columns, 3, height, width)
+    for cell, image in zip(cells, images, strict=False):
+        top, left = (height - image.shape[1]) // 2, (width - image.shape[2]) // 2
+        cell[:, top : top + image.shape[1], left : left + image.shape[2]] = image
+    grid = cells.unflatten(0, (-1, columns))
     return pixels(grid.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2))
 
 

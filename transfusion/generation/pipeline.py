@@ -293,11 +293,11 @@ class TransfusionPipeline:
         steps: int | None = None,
         guidance_scale: float = 3.0,
         scheduler: str | Any = "fast",
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         progress: bool = False,
     ) -> Tensor:
         """Captions, and what they change, if anything -> (I, 3, H, W) float32 in [-1, 1]. Image i starts from the noise
-        of seed + i; H and W are as in a call."""
+        of seed + i, or of seed[i]; H and W are as in a call."""
         done = self(
             prompts,
             image=image,

@@ -98,6 +98,18 @@ def test_evaluation_batch_is_what_was_given():
     assert torch.equal(batch.mask.to_dense(), reference.mask.to_dense())
 
 
+def test_the_shuffled_twin_has_each_image_of_its_own_size():
+    captions, _, times = _pairs()
+    latents = [torch.randn(3, *random.choice([(4, 4), (2, 8), (6, 4)])) for _ in captions[1:]] + [torch.randn(3, 8, 8)]
+    partner = mismatched(captions, torch.Generator().manual_seed(random.getrandbits(32)))
+    twins = [evaluation_batch(each, latents, times, 5, 2) for each in (captions, [captions[i] for i in partner])]
+    (right, judged), (wrong, _) = twins
+    for batch, _ in twins:
+        assert all(map(torch.equal, batch.latents.images(), latents)) and torch.equal(batch.times[judged], times)
+        assert batch.token_image.bincount().tolist() == [latent[0].numel() // 4 for latent in latents]
+    assert right.token_ids.shape == wrong.token_ids.shape == (6, 6 + 16 + 4) and right.noise_seed == wrong.noise_seed
+
+
 @pytest.mark.parametrize("edited", [0.0, 0.5, 1.0])
 def test_the_shuffled_twin_differs_in_captions_only(edited):
     captions, latents, times = _pairs()

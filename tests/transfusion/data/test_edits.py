@@ -166,8 +166,11 @@ def test_both_pictures_of_an_edit_have_one_size(folder):
     for k in range(6):
         Pictures.new("RGB", (10, 20), (k, 0, 0)).save(path / f"from {k}.png")
     config = replace(CONFIG, aspect_ratios=("1:2", "1:1", "2:1"), caption_dropout=0.0)
-    for document in _documents(Loader(config, TOKENIZER, FolderSource(path, "all")), 6):
+    source = FolderSource(path, "all")
+    for document in _documents(Loader(config, TOKENIZER, source), 6):
         assert {tuple(s.latent.shape[1:]) for s in document if isinstance(s, Image)} == {(4, 12)}
+    samples, _ = read_images(source, TOKENIZER, PixelAutoencoder(), [(12, 4), (8, 8), (4, 12)], 20)  # evaluated so too
+    assert {tuple(each.shape) for each in (*samples.latents, *samples.before)} == {(3, 4, 12)}
 
 
 def test_so_many_images_a_row_are_no_edits(folder):
@@ -241,7 +244,7 @@ def test_figures_are_of_the_image_that_is_asked_for(folder):
     """The image before stands in the context, at time 0, and is not judged; shuffled instructions are told apart."""
     path = folder(edits=6, captioned=4)
     source = FolderSource(path, "all")
-    samples, skipped = read_images(source, TOKENIZER, PixelAutoencoder(), 8, 20)
+    samples, skipped = read_images(source, TOKENIZER, PixelAutoencoder(), [(8, 8)], 20)
     assert skipped == 0 and [first is not None for first in samples.before] == [k in source.edits for k in range(10)]
     torch.manual_seed(0)
     model = Transfusion(
@@ -256,7 +259,7 @@ def test_figures_are_of_the_image_that_is_asked_for(folder):
     assert changed["loss_predicting_zero"] == pytest.approx(figures["loss_predicting_zero"])
     # and of captioned images the figures do not know that there are edits
     plain = [k for k in range(10) if k not in source.edits]
-    alone = Samples([samples.captions[k] for k in plain], samples.latents[plain], [None] * len(plain))
+    alone = Samples([samples.captions[k] for k in plain], [samples.latents[k] for k in plain], [None] * len(plain))
     assert image_figures(model, alone, draws=1, seed=0)["images"] == 4
 
 

@@ -67,6 +67,25 @@ def test_nearer_sets_are_nearer_and_the_seed_decides() -> None:
     assert near != image_distances(real, images(5, shift=0.05), moments, subset_size=20, seed=1)
 
 
+def test_images_of_several_sizes_are_told_apart_by_their_features_alone() -> None:
+    """Every third is twice as wide, each pixel repeated, with the same mean; a network that counts pixels is named."""
+
+    def widened(images: torch.Tensor) -> list[torch.Tensor]:
+        return [image.repeat_interleave(1 + (index % 3 == 0), dim=2) for index, image in enumerate(images)]
+
+    def means(images: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(images.shape))
+        return images.double().mean((2, 3))
+
+    real, drawn, seen = images(0), images(1, shift=0.1), []
+    expected = image_distances(real, drawn, means, subset_size=40)
+    seen.clear()
+    assert image_distances(widened(real), widened(drawn), means, subset_size=40) == pytest.approx(expected)
+    assert set(seen[1:]) == {(14, 3, 8, 16), (26, 3, 8, 8)}
+    with pytest.raises(ValueError, match=r"makes 192 features of images \(3, 8, 8\) and 384 of others"):
+        image_distances(widened(real), real, lambda images: images.flatten(1))
+
+
 def test_features_come_from_a_file(tmp_path: Path) -> None:
     class Moments(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
