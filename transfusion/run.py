@@ -275,11 +275,15 @@ class Run:
         return figures
 
     @property
+    def _largest(self) -> int:
+        """Tokens of an image of the largest size."""
+        pixels = self.autoencoder.downscale * self.config.data.loader.patch_size
+        return max(image_tokens(size, pixels) for size in self.sizes)
+
+    @property
     def _longest(self) -> int:
         """Tokens of a caption that fits in a row beside an image of the largest size."""
-        loader = self.config.data.loader
-        pixels = self.autoencoder.downscale * loader.patch_size
-        return loader.row_length - caption_image_length(0, max(image_tokens(size, pixels) for size in self.sizes))
+        return self.config.data.loader.row_length - caption_image_length(0, self._largest)
 
     def distances(
         self, model: Transfusion, features: str | Path, samples: int = 256, guidance_scale: float = 3.0, seed: int = 0
@@ -309,11 +313,12 @@ class Run:
         return {"split": split, **distances}
 
     def _readable(self, source: ImageSource, indices: Iterable[int], longest: int) -> list[_Sample]:
-        """Samples `indices` of `source`, but for those that are no use."""
+        """Samples `indices` of `source` that are of use. longest: tokens of a caption that fits beside one image."""
         samples, sizes = [], self.sizes
         for index in indices:
             with contextlib.suppress(ValueError):  # a SampleError is one
-                caption_ids(self.tokenizer, source.captions[index], longest)
+                before = self._largest + 2 if index in source.edits else 0
+                caption_ids(self.tokenizer, source.captions[index], longest - before)
                 samples.append(_Sample(source.captions[index], pictures(source[index], sizes)))
         return samples
 

@@ -293,3 +293,8 @@ def test_a_run_of_edits_trains_evaluates_and_previews(folder, tmp_path, monkeypa
         corner = preview[top, left]
         level = picture.image.getpixel((0, 0))[0]
         assert any(picture is each for each in shown) or corner.tolist() == [level, 0, 0]
+    edit = next(sample for sample in shown if sample.before)
+    for letters, fits in ((50, True), (52, False)):  # a token each, beside two images
+        source = DrawnImages([replace(edit, caption="Z" * letters)], [])
+        samples = run._readable(source, [0], run._longest)
+        assert len(samples) == len(run._drawn(run.model(), samples, steps=1)) == fits
