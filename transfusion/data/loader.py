@@ -46,7 +46,7 @@ class LoaderConfig:
         row_length: tokens of a row.
         image_size: pixels a side; images are cropped to their central square and resized.
         aspect_ratios: such as "1:1", "4:3", "3:4": an image is cropped to the closest of them instead, at a size of
-            about image_size² pixels. Images of one batch then differ in size.
+            about image_size² pixels, in evaluation too. Images of one batch then differ in size.
         patch_size: latents a side that become one token.
         images_per_row: exactly so many captioned images in each image row, the same number in every batch; None
             packs as many as fit.
