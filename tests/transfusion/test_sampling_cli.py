@@ -87,6 +87,8 @@ def test_every_option_reaches_the_pipeline(folder, tmp_path, monkeypatch):
         "top_k": random.randrange(2, 200),
         "top_p": random.uniform(0.1, 0.9),
         "min_p": random.uniform(0.01, 0.2),
+        "height": 8,
+        "width": 2,
     }
     flags = {"guidance_scale": "guidance", "max_new_tokens": "max_tokens"}
     words = [(f"--{flags.get(name, name).replace('_', '-')}", str(value)) for name, value in numbers.items()]
