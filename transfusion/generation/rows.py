@@ -185,7 +185,7 @@ class Denoiser:
     """What the network predicts about one new image of each row, which BOI has announced.
 
     Only the image's own tokens run, against the keys and values of what came before. `twins`: as many rows of the
-    unconditional document, evaluated in the same batch.
+    unconditional document, evaluated in the same batch; the codec's way in, which sees no document, runs once for both.
     """
 
     def __init__(self, rows: Rows, latent_shape: Sequence[int], twins: Rows | None = None) -> None:
@@ -198,20 +198,21 @@ class Denoiser:
 
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """Latents (B, C, h, w) at timestep (B,) -> the prediction (B, C, h, w) float32."""
-        return self._run_alone(lambda *given: self._predict(self._alone, *given), latents, timestep)
+        return self._run_alone(lambda *given: self._predict(self._alone, 1, *given), latents, timestep)
 
     def both(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """The prediction of the rows, and that of their twins, from one forward."""
         both = self._both
         assert both is not None, "guidance without twins"
-        doubled = latents.repeat(2, 1, 1, 1), timestep.repeat(2)
-        prediction = self._run_both(lambda *given: self._predict(both, *given), *doubled)
+        prediction = self._run_both(lambda *given: self._predict(both, 2, *given), latents, timestep)
         conditional, unconditional = prediction.chunk(2)
         return conditional, unconditional
 
-    def _predict(self, window: Window | Pair, latents: Tensor, timestep: Tensor) -> Tensor:
+    def _predict(self, window: Window | Pair, times: int, latents: Tensor, timestep: Tensor) -> Tensor:
         model = self._model
         x, skips = encode(model, latents, timestep)
+        if times > 1:
+            x, skips = x.repeat(times, 1, 1), None if skips is None else skips.repeat(times)
         hidden = model.transformer(x, positions_of(model, window, latents), window.new, self._impl, window)
-        shape = (len(latents), *self._shape)
+        shape = (times * len(latents), *self._shape)
         return unpatchify(model.decode_images(hidden, skips).float(), shape, model.config.codec_window)

@@ -27,6 +27,11 @@ class Skips(NamedTuple):
     sides: tuple[int, int]
     features: tuple[Tensor, ...]
 
+    def repeat(self, times: int) -> "Skips":
+        """Of the same images so many times over."""
+        features = tuple(each.repeat(times, 1, 1, 1) for each in self.features)
+        return Skips(self.timestep.repeat(times, 1), self.sides, features)
+
 
 class Conv(nn.Conv2d):
     """A square convolution of channels-last images, (I, h, w, C_in) -> (I, h', w', C_out)."""
