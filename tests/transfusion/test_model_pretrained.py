@@ -179,10 +179,13 @@ def test_a_folder_wins_over_the_hub_and_over_what_comes_with_the_package(
         assert same(Transfusion.from_pretrained(name), tiny.model())
 
 
-def test_weights_are_read_in_another_type(tmp_path: Path) -> None:
-    model = tiny.model()
-    model.half().save_pretrained(tmp_path)
-    kept, single = (Transfusion.from_pretrained(tmp_path, dtype=dtype) for dtype in (None, torch.float32))
-    assert {weight.dtype for weight in kept.parameters()} == {torch.float16}
-    assert {weight.dtype for weight in single.parameters()} == {torch.float32}
-    assert same(single.half(), kept)
+@pytest.mark.parametrize("saved", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_are_read_in_another_type(tmp_path: Path, saved: torch.dtype) -> None:
+    """None is that of the file, but for float16 on a CPU."""
+    model = tiny.model().to(saved)
+    model.save_pretrained(tmp_path)
+    kept, half = (Transfusion.from_pretrained(tmp_path, dtype=dtype) for dtype in (None, torch.float16))
+    expected = torch.float32 if saved == torch.float16 else saved
+    assert {weight.dtype for weight in kept.parameters()} == {expected}
+    assert {weight.dtype for weight in half.parameters()} == {torch.float16}
+    assert same(kept.to(saved), model) and same(half, model.half())

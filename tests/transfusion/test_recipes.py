@@ -17,6 +17,7 @@ from transfusion.data import PixelAutoencoder, Tokenizer, to_tensor
 from transfusion.data.emoji import EmojiSource
 from transfusion.evaluation import sheets
 from transfusion.generation import TransfusionPipeline
+from transfusion.model import pretrained
 from transfusion.run import Run
 from transfusion.run_config import CONFIG, RunConfig
 from transfusion.sequence import image_tokens
@@ -63,7 +64,7 @@ def test_what_comes_with_the_package_is_a_recipes_and_small(name):
     folder, config = recipes.trained()[name], read(name)
     model = Transfusion.from_pretrained(name)
     assert model.config == config.model and sum(file.stat().st_size for file in folder.iterdir()) <= LARGEST
-    assert {weight.dtype for weight in model.parameters()} == {torch.float16}
+    assert {weight.dtype for weight in pretrained.read_weights(folder).values()} == {torch.float16}
     assert all(weight.isfinite().all() for weight in model.parameters())
     card = (folder / "README.md").read_text()
     assert "CC BY-SA 4.0" in card and f"{model.num_parameters():,} parameters" in card
@@ -72,7 +73,7 @@ def test_what_comes_with_the_package_is_a_recipes_and_small(name):
 def test_emoji_32_draws_what_it_is_asked_for_and_names_what_it_is_shown(seed):
     """Each image is nearest, of all that it has learned, to the emoji of its caption; chance would be 1 in 252."""
     source = EmojiSource(32, "train", "animals-and-food")
-    pipe = TransfusionPipeline.from_pretrained("emoji-32", dtype=torch.float32)
+    pipe = TransfusionPipeline.from_pretrained("emoji-32")
     learned = torch.stack([to_tensor(sample.image, 32) for sample in source])
     chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:8].tolist()
     captions = [source.captions[index] for index in chosen]

@@ -124,8 +124,8 @@ class TransfusionPipeline:
     ) -> "TransfusionPipeline":
         """The pipeline saved in folder `path`, that comes with the package under this name, or OWNER/NAME of the hub.
 
-        dtype: of the model's weights; None keeps that of the file. Raises `FileNotFoundError` or `ValueError` naming
-        the file at fault.
+        dtype: of the model's weights; None keeps that of the file, but for float16 on a CPU, which becomes float32.
+        Raises `FileNotFoundError` or `ValueError` naming the file at fault.
         """
         folder = local_folder(path)
         if not (folder / CONFIG).is_file():

@@ -81,7 +81,8 @@ def _write_shards(state: Mapping[str, Tensor], shards: Mapping[str, list[str]], 
 
 
 def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> "Transfusion":
-    """The model that `local_folder` finds, on `device`; its weights in `dtype`, None keeps the file's.
+    """The model that `local_folder` finds, on `device`, its weights in `dtype`; None keeps the file's, but makes
+    float32 of float16 on a CPU, in which that computes several times as fast.
 
     Raises `FileNotFoundError` or `ValueError` naming the file at fault, or a device that is not here; `TypeError` for
     another dtype than torch's.
@@ -101,6 +102,8 @@ def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ValueError(f"the weights in {folder} are not of the model in its {CONFIG}: {error}") from error
+    if dtype is None and torch.device(device).type == "cpu" and model.head.weight.dtype == torch.float16:
+        dtype = torch.float32
     return model if dtype is None else model.to(dtype)
 
 

@@ -153,8 +153,8 @@ class Transfusion(nn.Module):
     ) -> "Transfusion":
         """The model saved in folder `path`, that comes with the package under this name, or OWNER/NAME of the hub.
 
-        dtype: of the weights; None keeps that of the file. Raises `FileNotFoundError` or `ValueError` naming the file
-        at fault.
+        dtype: of the weights; None keeps that of the file, but for float16 on a CPU, which becomes float32. Raises
+        `FileNotFoundError` or `ValueError` naming the file at fault.
         """
         return pretrained.load(path, device, dtype)
 
