@@ -23,7 +23,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> T
     length go through together, where that leaves far fewer pairs.
     """
     pieces = prepare(mask)
-    if pieces is None:
+    if pieces is None or not q.shape[0]:  # heads there are none then, at which torch 2.11 dies
         return dense_sdpa(q, k, v, mask, scale)
     # (B·N, H, D); of a mask of one row (N, B·H, D), for all that is cut alike goes through as heads do
     broadcast = mask.batch_size == 1

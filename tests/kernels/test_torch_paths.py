@@ -75,7 +75,7 @@ def test_one_mask_row_is_cut_for_the_whole_batch(batch: int) -> None:
     grad_out = torch.randn(batch, 4, 300, 16)
     out = transfusion_attention(*leaves, mask, impl="sdpa")
     grads = torch.autograd.grad(out, leaves, grad_out)
-    assert "dense" not in mask._derived
+    assert batch == 0 or "dense" not in mask._derived
     rows = IntervalMask.stack([packed(random.Random(batch), 300, 60).mask()] * batch) if batch else mask
     whole = transfusion_attention(*leaves, rows, impl="sdpa")
     for mine, its in zip((out, *grads), (whole, *torch.autograd.grad(whole, leaves, grad_out)), strict=True):
