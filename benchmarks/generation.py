@@ -187,9 +187,8 @@ def decoding(batch: int) -> Pair:
     config = transformers.LlamaConfig(num_attention_heads=heads, num_key_value_heads=heads // 2, **sizes, **ends)
     llama = transformers.LlamaForCausalLM(config).to(DEVICE, dtype).eval()
     with torch.no_grad():
-        llama.lm_head.weight[: 1 + max(astuple(special))] = (
-            0  # EOS and BOI, at which a row would end, are never the likeliest
-        )
+        # EOS and BOI, at which a row would end, are never the likeliest
+        llama.lm_head.weight[: 1 + max(astuple(special))] = 0
     model = Transfusion.from_llama(llama, special=special).to(DEVICE, dtype).eval()
     count, text = 64, prompt(32)
     requests = [Request((text,), max_new_tokens=count) for _ in range(batch)]

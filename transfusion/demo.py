@@ -22,6 +22,7 @@ from transfusion.cli import pick_device
 from transfusion.data import image_source, text_source, to_tensor
 from transfusion.data.sources import ImageSource
 from transfusion.evaluation import sheets
+from transfusion.files import alone_in
 from transfusion.run import Run
 from transfusion.run_config import RunConfig
 from transfusion.training.metrics import read_log, to_json
@@ -95,13 +96,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.steps:
         warmup = min(chosen.train.warmup_steps, options.steps // 10)
         chosen = replace(chosen, train=replace(chosen.train, steps=options.steps, warmup_steps=warmup))
-    run, start = Run.start(chosen, options.out), time.monotonic()
-    print(f"training on {device}; stop it any time, the same command goes on. TensorBoard: {options.out}/tensorboard")
-    if not run.train(device):
-        return 0
-    files = show(run, device)
-    print(summary(json.loads((options.out / "metrics.json").read_text())))
-    print(f"\ndone in {(time.monotonic() - start) / 60:.1f} minutes; look at\n  " + "\n  ".join(map(str, files)))
+    with alone_in(options.out):
+        run, start = Run.start(chosen, options.out), time.monotonic()
+        print(
+            f"training on {device}; stop it any time, the same command goes on. TensorBoard: {options.out}/tensorboard"
+        )
+        if not run.train(device):
+            return 0
+        files = show(run, device)
+        print(summary(json.loads((options.out / "metrics.json").read_text())))
+        print(f"\ndone in {(time.monotonic() - start) / 60:.1f} minutes; look at\n  " + "\n  ".join(map(str, files)))
     return 0
 
 

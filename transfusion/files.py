@@ -14,6 +14,7 @@ from typing import IO
 logger = logging.getLogger(__name__)
 
 LOCK = "in-use.lock"
+_HELD: set[str] = set()  # by this process, of which the system asks nothing
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -41,11 +42,16 @@ def alone_in(folder: Path) -> Iterator[None]:
     Where the system has no such locks nothing is held: a warning says so of a file system, Windows never has them.
     """
     there = next(path for path in (folder, *folder.parents) if path.exists())
+    place = os.path.realpath(folder)
+    if place in _HELD:
+        raise ValueError(_in_use(folder, "by this process"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
+        _HELD.add(place)
         with _locked(folder / LOCK):
             yield
     finally:
+        _HELD.discard(place)
         for path in takewhile(lambda path: path != there, (folder, *folder.parents)):
             with contextlib.suppress(OSError):
                 path.rmdir()
@@ -82,10 +88,11 @@ def _refuse(folder: Path, file: IO[str], error: OSError) -> None:
         logger.warning("%s cannot be locked (%s): see that no other process writes there", folder, error.strerror)
         return
     file.seek(0)
-    raise ValueError(
-        f"{folder} is in use by another training ({file.read() or 'no more is known'}); wait for it or stop it, or "
-        "give another --out"
-    )
+    raise ValueError(_in_use(folder, f"by another training ({file.read() or 'no more is known'})"))
+
+
+def _in_use(folder: Path, by: str) -> str:
+    return f"{folder} is in use {by}; wait for it or stop it, or give another --out"
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

@@ -22,6 +22,7 @@ def train_vae(arguments: Sequence[str]) -> int:
 
         Args:
             images: as `transfusion train --data.images` has them: a folder with captions.jsonl, tar shards, emoji, ...
+                Of edits it sees what images become, not what they were.
             out: the autoencoder's folder.
             perceptual: a TorchScript file of a network that makes features of images (I, 3, H, W) in [0, 1]; the
                 squared distance of features then joins the loss.

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from transfusion.data import (
 from transfusion.data.config import check_sources
 from transfusion.data.documents import caption_image_length
 from transfusion.data.drafting import caption_ids
-from transfusion.data.sources import ImageSource, Split
+from transfusion.data.sources import ImageSource, Split, edits_of
 from transfusion.data.transforms import Size, bucket_sizes, check_image_size, nearest_size
 from transfusion.diffusion.sampler import default_steps, make_scheduler
 from transfusion.evaluation import (
@@ -270,7 +271,9 @@ class Run:
         for split, name in splits:
             images = image_source(data, split)
             if images is not None:
-                samples, skipped = read_images(images, self.tokenizer, self.autoencoder, self.sizes, self._longest)
+                samples, skipped = read_images(
+                    images, self.tokenizer, self.autoencoder, self.sizes, partial(self._room, images, self._longest)
+                )
                 figures[name] = image_figures(model, samples, draws, seed) | {"skipped": skipped}
         return figures
 
@@ -317,10 +320,13 @@ class Run:
         samples, sizes = [], self.sizes
         for index in indices:
             with contextlib.suppress(ValueError):  # a SampleError is one
-                before = self._largest + 2 if index in source.edits else 0
-                caption_ids(self.tokenizer, source.captions[index], longest - before)
+                caption_ids(self.tokenizer, source.captions[index], self._room(source, longest, index))
                 samples.append(_Sample(source.captions[index], pictures(source[index], sizes)))
         return samples
+
+    def _room(self, source: ImageSource, longest: int, index: int) -> int:
+        """Tokens of a caption that fits with sample `index`, of which `longest` fit beside one image."""
+        return longest - (self._largest + 2) * (index in edits_of(source))
 
     def _drawn(
         self, model: Transfusion, samples: Sequence[_Sample], seed: int = 0, **options: Any

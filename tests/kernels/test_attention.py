@@ -153,6 +153,7 @@ def test_rows_may_lie_far_apart(tmp_path: Path) -> None:
 
     def apart(name: int, tensor: Tensor) -> Tensor:
         storage = torch.from_file(str(tmp_path / str(name)), shared=True, size=19 * gap + 16, dtype=torch.float16)
+        (tmp_path / str(name)).unlink()  # it is mapped, and pytest keeps what lies here
         return storage.as_strided((1, 1, 20, 16), (0, 0, gap, 1)).copy_(tensor)
 
     results = []
@@ -174,6 +175,7 @@ def test_batch_and_heads_may_lie_far_apart(dim: int, tmp_path: Path) -> None:
     def apart(name: int, tensor: Tensor) -> Tensor:
         size = 2**31 + 2 * gap + 320
         storage = torch.from_file(str(tmp_path / str(name)), shared=True, size=size, dtype=torch.float16)
+        (tmp_path / str(name)).unlink()  # it is mapped, and pytest keeps what lies here
         return storage.as_strided(shape, strides, 2**31).copy_(tensor)
 
     results = []

@@ -137,6 +137,17 @@ def test_a_run_holds_its_folder_to_the_end(folder: Path, tmp_path: Path, monkeyp
     assert seen == [True]
 
 
+def test_a_folder_is_entered_once_by_one_process(tmp_path: Path) -> None:
+    """Of which the system's lock knows nothing; the second leaves the first what it has."""
+    with alone_in(tmp_path / "run"):
+        for path in (tmp_path / "run", tmp_path / "x" / ".." / "run"):
+            with pytest.raises(ValueError, match="run is in use by this process"), alone_in(path):
+                pass
+        assert (tmp_path / "run" / LOCK).is_file()
+    with alone_in(tmp_path / "run"):
+        pass
+
+
 def test_a_disk_without_locks_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -100,7 +100,7 @@ def test_what_a_callback_gives_goes_on_in_float32_and_without_its_gradient():
 
     def steer(step, timestep, latents):
         with torch.enable_grad():
-            return latents * weight
+            return latents.double() * weight
 
     noise = torch.randn(2, 3, 4, 4)
     found = sample(predict, noise, generators=[torch.Generator()] * 2, on_step_end=steer, **options)

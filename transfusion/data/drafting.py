@@ -11,7 +11,7 @@ from transfusion.data.documents import caption_image_length, text_documents
 from transfusion.data.packing import RowPlan
 from transfusion.data.reading import Draft, MapDeck
 from transfusion.data.rows import Contents, PlannedRows, Rows, StreamRows
-from transfusion.data.sources import CaptionedImage, ImageSource, SampleError, TextSource
+from transfusion.data.sources import CaptionedImage, ImageSource, SampleError, TextSource, edits_of
 from transfusion.data.streams import Stream
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.data.transforms import Size, nearest_size
@@ -37,15 +37,15 @@ class Mixture(Generic[T]):
             raise ValueError(f"{len(self.sources)} source(s) but {len(self.weights)} weight(s)")
 
 
-def caption_ids(tokenizer: Tokenizer, caption: str, max_tokens: int) -> Tensor:
+def caption_ids(tokenizer: Tokenizer, caption: str, max_tokens: int, beside: str = "its image") -> Tensor:
     """-> (n,) int64 with 1 <= n <= max_tokens. Raises `ValueError` naming a caption that is longer, or empty."""
     ids = tokenizer.encode(caption)
     if not len(ids):
         raise ValueError("the caption is empty")
     if len(ids) > max_tokens:
         raise ValueError(
-            f"the caption {_quoted(caption)} has {len(ids)} tokens, more than the {max_tokens} that fit beside its "
-            "image; shorten it or use a longer context"
+            f"the caption {_quoted(caption)} has {len(ids)} tokens, more than the {max_tokens} that fit beside "
+            f"{beside}; shorten it or use a longer context"
         )
     return ids
 
@@ -91,16 +91,18 @@ class Drafter:
             key = (self.seed, name)
             drafts = partial(self._drafts, name)
             return StreamRows(images, drafts, _draft_length, self.row_length, self.shuffle_block, key)
-        if self.images_per_row and images.edits:
+        edits, reasons = edits_of(images), list[str]()
+        if self.images_per_row and edits:
             raise ValueError(
                 f"images_per_row={self.images_per_row} is of captioned images; an edit takes two: leave it out"
             )
-        known = list(self._known(images, name))
+        known = list(self._known(images, name, reasons))
         if not known:
-            raise ValueError(f"none of the {len(images)} captions fits in {self.max_caption_tokens} tokens")
-        lengths = [self._length(caption, size, 1 + (index in images.edits)) for index, caption, size in known]
+            raise ValueError(f"none of the {len(images)} captioned images can be used; the first: {reasons[0]}")
+        lengths = [self._length(caption, size, 1 + (index in edits)) for index, caption, size in known]
         plan = RowPlan(lengths, self.row_length, self.seed, name, self.images_per_row)
-        contents = Contents(zip(images.names, images.captions, strict=True))
+        listed = enumerate(zip(images.names, images.captions, strict=True))
+        contents = Contents((*words, edits[index]) if index in edits else words for index, words in listed)
         return PlannedRows(MapDeck(images, name, known, lengths), plan, contents)
 
     def text_rows(self, texts: Texts, name: str) -> Rows[Document]:
@@ -115,14 +117,16 @@ class Drafter:
         plan = RowPlan([_text_length(w) for w in windows], self.row_length, self.seed, name)
         return PlannedRows(windows, plan, contents)
 
-    def _known(self, images: ImageSource, source: str) -> Iterator[tuple[int, Tensor, Size]]:
-        """(index in the source, caption, size) of each sample that fits a row."""
+    def _known(self, images: ImageSource, source: str, reasons: list[str]) -> Iterator[tuple[int, Tensor, Size]]:
+        """(index in the source, caption, size) of each sample that fits a row; why others do not, into `reasons`."""
+        edits = edits_of(images)
         for index, caption in enumerate(images.captions):
             try:
-                ids = self._caption(caption, index in images.edits)
+                ids = self._caption(caption, index in edits)
                 size = self.sizes[0] if len(self.sizes) == 1 else nearest_size(*images[index].size, self.sizes)
             except ValueError as error:  # a SampleError is one
                 self.skip(source, *_told(images, index, error))
+                reasons.append(_reason(error))
             else:
                 yield index, ids, size
 
@@ -146,7 +150,7 @@ class Drafter:
                     f"row_length={self.row_length} holds no two images of {largest} tokens, as an edit takes; use a "
                     "longer row or larger patches"
                 )
-        return caption_ids(self.tokenizer, caption, room)
+        return caption_ids(self.tokenizer, caption, room, "two images" if edit else "its image")
 
     def _windows(self, text: str) -> list[Document]:
         return text_documents(self.tokenizer.encode(text), self.row_length, self.tokenizer.special)

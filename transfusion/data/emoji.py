@@ -69,7 +69,6 @@ class EmojiSource:
         test_bases, captions = _test_bases(), _captions()
         self.left_out = list(left_out)
         self.skipped: list[Skipped] = []
-        self.edits = frozenset[int]()
         self.names = [emoji for emoji in drawn if in_split(base_emoji(emoji), split, test_bases)]
         self.captions = [captions[emoji] for emoji in self.names]
         self.images = np.stack([drawn[emoji] for emoji in self.names])

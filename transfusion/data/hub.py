@@ -123,7 +123,7 @@ class HubImages:
             raise EmptySplitError(
                 f"the {split} split of {spec!r} is empty: {len(captions)} row(s), {len(self.skipped)} skipped"
             )
-        self.edits = frozenset(range(len(self.names)) if self._columns.before else ())
+        self.edits = dict.fromkeys(range(len(self.names)), self._columns.before) if self._columns.before else {}
 
     def __len__(self) -> int:
         return len(self.names)

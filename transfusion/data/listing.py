@@ -5,7 +5,7 @@ from itertools import islice
 from typing import TypeVar
 
 from transfusion.data.drafting import Images
-from transfusion.data.sources import CaptionedImage, ImageSource, SampleError, Skipped
+from transfusion.data.sources import CaptionedImage, ImageSource, SampleError, Skipped, edits_of
 from transfusion.data.streams import Stream
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class DrawnImages:
         self._samples, self.skipped = samples, skipped
         self.names = [sample.name for sample in samples]
         self.captions = [sample.caption for sample in samples]
-        self.edits = frozenset(index for index, sample in enumerate(samples) if sample.before is not None)
+        self.edits = {index: sample.before.name for index, sample in enumerate(samples) if sample.before is not None}
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -50,7 +50,8 @@ class JoinedImages:
         self._places = [(source, index) for source in sources for index in range(len(source))]
         self.names = [name for source in sources for name in source.names]
         self.captions = [caption for source in sources for caption in source.captions]
-        self.edits = frozenset(k for k, (source, index) in enumerate(self._places) if index in source.edits)
+        edits = [(edits_of(source), index) for source, index in self._places]
+        self.edits = {place: known[index] for place, (known, index) in enumerate(edits) if index in known}
         self.skipped = [skip for source in sources for skip in source.skipped]
 
     def __len__(self) -> int:

@@ -154,7 +154,7 @@ class Loader:
         encoder: Autoencoder = PixelAutoencoder() if autoencoder is None else autoencoder
         self._reader = ImageReader(encoder, cache, config.workers, config.sample_latents)
         self._skipped: dict[tuple[str, str], str] = {}
-        self._unreadable: dict[tuple[str, str], str] = {}  # not the errors: these hold what was being decoded
+        self._unreadable: dict[tuple[str, str | int], str] = {}  # not the errors: these hold what was being decoded
         if not config.aspect_ratios:
             check_image_size(config.image_size, encoder.downscale, config.patch_size)
         pixels = encoder.downscale * config.patch_size

@@ -26,10 +26,10 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class Draft:
-    """A captioned image before it is read: source and name, caption (n,), size in pixels, and tokens in a row. The
-    image before an edit is cropped to the same size."""
+    """A captioned image before it is read: what tells it from others, its source first; caption (n,), size in pixels,
+    and tokens in a row. The image before an edit is cropped to the same size."""
 
-    key: tuple[str, str]
+    key: tuple[str, str | int]
     caption: Tensor
     size: Size
     length: int
@@ -49,8 +49,7 @@ class MapDeck(Sequence[Draft]):
 
     def __getitem__(self, place: int) -> Draft:  # type: ignore[override]  # never sliced
         index, caption, size = self._known[place]
-        key = (self._label, self._source.names[index])
-        return Draft(key, caption, size, self.lengths[place], partial(self._source.__getitem__, index))
+        return Draft((self._label, index), caption, size, self.lengths[place], partial(self._source.__getitem__, index))
 
 
 class ImageReader:

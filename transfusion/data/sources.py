@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,11 +116,13 @@ class CaptionedImage:
 
 
 class ImageSource(Protocol):
-    """Captioned images. What is listed is known without reading an image; reading one may `SampleError`."""
+    """Captioned images. What is listed is known without reading an image; reading one may `SampleError`.
+
+    One that has edits lists them too, as `edits`: {index: what the image `before` is called}.
+    """
 
     names: list[str]
     captions: list[str]
-    edits: frozenset[int]  # the samples that have an image `before`
     skipped: list[Skipped]
 
     def __len__(self) -> int:
@@ -128,6 +130,12 @@ class ImageSource(Protocol):
 
     def __getitem__(self, index: int) -> CaptionedImage:
         """Sample `index`, its image not decoded yet."""
+
+
+def edits_of(source: ImageSource) -> Mapping[int, str]:
+    """`source.edits`, none where it lists none."""
+    edits: Mapping[int, str] = getattr(source, "edits", {})
+    return edits
 
 
 def held_out(keys: Iterable[str], fraction: float) -> set[str]:
@@ -175,10 +183,20 @@ class _Entry(NamedTuple):
     caption: str
     before: str = ""
 
-    @property
-    def first(self) -> str:
-        """The file that tells on which side of the split it is: one picture and its edits are on one."""
-        return self.before or self.image
+
+def _families(entries: Iterable[_Entry]) -> dict[str, str]:
+    """{file: the first, by name, of all that edits join it with}: no picture may be on both sides of a split."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    for entry in entries:
+        ends = root(entry.image), root(entry.before or entry.image)
+        parent[max(ends)] = min(ends)
+    return {name: root(name) for name in list(parent)}
 
 
 class EmptySplitError(ValueError):
@@ -206,27 +224,27 @@ class FolderSource:
                 + (f", the first: {': '.join(self.skipped[0])}" if self.skipped else "")
                 + '); expected captions.jsonl with one {"image": "relative/path.jpg", "caption": "..."} per line'
             )
-        test_names = held_out((entry.first for entry in entries), test_fraction)
-        chosen = [entry for entry in entries if in_split(entry.first, split, test_names)]
+        family = _families(entries)
+        test_names = held_out(family.values(), test_fraction)
+        chosen = [entry for entry in entries if in_split(family[entry.image], split, test_names)]
         if not chosen:
             raise EmptySplitError(
                 f"the {split} split of {self.path} is empty: {len(entries)} captioned image(s) in all"
             )
         self.names, self.captions = [entry.image for entry in chosen], [entry.caption for entry in chosen]
-        self._before = {index: entry.before for index, entry in enumerate(chosen) if entry.before}
-        self.edits = frozenset(self._before)
+        self.edits = {index: entry.before for index, entry in enumerate(chosen) if entry.before}
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> CaptionedImage:
-        before = self._picture(self._before[index], "") if index in self.edits else None
+        before = self._picture(self.edits[index], "") if index in self.edits else None
         return self._picture(self.names[index], self.captions[index], before)
 
     def _picture(self, name: str, caption: str, before: CaptionedImage | None = None) -> CaptionedImage:
         return CaptionedImage(caption, FileSlice(self.path / name), str(self.path / name), before)
 
-    def _read_captions(self) -> list["_Entry"]:
+    def _read_captions(self) -> list[_Entry]:
         file = self.path / "captions.jsonl"
         if not file.is_file():
             raise ValueError(
@@ -244,7 +262,7 @@ class FolderSource:
                 warn_skipped(self.path, error.name, error.reason)
         return entries
 
-    def _parse(self, line: bytes, where: str) -> "_Entry":
+    def _parse(self, line: bytes, where: str) -> _Entry:
         try:
             entry: Any = json.loads(line)
         except (ValueError, RecursionError) as error:

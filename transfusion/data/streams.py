@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 T_co = TypeVar("T_co", covariant=True)
 _IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
 _BEFORE = "source."  # the image before an edit
+_BEFORE_SUFFIXES = frozenset(_BEFORE + suffix for suffix in _IMAGE_SUFFIXES)
 _CAPTION_SUFFIXES = ("txt", "caption", "json")
 
 
@@ -163,8 +164,8 @@ class TarImages(SkipLog):
 def _captioned(path: Path, key: str, members: dict[str, FileSlice]) -> CaptionedImage:
     name = f"{path}/{key}"
     image, before = (
-        next((members[suffix] for suffix in members if suffix in {f"{prefix}{kind}" for kind in _IMAGE_SUFFIXES}), None)
-        for prefix in ("", _BEFORE)
+        next((content for suffix, content in members.items() if suffix in kinds), None)
+        for kinds in (_IMAGE_SUFFIXES, _BEFORE_SUFFIXES)
     )
     if image is None:
         raise SampleError(name, f"no image among its members ({', '.join(sorted(members))})")

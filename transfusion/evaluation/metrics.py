@@ -8,7 +8,6 @@ over images, each image's draws averaged first, for draws of one image are not i
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -82,18 +81,18 @@ def read_images(
     tokenizer: Tokenizer,
     autoencoder: Autoencoder,
     sizes: Sequence[Size],
-    max_caption_tokens: int,
+    longest: Callable[[int], int],
 ) -> tuple[Samples, int]:
     """-> at most 256 samples, and how many of them could not be used.
 
     They are spread evenly over the images, so that each source of a mixture has its part. sizes: (height, width) in
-    pixels; each image is cropped to the one that training crops it to.
+    pixels; each image is cropped to the one that training crops it to. longest: tokens of a caption, by sample.
     """
     captions, latents, before = list[Tensor](), list[Tensor](), list[Tensor | None]()
     skipped = 0
     for index in evenly(len(images), _MAX_IMAGES):
         try:
-            ids = caption_ids(tokenizer, images.captions[index], max_caption_tokens)
+            ids = caption_ids(tokenizer, images.captions[index], longest(index))
             *first, last = pictures(images[index], sizes)
         except ValueError:  # a SampleError is one
             skipped += 1
@@ -145,17 +144,16 @@ def _one_draw(model: Transfusion, samples: Samples, draw: int, draws: int, seed:
     times = (draw + torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")) / draws
     noise_seed = int(torch.randint(0, 2**62, (), generator=generator, device="cpu"))
 
-    def losses(shown: Sequence[Tensor], of: Callable[[Batch], Tensor]) -> Tensor:
-        batch, judged = evaluation_batch(shown, latents, times, noise_seed, patch, model.config.special, before)
-        return of(batch.to(device)).cpu()[judged]
-
-    def of_model(batch: Batch) -> Tensor:
-        return model(batch).per_image
+    def batch(shown: Sequence[Tensor]) -> tuple[Batch, Tensor]:
+        made, judged = evaluation_batch(shown, latents, times, noise_seed, patch, model.config.special, before)
+        return made.to(device), judged
 
     shuffled = torch.zeros(0, device="cpu")
     if 2 * Counter(tuple(caption.tolist()) for caption in captions).most_common(1)[0][1] <= count:
-        shuffled = losses([captions[i] for i in mismatched(captions, generator)], of_model)
-    return losses(captions, of_model), shuffled, losses(captions, partial(_loss_of_zero, model))
+        others, judged = batch([captions[i] for i in mismatched(captions, generator)])
+        shuffled = model(others).per_image.cpu()[judged]
+    right, judged = batch(captions)
+    return model(right).per_image.cpu()[judged], shuffled, _loss_of_zero(model, right).cpu()[judged]
 
 
 def _loss_of_zero(model: Transfusion, batch: Batch) -> Tensor:

@@ -24,7 +24,8 @@ def nearest(images: Tensor, candidates: Tensor) -> Tensor:
 def contact_sheet(images: Tensor | Sequence[Tensor], columns: int = 8) -> np.ndarray:
     """Images (3, h_i, w_i) in [-1, 1] as one picture (height, width, 3) uint8, each in the middle of its cell."""
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
-    cells = torch.ones(len(images) + -len(images) % columns, 3, height, width)
+    sizes = (len(images) + -len(images) % columns, 3, height, width)
+    cells = torch.ones(sizes, dtype=torch.float32, device="cpu")
     for cell, image in zip(cells, images, strict=False):
         top, left = (height - image.shape[1]) // 2, (width - image.shape[2]) // 2
         cell[:, top : top + image.shape[1], left : left + image.shape[2]] = image

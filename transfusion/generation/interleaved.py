@@ -189,7 +189,7 @@ def generate(
         text = [(*group, logits[writing]) for group in _those(rows, state, writing)]
         del state  # whoever goes on has a cache, and each that is done with goes at once: see `KVCache`
         while text or drawing:
-            while text:
+            if text:
                 drawing += _write(plan, text)
             text = _draw(plan, drawing) if drawing else []
     return [row.result() for row in rows]

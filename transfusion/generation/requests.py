@@ -195,7 +195,7 @@ def _check_known(index: int, known: Known, latent_shape: tuple[int, ...]) -> Non
         raise TypeError(
             f"known.unknown of request {index} must be bool, True where to paint, got {known.unknown.dtype}"
         )
-    if not (known.latents.isfinite() | known.unknown).all():
+    if not (known.latents.isfinite() | known.unknown.to(known.latents.device)).all():
         raise ValueError(
             f"known of request {index} has latents with NaN or infinities; look at the image and its autoencoder"
         )

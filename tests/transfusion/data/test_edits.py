@@ -4,6 +4,7 @@ import io
 import json
 import random
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +89,24 @@ def test_all_edits_of_a_picture_are_in_one_split(tmp_path):
     assert all(first) and first[0].isdisjoint(first[1])
 
 
+def test_what_edits_join_is_in_one_split(tmp_path):
+    """Chains, and pictures that are described as well; what is in no edit stays where it was."""
+    lines = [{"image": f"{k}.png", "caption": "red"} for k in range(40)]
+    lines += [{"source_image": f"{k}.png", "caption": "red", "image": f"{k + 1}.png"} for k in range(20) if k % 4 < 2]
+    for k in range(40):
+        Pictures.new("RGB", (4, 4)).save(tmp_path / f"{k}.png")
+
+    def split(entries: list[dict[str, str]]) -> list[set[str]]:
+        (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, random.sample(entries, len(entries)))))
+        sources = [FolderSource(tmp_path, side, 0.4) for side in ("train", "test")]
+        return [{picture.name for sample in each_image(source) for picture in sample.pictures} for source in sources]
+
+    alone, (train, test) = split(lines[:40]), split(lines)
+    assert train and test and train.isdisjoint(test) and len(train | test) == 40
+    free = {str(tmp_path / f"{k}.png") for k in range(20, 40)}
+    assert [side & free for side in (train, test)] == [side & free for side in alone]
+
+
 @pytest.mark.parametrize("before", [7, "", "gone.png", "captions.jsonl", ["a.png"]])
 def test_an_edit_of_nothing_is_skipped_and_named(folder, before):
     path = folder(edits=1, captioned=1)
@@ -142,7 +161,7 @@ def test_a_caption_that_fits_beside_one_image_may_not_fit_beside_two(folder):
         (path / "captions.jsonl").write_text("\n".join(map(json.dumps, entries)))
         loader = Loader(CONFIG, TOKENIZER, FolderSource(path, "all"))
         assert len(loader._images[0].row(0)[0]) == kept and len(loader.skipped) == 2 - kept
-    with pytest.raises(ValueError, match="captions fits"):
+    with pytest.raises(ValueError, match="holds no two images of 4 tokens"):
         Loader(replace(CONFIG, row_length=13), TOKENIZER, FolderSource(folder(edits=2), "all"))
 
 
@@ -160,6 +179,34 @@ def test_an_edit_with_a_corrupt_picture_is_replaced_and_named(folder, name):
     assert [skipped for skipped, _ in loader.skipped] == [str(path / name)]
 
 
+def test_a_corrupt_picture_before_takes_no_other_sample_along(folder):
+    path = folder(edits=0, captioned=3)
+    (path / "broken.png").write_bytes((path / "0.png").read_bytes()[:50])
+    line = {"source_image": "broken.png", "caption": "red", "image": "0.png"}
+    (path / "captions.jsonl").write_text((path / "captions.jsonl").read_text() + "\n" + json.dumps(line))
+    loader = Loader(CONFIG, TOKENIZER, FolderSource(path, "all"))
+    counts = Counter(_level(s.latent) for document in _documents(loader, 30) for s in document if isinstance(s, Image))
+    assert set(counts) == {200, 201, 202} and min(counts.values()) >= 20
+    assert [name for name, _ in loader.skipped] == [str(path / "broken.png")]
+
+
+@pytest.mark.parametrize("before", [None, "from 0.png"])
+def test_a_resume_tells_of_edits_that_changed(folder, caplog, before):
+    path = folder(edits=5)
+    entries = [json.loads(line) for line in (path / "captions.jsonl").read_text().splitlines()]
+
+    def loader(lines: list[dict[str, str | None]]) -> Loader:
+        (path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return Loader(CONFIG, TOKENIZER, FolderSource(path, "all"))
+
+    changed = [entry | {"source_image": before} for entry in entries]
+    state = loader(changed).state_dict()
+    loader(changed).load_state_dict(state)
+    assert not caplog.records
+    loader(entries).load_state_dict(state)
+    assert ["5 of them, not the same ones" in record.getMessage() for record in caplog.records] == [True]
+
+
 def test_both_pictures_of_an_edit_have_one_size(folder):
     """That of the image that is asked for, whatever the other's."""
     path = folder(edits=6, size=(20, 10))
@@ -169,7 +216,9 @@ def test_both_pictures_of_an_edit_have_one_size(folder):
     source = FolderSource(path, "all")
     for document in _documents(Loader(config, TOKENIZER, source), 6):
         assert {tuple(s.latent.shape[1:]) for s in document if isinstance(s, Image)} == {(4, 12)}
-    samples, _ = read_images(source, TOKENIZER, PixelAutoencoder(), [(12, 4), (8, 8), (4, 12)], 20)  # evaluated so too
+    samples, _ = read_images(
+        source, TOKENIZER, PixelAutoencoder(), [(12, 4), (8, 8), (4, 12)], lambda _: 20
+    )  # evaluated so too
     assert {tuple(each.shape) for each in (*samples.latents, *samples.before)} == {(3, 4, 12)}
 
 
@@ -202,7 +251,7 @@ def test_a_mixture_is_listed_with_its_edits(folder, tmp_path):
     edits = FolderSource(folder(edits=4), "all")
     alone = [CaptionedImage("red", Pictures.new("RGB", (9, 9)), str(k)) for k in range(3)]
     joined = JoinedImages([DrawnImages(alone, []), edits, DrawnImages([edits[0], alone[0]], [])])
-    assert joined.edits == {3, 4, 5, 6, 7}
+    assert set(joined.edits) == {3, 4, 5, 6, 7} and joined.edits[3] == edits.edits[0]
     assert all((joined[k].before is not None) == (k in joined.edits) for k in range(len(joined)))
     loader = Loader(CONFIG, TOKENIZER, Mixture((DrawnImages(alone, []), edits), (1.0, 1.0)))
     assert loader.batch(0).num_images > 0
@@ -244,7 +293,7 @@ def test_figures_are_of_the_image_that_is_asked_for(folder):
     """The image before stands in the context, at time 0, and is not judged; shuffled instructions are told apart."""
     path = folder(edits=6, captioned=4)
     source = FolderSource(path, "all")
-    samples, skipped = read_images(source, TOKENIZER, PixelAutoencoder(), [(8, 8)], 20)
+    samples, skipped = read_images(source, TOKENIZER, PixelAutoencoder(), [(8, 8)], lambda _: 20)
     assert skipped == 0 and [first is not None for first in samples.before] == [k in source.edits for k in range(10)]
     torch.manual_seed(0)
     model = Transfusion(
@@ -298,3 +347,8 @@ def test_a_run_of_edits_trains_evaluates_and_previews(folder, tmp_path, monkeypa
         source = DrawnImages([replace(edit, caption="Z" * letters)], [])
         samples = run._readable(source, [0], run._longest)
         assert len(samples) == len(run._drawn(run.model(), samples, steps=1)) == fits
+    entries = [json.loads(line) for line in (data / "captions.jsonl").read_text().splitlines()]
+    longer = [entry | {"caption": "Z" * 52} if "source_image" in entry else entry for entry in entries]
+    (data / "captions.jsonl").write_text("\n".join(map(json.dumps, longer)))
+    figures = run.evaluate(run.model(), draws=1)["images_train"]
+    assert figures["images"] + figures["skipped"] == len(train) and figures["skipped"] == len(train.edits)

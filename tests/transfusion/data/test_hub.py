@@ -116,7 +116,7 @@ def test_edits_of_a_dataset(tmp_path, streamed):
         assert [reason for _, reason in stream.skipped] == ["column 'original' holds no image"]
     else:
         source = HubImages(spec, "all")
-        assert source.edits == frozenset(range(8))
+        assert source.edits == dict.fromkeys(range(8), "original")
         samples = [source[index] for index in range(8) if index != 3]
         with pytest.raises(SampleError, match="column 'original' holds no image"):
             source[3]

@@ -30,7 +30,6 @@ class NoiseImages:
         self.names = [f"image {i}" for i in range(count)]
         self.captions = [" ".join(random.choices(WORDS, k=words or random.randint(1, 6))) for _ in range(count)]
         self.skipped: list[tuple[str, str]] = []
-        self.edits = frozenset[int]()
         self.broken = broken
 
     def __len__(self) -> int:
@@ -335,7 +334,7 @@ def test_sources_and_ranks_must_be_there():
         Loader(CONFIG, TOKENIZER, NoiseImages(3), TEXTS, rank=2, world_size=2)
     with pytest.raises(ValueError, match="-1"):
         Loader(CONFIG, TOKENIZER, NoiseImages(3), TEXTS).batch(-1)
-    with pytest.raises(ValueError, match="none of the 2 captions fits"):
+    with pytest.raises(ValueError, match="none of the 2 captioned images can be used; the first: the caption"):
         source = NoiseImages(2)
         source.captions = ["red " * 200] * 2
         Loader(replace(CONFIG, text_fraction=0.0), TOKENIZER, source)

@@ -54,7 +54,7 @@ def make(request, files):
     words = [text for shard in range(2) for _, text in texts().read(shard)]
 
     class Listed(list):
-        names, captions, skipped, edits = [s.name for s in listed], [s.caption for s in listed], [], frozenset[int]()
+        names, captions, skipped = [s.name for s in listed], [s.caption for s in listed], []
 
     def make(rank: int = 0, world_size: int = 1, **changes) -> Loader:
         images, text = {
