@@ -210,8 +210,8 @@ class FolderSource:
 
     An entry that is malformed, or whose image is missing or is no image by its header, is skipped: warned about,
     and kept with its reason in `skipped`. A file whose pixels turn out to be corrupt raises `SampleError` when they
-    are decoded. `test_fraction` of the image files are held out; all captions of a file stay together, and all edits of
-    one. Raises `ValueError` where there is no captions file, or where nothing valid is left.
+    are decoded. `test_fraction` of the image files are held out; all captions of a file stay together, and all files
+    that edits join. Raises `ValueError` where there is no captions file, or where nothing valid is left.
     """
 
     def __init__(self, path: str | Path, split: Split = "train", test_fraction: float = 0.05) -> None:
