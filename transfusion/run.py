@@ -10,7 +10,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -272,7 +271,11 @@ class Run:
             images = image_source(data, split)
             if images is not None:
                 samples, skipped = read_images(
-                    images, self.tokenizer, self.autoencoder, self.sizes, partial(self._room, images, self._longest)
+                    images,
+                    self.tokenizer,
+                    self.autoencoder,
+                    self.sizes,
+                    functools.partial(self._room, images, self._longest),
                 )
                 figures[name] = image_figures(model, samples, draws, seed) | {"skipped": skipped}
         return figures
@@ -325,8 +328,9 @@ class Run:
         return samples
 
     def _room(self, source: ImageSource, longest: int, index: int) -> int:
-        """Tokens of a caption that fits with sample `index`, of which `longest` fit beside one image."""
-        return longest - (self._largest + 2) * (index in edits_of(source))
+        """Tokens of a caption that fits with sample `index`: beside one image `longest`, of an edit beside two."""
+        beside_two = self.config.data.loader.row_length - caption_image_length(0, self._largest, images=2)
+        return beside_two if index in edits_of(source) else longest
 
     def _drawn(
         self, model: Transfusion, samples: Sequence[_Sample], seed: int = 0, **options: Any

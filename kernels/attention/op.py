@@ -126,10 +126,10 @@ def transfusion_attention(
     if dtype := autocast_dtype(q.device):
         q, k, v = (tensor.to(dtype) if _is_cast(tensor) else tensor for tensor in (q, k, v))
     _check(q, k, v, mask)
-    if not (scale is None or isinstance(scale, Tensor) or hasattr(scale, "__float__")):
-        raise TypeError(f"scale={scale!r} must be a number, got {type(scale).__name__}")
     if isinstance(scale, Tensor):
         raise TypeError("scale must be a number; a Tensor would get no gradient: multiply q by it and pass scale=1.0")
+    if not (scale is None or hasattr(scale, "__float__")):
+        raise TypeError(f"scale={scale!r} must be a number, got {type(scale).__name__}")
     refuse_forward_mode("transfusion_attention", q, k, v)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)

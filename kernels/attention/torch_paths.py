@@ -48,8 +48,7 @@ def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float
 def prepare_dense(mask: IntervalMask) -> Tensor | None:
     """(B or 1, 1, N, M) bool, kept with the mask; on a CPU, which can look, None where every query sees every key.
 
-    In a graph it is made anew, a small part of what attention takes there: what is kept or not would be another graph,
-    and under checkpointing nothing may be kept.
+    In a graph it is made anew: what is kept or not would be another graph, and under checkpointing nothing may be kept.
     """
     return _dense(mask) if torch.compiler.is_dynamo_compiling() else mask.once("dense", lambda: _dense(mask))
 

@@ -145,38 +145,25 @@ def test_strides() -> None:
     assert torch.equal(transfusion_attention(transposed, k, v, mask.to(DEVICE), impl="triton"), out)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="test_attention_device has it on a GPU")
-def test_rows_may_lie_far_apart(tmp_path: Path) -> None:
-    """Within one tile of rows already, offsets pass 2^31 numbers. The storage is a file with holes: few pages exist."""
-    mask, gap = IntervalMask.causal(20), 2**28
-    close = [torch.randn(1, 1, 20, 16).half().to(DEVICE) for _ in range(4)]
-
-    def apart(name: int, tensor: Tensor) -> Tensor:
-        storage = torch.from_file(str(tmp_path / str(name)), shared=True, size=19 * gap + 16, dtype=torch.float16)
-        (tmp_path / str(name)).unlink()  # it is mapped, and pytest keeps what lies here
-        return storage.as_strided((1, 1, 20, 16), (0, 0, gap, 1)).copy_(tensor)
-
-    results = []
-    for *qkv, grad_out in (close, [apart(*each) for each in enumerate(close)]):
-        leaves = [t.requires_grad_() for t in qkv]
-        out = transfusion_attention(*leaves, mask, impl="triton")  # type: ignore[call-overload]
-        results.append([out, *torch.autograd.grad(out, leaves, grad_out)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+FAR = {  # shape, strides and first number of a storage in which products of index and stride pass 2^31
+    "rows": ((1, 1, 20, 16), (0, 0, 2**28, 1), 0),  # within one tile already
+    "batch": ((3, 1, 20, 16), (2**30, 320, 16, 1), 2**31),  # one that wraps round reads the zeros of a hole
+    "heads": ((1, 3, 20, 16), (320, 2**30, 16, 1), 2**31),
+}
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="test_attention_device has it on a GPU")
-@pytest.mark.parametrize("dim", [0, 1], ids=["batch", "heads"])
-def test_batch_and_heads_may_lie_far_apart(dim: int, tmp_path: Path) -> None:
-    """Index and stride fit 32 bits each, their product does not; one that wraps round reads the zeros of a hole."""
-    mask, gap, shape, strides = IntervalMask.causal(20), 2**30, [1, 1, 20, 16], [320, 320, 16, 1]
-    shape[dim], strides[dim] = 3, gap
+@pytest.mark.parametrize("what", FAR)
+def test_what_may_lie_far_apart(what: str, tmp_path: Path) -> None:
+    """Index and stride fit 32 bits each, their product does not. The storage is a file with holes: few pages exist."""
+    mask, (shape, strides, first) = IntervalMask.causal(20), FAR[what]
+    size = first + sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True)) + 1
     close = [torch.randn(shape).half() for _ in range(4)]
 
     def apart(name: int, tensor: Tensor) -> Tensor:
-        size = 2**31 + 2 * gap + 320
         storage = torch.from_file(str(tmp_path / str(name)), shared=True, size=size, dtype=torch.float16)
         (tmp_path / str(name)).unlink()  # it is mapped, and pytest keeps what lies here
-        return storage.as_strided(shape, strides, 2**31).copy_(tensor)
+        return storage.as_strided(shape, strides, first).copy_(tensor)
 
     results = []
     for *qkv, grad_out in (close, [apart(*each) for each in enumerate(close)]):

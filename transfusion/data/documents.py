@@ -103,9 +103,10 @@ def evaluation_batch(
     """A batch of given pairs, times and noise, and which of its images are those, (I,) int64: row i is caption i, then
     image i at times[i]; an edit's row begins with before[i], at time 0 as where one is asked for.
 
-    captions: I tensors (n_i,) int64; latents: I of (C, h_i, w_i); times (I,) in [0, 1). Rows hold the longest caption
-    beside the most images, or the largest, so that the captions in another order (`mismatched`) give the same images,
-    noise, times and shapes: the difference of the two diffusion losses is what the captions are worth.
+    captions: I tensors (n_i,) int64; latents: I of (C, h_i, w_i); times (I,) in [0, 1); before: I like the latents, or
+    None for what is no edit. Rows hold the longest caption beside the most images, or the largest, so that the captions
+    in another order (`mismatched`) give the same images, noise, times and shapes: the difference of the two diffusion
+    losses is what the captions are worth. Raises `ValueError` where there is nothing, or not one of each.
     """
     firsts = [None] * len(captions) if before is None else before
     if not len(captions) == len(latents) == len(times) == len(firsts):

@@ -144,7 +144,7 @@ class Drafter:
         room = self.max_caption_tokens
         if edit:
             largest = max(map(self._patches, self.sizes))
-            room -= caption_image_length(0, largest, 2) - caption_image_length(0, largest)
+            room = self.row_length - caption_image_length(0, largest, images=2)
             if room < 1:
                 raise ValueError(
                     f"row_length={self.row_length} holds no two images of {largest} tokens, as an edit takes; use a "

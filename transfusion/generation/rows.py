@@ -208,11 +208,11 @@ class Denoiser:
         conditional, unconditional = prediction.chunk(2)
         return conditional, unconditional
 
-    def _predict(self, window: Window | Pair, times: int, latents: Tensor, timestep: Tensor) -> Tensor:
+    def _predict(self, window: Window | Pair, copies: int, latents: Tensor, timestep: Tensor) -> Tensor:
         model = self._model
         x, skips = encode(model, latents, timestep)
-        if times > 1:
-            x, skips = x.repeat(times, 1, 1), None if skips is None else skips.repeat(times)
+        if copies > 1:
+            x, skips = x.repeat(copies, 1, 1), None if skips is None else skips.repeat(copies)
         hidden = model.transformer(x, positions_of(model, window, latents), window.new, self._impl, window)
-        shape = (times * len(latents), *self._shape)
+        shape = (copies * len(latents), *self._shape)
         return unpatchify(model.decode_images(hidden, skips).float(), shape, model.config.codec_window)

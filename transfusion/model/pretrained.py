@@ -82,7 +82,7 @@ def _write_shards(state: Mapping[str, Tensor], shards: Mapping[str, list[str]], 
 
 def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> "Transfusion":
     """The model that `local_folder` finds, on `device`, its weights in `dtype`; None keeps the file's, but makes
-    float32 of float16 on a CPU, in which that computes several times as fast.
+    float32 of float16 on a CPU, whose own arithmetic that is.
 
     Raises `FileNotFoundError` or `ValueError` naming the file at fault, or a device that is not here; `TypeError` for
     another dtype than torch's.

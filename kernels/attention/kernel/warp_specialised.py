@@ -118,8 +118,8 @@ def _weighted(acc, p, n, v_ring, v_bars):
 
 @gluon.jit
 def _visible(scores, start, end, queries):
-    """scores where start <= query < end, else -inf. Of the expression LLVM packs 64 conditions into words of bits and
-    unpacks them: 1079 instructions of two masked tiles with 128 lanes, not 814."""
+    """scores where start <= query < end, else -inf. Of the expression Triton 3.7's LLVM packs 64 conditions into words
+    of bits and unpacks them: 1079 instructions of two masked tiles with 128 lanes, not 814."""
     return gl.inline_asm_elementwise(
         """{
         .reg .pred from_start, from_end, seen;
