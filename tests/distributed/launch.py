@@ -22,7 +22,8 @@ def start(scenario: str, folder: Path, ranks: int) -> list["subprocess.Popen[str
         port = probe.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "launch.py"), scenario, str(folder)]
+    # with what was running where a process dies of a signal: torch itself has crashed here, once in some hundred runs
+    command = [sys.executable, "-X", "faulthandler", str(HERE / "launch.py"), scenario, str(folder)]
     return [
         subprocess.Popen(
             command,

@@ -117,7 +117,7 @@ class Rows:
 
     def __init__(self, model: Transfusion, cache: KVCache, impl: str = "auto") -> None:
         self.model, self.cache, self.impl = model, cache, impl
-        self._step = Replayed()
+        self._step, self._one = Replayed(), IntervalMask.causal(1, cache.lengths.device)
 
     @staticmethod
     def start(
@@ -141,7 +141,7 @@ class Rows:
         return logits
 
     def _logits_after(self, token_ids: Tensor) -> Tensor:
-        window = Window(self.cache, IntervalMask.causal(1, token_ids.device))
+        window = Window(self.cache, self._one)
         hidden = self._transformer(self.model.embedding(token_ids)[:, None], window, window.positions)
         return logits_of(self.model, hidden[:, 0])
 

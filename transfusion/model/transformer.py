@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from transfusion.config import ModelConfig
 from transfusion.kernels import IntervalMask, prepare_attention, transfusion_attention
+from transfusion.model.linear import Linear
 from transfusion.model.positions import rotary, rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor, str], Tensor]
@@ -41,8 +42,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.num_kv_heads, config.head_dim
-        self.qkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.qkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.out = Linear(config.dim, config.dim)
         self.q_norm, self.k_norm = (
             HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else None for _ in range(2)
         )
@@ -67,8 +68,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.gate_up = Linear(config.dim, 2 * config.ffn_dim)
+        self.down = Linear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, dim) -> (B, N, dim)."""

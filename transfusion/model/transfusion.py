@@ -16,6 +16,7 @@ from transfusion.config import ModelConfig
 from transfusion.kernels import RaggedLatents, diffusion_loss, patchify_noise
 from transfusion.model import initialization, llama, pretrained
 from transfusion.model.image_codec import LinearCodec
+from transfusion.model.linear import Linear
 from transfusion.model.losses import linear_cross_entropy
 from transfusion.model.positions import on_grid
 from transfusion.model.transformer import Cache, Transformer
@@ -42,7 +43,7 @@ class Transfusion(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.codec: LinearCodec | UNetCodec = LinearCodec(config) if config.codec == "linear" else UNetCodec(config)
         self.transformer = Transformer(config)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = Linear(config.dim, config.vocab_size)
         if not self.head.weight.is_meta:
             self.initialize()
 

@@ -1,0 +1,81 @@
+"""`Linear`: one product, whichever way it is computed, and which way that is."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from transfusion.kernels.testing import judge
+from transfusion.model.linear import Linear
+
+
+class Seen(TorchDispatchMode):
+    """The names of the products that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.mm):
+            self.products.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def products(layer, x, around=nullcontext):
+    with torch.no_grad(), around(), Seen() as seen:
+        layer(x)
+    return seen.products
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (3, 5), (64,), (1, 65), (2, 0)])
+@pytest.mark.parametrize("outputs", [96, 100], ids=["stretches", "odd"])
+def test_the_result_is_that_of_nn_linear(shape, outputs):
+    layer, x = Linear(48, outputs), torch.randn(*shape, 48)
+    with torch.no_grad():
+        out = layer(x)
+    eager, gold = functional.linear(x, layer.weight), functional.linear(x.double(), layer.weight.double())
+    assert out.shape == (*shape, outputs) and out.is_contiguous()
+    if out.numel():
+        in_pieces = sum(functional.linear(x[..., i : i + 16], layer.weight[:, i : i + 16]) for i in (0, 16, 32))
+        assert judge(out, [eager, in_pieces], gold).passed
+
+
+def test_few_rows_go_in_stretches_and_what_a_core_alone_would_not_wait_for_does_not():
+    layer, few = Linear(48, 96), torch.randn(1, 3, 48)
+    assert products(layer, few) == ["bmm"]
+    assert products(layer, torch.randn(1, 65, 48)) == ["mm"]
+    assert products(Linear(48, 100), few) == ["mm"]
+    assert products(layer.bfloat16(), few.bfloat16()) == ["mm"]
+
+
+def test_under_autocast_the_product_is_autocast_s():
+    layer, few = Linear(48, 96), torch.randn(1, 3, 48)
+    assert products(layer, few, lambda: torch.autocast("cpu", torch.bfloat16)) == ["mm"]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(few).dtype == torch.bfloat16
+
+
+def test_training_runs_the_plain_product():
+    layer, x = Linear(48, 96), torch.randn(2, 3, 48, requires_grad=True)
+    with Seen() as seen:
+        out = layer(x)
+    assert seen.products == ["mm"] and out.grad_fn is not None
+
+
+def test_an_evaluation_can_be_compiled_for_any_number_of_rows():
+    torch._dynamo.reset()
+    layer = Linear(48, 96)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for rows in (2, 5, 64, 65, 90):
+            x = torch.randn(rows, 48)
+            eager, gold = functional.linear(x, layer.weight), functional.linear(x.double(), layer.weight.double())
+            assert judge(compiled(x), eager, gold).passed
+
+
+def test_what_does_not_fit_is_refused_as_nn_linear_refuses_it():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), torch.no_grad():
+        Linear(48, 96)(torch.randn(4, 24))
