@@ -4,6 +4,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -74,6 +76,54 @@ def test_an_evaluation_can_be_compiled_for_any_number_of_rows():
             x = torch.randn(rows, 48)
             eager, gold = functional.linear(x, layer.weight), functional.linear(x.double(), layer.weight.double())
             assert judge(compiled(x), eager, gold).passed
+
+
+class Quantized(torch.Tensor):
+    """A weight that knows `linear` and nothing else, as quantized ones do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is functional.linear:
+            return functional.linear(args[0], args[1].as_subclass(torch.Tensor))
+        if function.__name__ in ("__get__", "as_subclass", "detach", "requires_grad_"):
+            return super().__torch_function__(function, types, args, kwargs or {})
+        raise NotImplementedError(f"{function} of a quantized weight")
+
+
+@pytest.mark.parametrize("kind", ["quantized", "sparse", "grown", "shrunk"])
+def test_a_weight_may_be_replaced(kind):
+    layer, x = Linear(48, 96), torch.randn(2, 3, 48)
+    weight = torch.randn(104 if kind == "grown" else 96, 40 if kind == "shrunk" else 48)
+    x = x[..., : weight.shape[1]]
+    own = {"quantized": lambda: weight.as_subclass(Quantized), "sparse": weight.to_sparse}.get(kind, lambda: weight)()
+    layer.weight = torch.nn.Parameter(own, requires_grad=False)
+    with torch.no_grad():
+        out = layer(x)
+    assert judge(out, functional.linear(x, weight), functional.linear(x.double(), weight.double())).passed
+
+
+def test_a_parametrized_weight_is_computed_once_a_call():
+    class Counted(torch.nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            self.calls += 1
+            return weight
+
+    layer, counted = Linear(48, 96), Counted()
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", counted)
+    before = counted.calls
+    with torch.no_grad():
+        layer(torch.randn(3, 48))
+    assert counted.calls == before + 1
+
+
+def test_a_trace_on_few_rows_holds_for_other_numbers_of_them():
+    layer = Linear(48, 96)
+    with torch.no_grad():
+        graph = make_fx(lambda x, weight: functional_call(layer, {"weight": weight}, x), tracing_mode="symbolic")
+        traced = graph(torch.randn(3, 48), layer.weight)
+        assert traced(torch.randn(5, 48), layer.weight).shape == (5, 96)
 
 
 def test_what_does_not_fit_is_refused_as_nn_linear_refuses_it():

@@ -24,6 +24,8 @@ def real(name: str, given: Any) -> float:
         return float(given)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}={given!r} must be a number, got {type(given).__name__}") from error
+    except OverflowError as error:
+        raise ValueError(f"{name} is a whole number beyond all floats; give a smaller one") from error
 
 
 def sides(given: Any) -> tuple[int, ...]:

@@ -36,7 +36,8 @@ class Guidance:
     def __post_init__(self) -> None:
         real("guidance scale", self.scale)
         real("guidance rescale", self.rescale)
-        if not hasattr(self.interval, "__len__") or isinstance(self.interval, str):
+        ordered = hasattr(self.interval, "__len__") and hasattr(self.interval, "__getitem__")
+        if isinstance(self.interval, str) or not ordered:
             raise TypeError(f"guidance interval={self.interval!r} must be two times, (low, high)")
         for time in self.interval:
             real("a time of the guidance interval", time)

@@ -17,7 +17,7 @@ from transfusion.diffusion.sampler import Known, OnStepEnd, Predict, check_sched
 from transfusion.generation.arguments import function, of_kind, sides, whole
 from transfusion.generation.graphs import is_replayed
 from transfusion.generation.guidance import Guidance
-from transfusion.generation.requests import Generation, Request, check_requests, listed
+from transfusion.generation.requests import Generation, Request, check_requests, listed, one_of_each
 from transfusion.generation.rows import Denoiser, Rows, inference
 from transfusion.generation.text import TextSampling, choose
 from transfusion.model import Transfusion
@@ -89,7 +89,7 @@ class _Row:
         self.length += 1
         if token == special.eos:
             self.finish = "eos"
-        elif stops or (plan.stop is not None and plan.stop(self._run)):
+        elif stops or (plan.stop is not None and plan.stop(list(self._run))):
             self.finish = "stop"
         else:
             self._check_room()
@@ -291,7 +291,7 @@ def _predictor(plan: _Plan, state: Rows) -> Predict:
     denoiser = Denoiser(state, plan.latent_shape, single.take([0] * len(state)))
     schedule = plan.model.config.schedule
     # decided here, on the host: to read a timestep back from the device would wait for all work before it
-    moments = timesteps(copy.deepcopy(plan.scheduler), schedule, plan.steps)
+    moments = timesteps(copy.deepcopy(plan.scheduler), schedule, plan.steps).double()  # in float32 800 / 1000 > 0.8
     guided = iter([guidance.active(time) for time in (moments / schedule.timestep_range).clamp(0, 1).tolist()])
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:  # `sample` asks once at each of the timesteps
@@ -320,8 +320,7 @@ def denoise(
     **options: Any,
 ) -> Tensor:
     """One new image after each context -> latents (I, C, h, w) float32 on the CPU. The rest is as in `generate`."""
-    if len(seeds) != len(contexts):
-        raise ValueError(f"{len(seeds)} seeds for {len(contexts)} contexts; give one of each")
+    contexts, seeds = one_of_each("seeds", seeds, contexts)
     pairs = zip(contexts, seeds, strict=True)
     requests = [Request(context, max_images=1, image_next=True, seed=seed) for context, seed in pairs]
     return torch.stack([each.images[0] for each in generate(model, requests, latent_shape=latent_shape, **options)])

@@ -85,6 +85,8 @@ def _opened(picture: Any) -> "Image.Image":
     pil = require("PIL.Image")
     if isinstance(picture, pil.Image):
         image: Image.Image = picture
+        if not all(image.size):
+            raise ValueError(f"an image of {_by(image.size)} pixels is empty")
         return image
     if not isinstance(picture, str | Path):
         raise TypeError(f"an image must be a PIL image, a path or a tensor (3, H, W), got {type(picture).__name__}")

@@ -22,12 +22,12 @@ from transfusion import config as configs
 from transfusion.data import Autoencoder, DiffusersAutoencoder, PixelAutoencoder, Tokenizer
 from transfusion.data.transforms import check_image_size
 from transfusion.diffusion.sampler import Known, OnStepEnd, can_clip, default_steps, make_scheduler
-from transfusion.generation.arguments import function, sides, whole
+from transfusion.generation.arguments import function, of_kind, sides, whole
 from transfusion.generation.guidance import Guidance
 from transfusion.generation.inputs import PipelineOutput, Row, StopStrings, rows_of, seeds_of
 from transfusion.generation.interleaved import check_call, generate
 from transfusion.generation.media import check_output_type, from_pixels, to_pixels, to_unknown
-from transfusion.generation.requests import Generation, Request
+from transfusion.generation.requests import Generation, Request, check_latent_shape
 from transfusion.generation.score import score
 from transfusion.generation.text import TextSampling
 from transfusion.model import Transfusion
@@ -92,7 +92,8 @@ class TransfusionPipeline:
         max_length: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.autoencoder = model, tokenizer, autoencoder
-        channels, height, width = sides(latent_shape)
+        check_latent_shape(model, shape := sides(latent_shape))
+        channels, height, width = shape
         self.latent_shape, self.max_length = (channels, height, width), max_length
 
     # ---------------------------------------------------------------- the folder
@@ -340,6 +341,10 @@ class TransfusionPipeline:
             raise ValueError(f"{len(images)} images and {len(texts)} texts; give one of each")
         if not len(images):
             raise ValueError("images is an empty list: give at least one image and its text")
+        for index, (image, text) in enumerate(zip(images, texts, strict=True)):
+            if image is None:
+                raise ValueError(f"image {index} is None; `continuations` and `generation.score` are of text alone")
+            of_kind(f"text {index}", text, str)
         rows = [Row(None, image, None, "text") for image in images]
         contexts = [self._request(row, 1, 0, self.latent_shape).context for row in rows]
         end = torch.tensor([self.tokenizer.special.eos], device="cpu")

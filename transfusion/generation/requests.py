@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from transfusion.diffusion.sampler import Known
-from transfusion.generation.arguments import check_token_ids, seed_of_64_bits, whole
+from transfusion.generation.arguments import check_token_ids, of_kind, real, seed_of_64_bits, whole
 from transfusion.model import Transfusion
 from transfusion.sequence import Document, Image, Text, document_length, image_tokens
 
@@ -94,6 +94,17 @@ def listed(requests: Any) -> list[Request]:
     return found
 
 
+def one_of_each(name: str, given: Any, contexts: Any) -> tuple[list[Document], list[Any]]:
+    """Contexts and what goes with them, as lists. Raises `TypeError` for what is none, `ValueError` unless as many."""
+    for its, each in (("contexts", contexts), (name, given)):
+        if not isinstance(each, Iterable):
+            raise TypeError(f"{its} must be a list, got {type(each).__name__}")
+    documents, others = list(contexts), list(given)
+    if len(others) != len(documents):
+        raise ValueError(f"{len(others)} {name} for {len(documents)} contexts; give one of each")
+    return documents, others
+
+
 def check_requests(
     model: Transfusion, requests: Sequence[Request], latent_shape: Sequence[int], max_length: int | None
 ) -> None:
@@ -103,7 +114,7 @@ def check_requests(
     check_latent_shape(model, latent_shape)
     for index, request in enumerate(requests):
         if request.max_images:
-            _check_ends_before_boi(model, index, request.context)
+            _check_boi(model, index, request.context)
         if request.known is not None:
             _check_known(index, request.known, tuple(latent_shape))
         length = document_length(request.context, model.config.patch_size)
@@ -132,10 +143,10 @@ def check_contexts(model: Transfusion, contexts: Sequence[Document]) -> None:
                 f"context {index} must begin with a Text that begins with BOS ({config.special.bos}), "
                 f"as documents do in training; it begins with {_describe(first)}"
             )
-        for segment in context:
+        for place, segment in enumerate(context):
             if isinstance(segment, Image):
-                check_latent_shape(model, segment.latent.shape)
-                _check_finite(index, segment)
+                _check_image(model, index, segment)
+                _check_boi(model, index, context[:place])
             elif len(ids := segment.token_ids) and (ids.min() < 0 or ids.max() >= config.vocab_size):
                 raise ValueError(
                     f"context {index} holds token ids {int(ids.min())}..{int(ids.max())}, outside the vocabulary "
@@ -168,8 +179,14 @@ def check_latent_shape(model: Transfusion, shape: Sequence[int]) -> None:
         )
 
 
-def _check_finite(index: int, image: Image) -> None:
-    if not image.latent.isfinite().all():
+def _check_image(model: Transfusion, index: int, image: Image) -> None:
+    latent = image.latent
+    if not isinstance(latent, Tensor) or not latent.dtype.is_floating_point:
+        kind = latent.dtype if isinstance(latent, Tensor) else type(latent).__name__
+        raise TypeError(f"an image of context {index} must have a latent (C, h, w) of floating point, got {kind}")
+    check_latent_shape(model, latent.shape)
+    real(f"max_time of an image of context {index}", image.max_time)
+    if not latent.isfinite().all():
         raise ValueError(
             f"context {index} holds a latent with NaN or infinities; look at the image and its autoencoder"
         )
@@ -181,13 +198,17 @@ def _describe(segment: Text | Image | None) -> str:
     return "nothing" if segment is None else "an image"
 
 
-def _check_ends_before_boi(model: Transfusion, index: int, context: Document) -> None:
-    last = context[-1]
-    if isinstance(last, Text) and len(last.token_ids) and last.token_ids[-1] == model.config.special.boi:
-        raise ValueError(f"context {index} ends with BOI, which comes with the image; leave it out")
+def _check_boi(model: Transfusion, index: int, before: Sequence[Text | Image]) -> None:
+    """Raises `ValueError` where what stands before an image ends with BOI."""
+    said = [part for part in before if isinstance(part, Image) or len(part.token_ids)]
+    if said and isinstance(said[-1], Text) and said[-1].token_ids[-1] == model.config.special.boi:
+        raise ValueError(f"context {index} has BOI before an image, with which it comes; leave it out")
 
 
 def _check_known(index: int, known: Known, latent_shape: tuple[int, ...]) -> None:
+    of_kind(f"known of request {index}", known, Known)
+    of_kind(f"known.latents of request {index}", known.latents, Tensor)
+    of_kind(f"known.unknown of request {index}", known.unknown, Tensor)
     found, wanted = (tuple(known.latents.shape), tuple(known.unknown.shape)), (latent_shape, (1, *latent_shape[1:]))
     if found != wanted:
         raise ValueError(f"known of request {index} has latents and unknown of shapes {found}; they must be {wanted}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from transfusion.generation.arguments import check_token_ids
-from transfusion.generation.requests import check_contexts, check_documents
+from transfusion.generation.requests import check_contexts, one_of_each
 from transfusion.generation.rows import full_hidden, inference
 from transfusion.model import Transfusion
 from transfusion.sequence import Document, Text, document_length
@@ -30,13 +30,12 @@ def score(
         ValueError, TypeError: an argument that does not fit, named with the fix.
         FloatingPointError: log-probabilities that are not finite.
     """
-    if len(targets) != len(contexts):
-        raise ValueError(f"{len(targets)} targets for {len(contexts)} contexts; give one of each")
+    contexts, targets = one_of_each("targets", targets, contexts)
     for index, target in enumerate(targets):
         check_token_ids(f"target {index}", target)
         if not len(target):
             raise ValueError(f"target {index} is empty; it must be (T,) with at least one token")
-    check_documents(contexts)
+    check_contexts(model, contexts)
     documents = [(*context, Text(target)) for context, target in zip(contexts, targets, strict=True)]
     check_contexts(model, documents)
     with inference(model):
@@ -46,7 +45,7 @@ def score(
         states = [row[first : last - 1] for row, (first, last) in zip(hidden, spans, strict=True)]
         logits = model.head(torch.cat(states))
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        chosen = log_p.gather(1, torch.cat(list(targets)).to(log_p.device)[:, None])[:, 0].cpu()
+        chosen = log_p.gather(1, torch.cat(list(targets)).to(log_p.device).long()[:, None])[:, 0].cpu()
     if not chosen.isfinite().all():
         raise FloatingPointError("log-probabilities are not finite; look for NaN in the weights")
     return list(chosen.split([len(target) for target in targets]))

@@ -6,6 +6,7 @@ all cores read.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 _STRETCHES = 8
 _FEW = 64  # rows; of more, one product occupies all cores as it is
@@ -19,18 +20,22 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        return self._in_stretches(x) if self._pays(x) else super().forward(x)
+        weight = self.weight  # once: a parametrized one is computed
+        return _in_stretches(x, weight) if _pays(x, weight) else functional.linear(x, weight)
 
-    def _pays(self, x: Tensor) -> bool:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
-            return False
-        rows = x.shape[:-1].numel()
-        wide = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        fits = x.shape[-1] == self.in_features and self.out_features % _STRETCHES == 0
-        return wide and fits and 0 < rows <= _FEW
 
-    def _in_stretches(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        stretches = self.weight.unflatten(0, (_STRETCHES, -1)).transpose(1, 2)
-        product = torch.bmm(rows.expand(_STRETCHES, -1, -1), stretches)  # (stretches, rows, outputs of each)
-        return product.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    # quantized, sparse and traced weights know `linear` and little else
+    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided
+    wide = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    fits = x.ndim > 0 and x.shape[-1] == weight.shape[-1] and weight.shape[0] % _STRETCHES == 0
+    return plain and wide and fits and 0 < x.shape[:-1].numel() <= _FEW
+
+
+def _in_stretches(x: Tensor, weight: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    stretches = weight.unflatten(0, (_STRETCHES, -1)).transpose(1, 2)
+    product = torch.bmm(rows.expand(_STRETCHES, -1, -1), stretches)  # (stretches, rows, outputs of each)
+    return product.transpose(0, 1).reshape(*x.shape[:-1], weight.shape[0])

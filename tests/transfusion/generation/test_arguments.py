@@ -66,12 +66,26 @@ def test_seeds_are_numbers_whatever_their_kind():
         (lambda: Guidance("3"), "guidance scale='3' must be a number, got str"),
         (lambda: Guidance(3.0, 0.5), r"guidance interval=0\.5 must be two times"),
         (lambda: Guidance(3.0, (0.0, "x")), "a time of the guidance interval='x' must be a number, got str"),
+        (lambda: Guidance(3.0, {0, 1}), r"guidance interval=\{0, 1\} must be two times"),
         (lambda: Guidance(3.0, rescale=None), "guidance rescale=None must be a number, got NoneType"),
     ],
 )
 def test_no_numbers_are_named(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+@pytest.mark.parametrize("make", [Guidance, TextSampling])
+def test_numbers_beyond_all_floats_are_named(make):
+    with pytest.raises(ValueError, match="is a whole number beyond all floats"):
+        make(10**400)
+
+
+def test_stop_is_given_lists_of_its_own(pipeline):
+    seen = []
+    options = {"latent_shape": SHAPE, "stop": seen.append}
+    (done,) = generate(pipeline.model, [Request(CONTEXT, 4)], **options)
+    assert [len(each) for each in seen] == list(range(1, len(seen) + 1)) and len(seen) == len(done.token_ids)
 
 
 @pytest.mark.parametrize(
@@ -331,6 +345,21 @@ def test_scores_are_of_lists_and_of_documents_that_the_model_can_read(pipeline):
         pipeline.score([picture] * 3, "red")
     with pytest.raises(ValueError, match=r"image 1 and its text have \d+ tokens, more than max_length=60"):
         pipeline.score([picture] * 2, ["red", "red " * 100])
+    with pytest.raises(ValueError, match="image 1 is None"):
+        pipeline.score([picture, None], ["red", "red"])
+    with pytest.raises(TypeError, match="text 0=5 must be a str, got int"):
+        pipeline.score([picture], [5])
+
+
+@pytest.mark.parametrize("size", [(0, 0), (5, 0), (0, 5)])
+def test_a_picture_of_no_pixels_is_refused(pipeline, size):
+    with pytest.raises(ValueError, match=f"an image of {size[0]}×{size[1]} pixels is empty"):
+        pipeline(image=Pil.new("RGB", size))
+
+
+def test_a_pipeline_has_a_shape_that_its_model_reads(pipeline):
+    with pytest.raises(ValueError, match=r"a latent of shape \(4, 4\) does not fit the model"):
+        TransfusionPipeline(pipeline.model, pipeline.tokenizer, pipeline.autoencoder, (4, 4))
 
 
 def test_another_autoencoder_is_not_saved_as_pixels(pipeline, tmp_path):

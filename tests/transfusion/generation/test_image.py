@@ -1,5 +1,6 @@
 """Images against the loop written plainly over the whole sequence, and against networks that are rigged."""
 
+import copy
 import random
 
 import pytest
@@ -26,7 +27,7 @@ from rigged import (
 
 from transfusion.config import UNetConfig
 from transfusion.data.documents import caption_image_document
-from transfusion.diffusion.sampler import Known, make_scheduler
+from transfusion.diffusion.sampler import Known, make_scheduler, timesteps
 from transfusion.diffusion.schedule import NoiseSchedule
 from transfusion.generation import Guidance, denoise, generate, interleaved, score
 from transfusion.generation.rows import Denoiser, Rows
@@ -167,6 +168,19 @@ def test_outside_its_interval_guidance_costs_nothing(seed, monkeypatch):
     assert torch.equal(free, never) and not torch.equal(free, always)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "flow_prediction"])
+def test_an_interval_holds_the_steps_at_its_ends(prediction, seed, monkeypatch):
+    """As a user writes them, 800 of 1000 as 0.8, though float32's quotient lies above."""
+    model = random_model(seed, prediction)
+    calls = recorded(model, monkeypatch)
+    scheduler = scheduler_of(model)
+    for moment in timesteps(copy.deepcopy(scheduler), model.config.schedule, 5).tolist():
+        calls.clear()
+        guidance = Guidance(3.0, interval=(moment / 1000, moment / 1000))
+        denoise(model, contexts()[:1], SHAPE, guidance=guidance, scheduler=scheduler, steps=5, seeds=[seed])
+        assert sum(rows == 2 for rows, tokens in calls if tokens == 6) == 1, moment
+
+
 def test_an_interval_ends_at_pure_noise_though_trigflow_starts_a_little_above(seed, monkeypatch):
     model = random_model(seed, "trigflow")
     calls = recorded(model, monkeypatch)
@@ -305,7 +319,14 @@ def test_a_callback_sees_every_step_and_may_change_the_latents(seed):
         ({"contexts": [(text(BOS, -1),)]}, r"token ids -1\.\.1, outside"),
         ({"contexts": [(text(BOS), Image(torch.zeros(3, 4, 5)))]}, r"latent of shape \(3, 4, 5\) does not fit"),
         ({"contexts": [(text(BOS), Image(torch.full(SHAPE, torch.nan)))]}, "context 0 holds a latent with NaN"),
-        ({"contexts": [(text(BOS, BOI),)]}, "context 0 ends with BOI"),
+        ({"contexts": [(text(BOS, BOI),)]}, "context 0 has BOI before an image"),
+        ({"contexts": [(text(BOS, BOI), text())]}, "context 0 has BOI before an image"),
+        ({"contexts": [(text(BOS, BOI), Image(torch.zeros(SHAPE)))]}, "context 0 has BOI before an image"),
+        ({"contexts": [(text(BOS), Image(None))]}, r"an image of context 0 .*\(C, h, w\) .*got NoneType"),
+        ({"contexts": [(text(BOS), Image(torch.zeros(SHAPE) * 1j))]}, "an image of context 0 .*got torch.complex64"),
+        ({"contexts": [(text(BOS), Image(torch.zeros(SHAPE), None))]}, "max_time of an image of context 0=None"),
+        ({"contexts": None, "seeds": []}, "contexts must be a list, got NoneType"),
+        ({"seeds": 1}, "seeds must be a list, got int"),
         (
             {"contexts": [GOOD, (text(BOS, *[7] * 90),)], "max_length": 98},
             "context 1 has 91 tokens; with 8 more .*max_length=98",
@@ -329,7 +350,7 @@ def test_denoise_refuses(change, message, seed):
         "latent_shape": SHAPE,
         "scheduler": scheduler_of(model),
         "steps": 2,
-        "seeds": range(len(change.get("contexts", [GOOD]))),
+        "seeds": range(len(change.get("contexts", [GOOD]) or ())),
     }
     with pytest.raises((ValueError, TypeError), match=message):
         denoise(model, **(arguments | change))
@@ -342,6 +363,10 @@ def test_denoise_refuses(change, message, seed):
         (Known(torch.zeros(3, 4, 4), torch.ones(1, 4, 6) > 0), r"known of request 0 .*\(3, 4, 4\)"),
         (Known(torch.zeros(SHAPE), torch.ones(SHAPE) > 0), r"known of request 0 .*\(1, 4, 6\)"),
         (Known(torch.zeros(SHAPE), torch.ones(1, 4, 6)), "must be bool.*float32"),
+        (Known(None, torch.ones(1, 4, 6) > 0), "known.latents of request 0=None must be a Tensor"),
+        (Known(torch.zeros(SHAPE), None), "known.unknown of request 0=None must be a Tensor"),
+        ((torch.zeros(SHAPE), torch.ones(1, 4, 6) > 0), r"known of request 0=(?s:.*) must be a Known, got tuple"),
+        (False, "known of request 0=False must be a Known, got bool"),
     ],
 )
 def test_a_known_part_of_another_shape_is_refused(known, message, seed):

@@ -59,6 +59,18 @@ def test_what_was_generated_scores_what_generation_said(seed):
     assert plain_text(model, fixed[1], 8)[0] == results[1].token_ids.tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_ids_are_whole_numbers_of_any_kind(dtype, seed):
+    model, target = random_model(seed), torch.tensor([5, 7, 2])
+    narrow, wide = (score(model, [GOOD], [each])[0] for each in (target.to(dtype), target))
+    assert torch.equal(narrow, wide)
+
+
+def test_what_is_no_list_is_named(seed):
+    with pytest.raises(TypeError, match="targets must be a list, got int"):
+        score(random_model(seed), [GOOD], 5)
+
+
 @pytest.mark.parametrize(
     ("contexts_", "targets", "message"),
     [
@@ -71,6 +83,7 @@ def test_what_was_generated_scores_what_generation_said(seed):
         ),
         ([GOOD], [torch.tensor([VOCABULARY])], "outside the vocabulary"),
         ([(Image(torch.zeros(SHAPE)),)], [torch.tensor([5])], "must begin with a Text"),
+        ([()], [torch.tensor([BOS, 5])], "context 0 must begin with a Text .* it begins with nothing"),
     ],
 )
 def test_score_refuses(contexts_, targets, message, seed):
