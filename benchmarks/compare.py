@@ -22,7 +22,10 @@ _ROUNDS = 5  # of no difference at all, 1 quotient in 16 is on one side of 1 in 
 
 def main(reference: str, suites: list[str], options: argparse.Namespace) -> int:
     """Prints a table of every suite. -> 0, or 1 where a side failed a check or did not run."""
-    commit = _git("rev-parse", "--verify", f"{reference}^{{commit}}")
+    try:
+        commit = _git("rev-parse", "--verify", f"{reference}^{{commit}}")
+    except SystemExit as error:
+        raise SystemExit(f"--compare {reference}: this repository has no such commit ({error})") from None
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as name:
         folder = Path(name)
         _git("worktree", "add", "--detach", "--quiet", str(folder / "tree"), commit)

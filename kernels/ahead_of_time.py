@@ -1,5 +1,5 @@
-"""Every shipped launch compiles within its limits: registers, spills, shared memory, threads, and which matrix
-instruction, read from the compiler's output on a machine without a GPU.
+"""Every shipped launch compiles within its limits: registers, spills, shared memory, threads, which matrix instruction,
+and nothing in the way of products under way, read from the compiler's output on a machine without a GPU.
 
     python -m transfusion.kernels.ahead_of_time                  # a representative part, in seconds
     python -m transfusion.kernels.ahead_of_time --all            # everything that ships, in minutes
@@ -31,6 +31,7 @@ from transfusion.kernels.denoise_step.kernel import compile_cases as denoise_ste
 from transfusion.kernels.diffusion_loss.kernel import compile_cases as diffusion_loss_cases
 from transfusion.kernels.mask_tiles.compile_cases import compile_cases as mask_tiles_cases
 from transfusion.kernels.patchify_noise.kernel import compile_cases as patchify_noise_cases
+from transfusion.kernels.sass import count_spills, hazards, inner_loops, instructions
 from transfusion.kernels.testing import in_a_line
 
 
@@ -129,6 +130,7 @@ class Resources(NamedTuple):
     `inner_loops`: instructions of each innermost loop that computes, in the order of the code; not read on HIP.
     `inner_spills`: those of them that move spills.
     `matrix_instructions`: of the kinds wgmma, tcgen05, mma, mfma, those in the code. `has_f64`: any of float64.
+    `hazards`: see `sass.hazards`; not read on HIP.
     """
 
     registers: int
@@ -139,10 +141,18 @@ class Resources(NamedTuple):
     threads: int
     matrix_instructions: tuple[str, ...]
     has_f64: bool
+    hazards: tuple[str, ...] = ()
 
 
 def compile_case(case: Case, target: str) -> Resources:
-    """Compiles `case` for a name in `TARGETS`, past Triton's cache."""
+    """What the compiler gives `case`, for a name in `TARGETS`."""
+    compiled = assembled(case, target)
+    read = _cuda_resources if TARGETS[target].backend == "cuda" else _hip_resources
+    return read(compiled.asm, compiled.metadata.shared)
+
+
+def assembled(case: Case, target: str) -> Any:
+    """Triton's compiled kernel, made past its cache."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1 turns kernels into Python functions: nothing to compile; unset it")
     backend, architecture, lanes, *_ = TARGETS[target]
@@ -151,22 +161,21 @@ def compile_case(case: Case, target: str) -> Resources:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
-        compiled = triton.compile(source, target=GPUTarget(backend, architecture, lanes), options=options)
-    read = _cuda_resources if backend == "cuda" else _hip_resources
-    return read(compiled.asm, compiled.metadata.shared)
+        return triton.compile(source, target=GPUTarget(backend, architecture, lanes), options=options)
+
+
+def dumped(cubin: bytes, what: str) -> str:
+    """What cuobjdump says of a kernel: "sass", "resource-usage"."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, f"--dump-{what}", str(file)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _cuda_resources(asm: Any, shared_bytes: int) -> Resources:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(asm["cubin"])
-
-        def dump(what: str) -> str:
-            command = [triton.knobs.nvidia.cuobjdump.path, f"--dump-{what}", str(cubin)]
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-        usage = dump("resource-usage")
-        loops = inner_loops(dump("sass"))
+    usage, code = dumped(asm["cubin"], "resource-usage"), instructions(dumped(asm["cubin"], "sass"))
+    loops = inner_loops(code)
     ptx = asm["ptx"]
     kinds = {"wgmma": r"\bwgmma\.mma_async\b", "tcgen05": r"\btcgen05\.mma\b", "mma": r"\bmma\.sync\b"}
     return Resources(
@@ -178,6 +187,7 @@ def _cuda_resources(asm: Any, shared_bytes: int) -> Resources:
         threads=_number(r"\.(?:req|max)ntid (\d+)", ptx),
         matrix_instructions=tuple(kind for kind, pattern in kinds.items() if re.search(pattern, ptx)),
         has_f64=re.search(r"\.f64\b", ptx) is not None,
+        hazards=tuple(hazards(code)),
     )
 
 
@@ -193,24 +203,6 @@ def _hip_resources(asm: Any, shared_bytes: int) -> Resources:
         matrix_instructions=("mfma",) if "v_mfma_" in code else (),
         has_f64=re.search(r"\bv_\w+_f64\b", code) is not None,
     )
-
-
-def inner_loops(sass: str) -> list[list[str]]:
-    """The instructions of each innermost loop: from the address that a branch goes back to, up to that branch."""
-    code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)]
-    branches = ((at, re.search(r"\bBRA\b.*?\b(0x[0-9a-f]+)", what)) for at, what in code)
-    loops = [(int(target[1], 16), at) for at, target in branches if target and int(target[1], 16) < at]
-    inner = [
-        (first, last)
-        for first, last in loops
-        if not any(first <= other and end <= last and (other, end) != (first, last) for other, end in loops)
-    ]
-    return [[what for at, what in code if first <= at <= last] for first, last in inner]
-
-
-def count_spills(loops: list[list[str]]) -> int:
-    """Loads and stores of local memory in the loops."""
-    return sum(re.search(r"\b(?:LDL|STL)\b", each) is not None for loop in loops for each in loop)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -240,6 +232,7 @@ def broken_limits(case: Case, target: str, resources: Resources) -> list[str]:
         broken.append(f"{resources.threads} threads, {MAX_THREADS} allowed")
     if resources.has_f64:
         broken.append("computes in float64")
+    broken += resources.hazards
     wanted = _matrix_instruction(case, limits)
     if wanted and wanted not in resources.matrix_instructions:
         broken.append(f"no {wanted} instruction")

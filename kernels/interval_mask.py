@@ -71,6 +71,8 @@ class IntervalMask:
         the inside of a compiled function, where `from_ids` is.
         """
         length = _whole("length", length)
+        if not length:
+            raise ValueError("length=0: a row holds at least one token")
         lengths = [length] if documents is None else [_whole("the length of a document", each) for each in documents]
         images = [_span(each) for each in images]
         _check_documents(length, lengths)
@@ -81,8 +83,9 @@ class IntervalMask:
         _check_spans(length, images, end.tolist())
         for first, last in images:
             start[first:last] = first
-        for index in hidden_images:
-            if isinstance(index, bool) or not 0 <= index < len(images):
+        for given in hidden_images:
+            index = _whole("an index in hidden_images", given)
+            if isinstance(given, bool) or not 0 <= index < len(images):
                 raise ValueError(f"hidden_images: {index} is no index into the {len(images)} images")
             first, last = images[index]
             end[first:last] = last
@@ -199,8 +202,10 @@ class IntervalMask:
     def stack(masks: Iterable["IntervalMask"]) -> "IntervalMask":
         """The rows of several masks of one size as one batch."""
         masks = list(masks)
+        if not masks:
+            raise ValueError("stack needs at least one mask, got none")
         # compared one by one: a set would fix symbolic sizes in a graph
-        if not masks or any((m.num_queries, m.num_keys) != (masks[0].num_queries, masks[0].num_keys) for m in masks):
+        if any((m.num_queries, m.num_keys) != (masks[0].num_queries, masks[0].num_keys) for m in masks):
             sizes = sorted({(mask.num_queries, mask.num_keys) for mask in masks})
             raise ValueError(f"stack needs masks of one (num_queries, num_keys), got {sizes}")
         if any(mask.device != masks[0].device for mask in masks):
@@ -396,7 +401,7 @@ def _check_spans(length: int, images: Sequence[Span], document_end: list[int]) -
     for span in sorted(images):
         first, last = span
         if first >= last:
-            raise ValueError(f"image span {span} is empty")
+            raise ValueError(f"image span {span} is empty: give (first, one past the last)")
         if first < 0 or last > length:
             raise ValueError(f"image span {span} is out of range for a row of {length} tokens")
         if first < previous[1]:

@@ -89,10 +89,10 @@ def main(arguments: Sequence[str]) -> int:
     import tyro
 
     options = tyro.cli(SampleOptions, args=list(arguments), prog="transfusion sample")
-    if not (options.prompt or options.image or options.text or options.story):
-        raise ValueError("nothing to sample: give --prompt, --image, --text or --story")
     if options.edit is not None and not options.prompt:
         raise ValueError("--edit needs --prompt: what is to change")
+    if not (options.prompt or options.image or options.text or options.story):
+        raise ValueError("nothing to sample: give --prompt, --image, --text or --story")
     if options.mask is not None and options.edit is None:
         raise ValueError("--mask needs --edit: the image that it is a part of")
     if options.max_tokens < 1 and (options.image or options.text or options.story):

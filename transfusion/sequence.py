@@ -121,7 +121,7 @@ class _Row:
 
     def add(self, document: Document) -> None:
         start = len(self.token_ids)
-        for segment in document:
+        for segment in _segments(document):
             if isinstance(segment, Text):
                 self._tokens(segment.token_ids.tolist(), is_image=False)
                 continue
@@ -159,6 +159,20 @@ class _Row:
             ]
             start += length
         return rows
+
+
+def _segments(document: Document) -> Document:
+    """The document. Raises `TypeError` for what is none."""
+    if isinstance(document, Text | Image | Tensor) or not isinstance(document, Sequence):
+        raise TypeError(
+            f"a document must be a tuple of Text and Image segments, got {type(document).__name__}; "
+            "rows are lists of documents: [[document, ...], ...]"
+        )
+    for segment in document:
+        held = segment.token_ids if isinstance(segment, Text) else getattr(segment, "latent", None)
+        if not isinstance(held, Tensor):
+            raise TypeError(f"a segment must be a Text or an Image of a tensor, got {segment!r}")
+    return document
 
 
 def collate(

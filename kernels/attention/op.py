@@ -200,10 +200,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be (B, H, N, D), got shape {tuple(tensor.shape)}")
-        if not tensor.dtype.is_floating_point:
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise TypeError(f"{name} must be floating point of 16, 32 or 64 bits, got {tensor.dtype}")
         if tensor.dtype != q.dtype:
-            raise TypeError(f"q, k and v must share one dtype, got {q.dtype} and {name} {tensor.dtype}")
+            raise TypeError(f"q, k and v must share one dtype, got q {q.dtype} and {name} {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"q is on {q.device}, {name} on {tensor.device}")
     batch, heads, num_queries, head_dim = q.shape
@@ -223,10 +223,13 @@ def _check_mask(mask: IntervalMask, batch: int, num_queries: int, num_keys: int,
         raise TypeError(f"mask must be an IntervalMask, got {type(mask).__name__}")
     if (mask.num_queries, mask.num_keys) != (num_queries, num_keys):
         raise ValueError(
-            f"the mask is {mask.num_queries} queries by {mask.num_keys} keys, q and k are {num_queries} by {num_keys}"
+            f"the mask is {mask.num_queries} queries by {mask.num_keys} keys, q and k are {num_queries} by {num_keys}; "
+            "they are (B, H, N, D) and (B, H_kv, M, D): tokens come third"
         )
     if mask.batch_size != 1 and mask.batch_size != batch:  # `in` is wrong of symbolic sizes
-        raise ValueError(f"the mask has {mask.batch_size} rows for a batch of {batch}; give 1 or {batch}")
+        raise ValueError(
+            f"the mask has {mask.batch_size} rows for a batch of {batch}; give one for each, or one for all"
+        )
     if mask.device != device:
         raise ValueError(f"q is on {device}, the mask on {mask.device}; move it with mask.to(device)")
 

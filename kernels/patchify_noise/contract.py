@@ -122,6 +122,11 @@ def check_weights(op: str, latents: Latents, **weights: Tensor) -> None:
     """Raises unless each of `weights` is (I,) float32 on the latents' device and asks for no gradient."""
     images = len(latents) if isinstance(latents, RaggedLatents) else latents.shape[0]
     for name, weight in weights.items():
+        if isinstance(weight, int | float):
+            raise TypeError(
+                f"{name} must be a tensor of one float32 for each image, got {type(weight).__name__}; "
+                f"torch.full(({images},), {float(weight)}) is the same one for all"
+            )
         check_tensor(name, weight, " of one float32 for each image")
         if weight.ndim != 1 or weight.shape[0] != images:
             raise ValueError(f"{name} must have one value per image, ({images},), got {tuple(weight.shape)}")

@@ -183,6 +183,7 @@ def test_good_resources_break_nothing() -> None:
         ("gfx942", {"shared_bytes": 64 * 1024 + 1, "matrix_instructions": ("mfma",)}, "65537 bytes"),
         ("sm_90", {"threads": 2048}, "2048 threads, 1024 allowed"),
         ("sm_90", {"has_f64": True}, "float64"),
+        ("sm_90", {"hazards": ("0x20 MOV R8, R9: writes what 0x10 reads",)}, "writes what 0x10 reads"),
         ("sm_90", {"matrix_instructions": ("mma",)}, "no wgmma instruction"),
     ],
 )
@@ -240,38 +241,6 @@ def test_spill_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert broken_limits(FORWARD, "sm_90", spilling._replace(spill_bytes=40)) == []
     monkeypatch.setattr(ahead_of_time.triton, "__version__", "3.6.0")
     assert broken_limits(FORWARD, "sm_90", spilling) == []
-
-
-SASS = """
-        /*0000*/                   STL [R1+0x8], R22 ;                     /* 0x0000081601007387 */
-                                                                           /* 0x0003e80000100800 */
-        /*0010*/                   LDL R16, [R1+0x4] ;                     /* the loop over heads: 0010 .. 0060 */
-        /*0020*/                   HGMMA.64x64x16.F32.BF16 R88, gdesc[UR32], R88 ;
-        /*0030*/              @!P1 BRA 0x20 ;                              /* a loop over tiles */
-        /*0040*/                   LDL.LU R3, [R1] ;                       /* another */
-        /*0050*/               @P2 BRA.U UP0, `(.L_x_1) ;
-        /*0058*/               @P0 BRA P3, 0x0040 ;
-        /*0060*/                   BRA 0x10 ;
-        /*0070*/                   BRA 0x90 ;                              /* forward */
-        /*0080*/                   STL.64 [R1], R4 ;
-        /*0090*/                   EXIT ;
-        /*00a0*/                   BRA 0xa0 ;
-"""
-
-
-def test_innermost_loops_are_found() -> None:
-    loops = ahead_of_time.inner_loops(SASS)
-    assert [len(loop) for loop in loops] == [2, 3]
-    assert loops[0][0].startswith("HGMMA") and loops[1][0].startswith("LDL.LU")
-
-
-def test_spills_are_counted_in_innermost_loops() -> None:
-    def spills(sass: str) -> int:
-        return ahead_of_time.count_spills(ahead_of_time.inner_loops(sass))
-
-    assert spills(SASS) == 1
-    assert spills(SASS.replace("HGMMA", "STL [R1+0x40], R7 ; /*0028*/ HGMMA")) == 2
-    assert spills(SASS.replace("LDL.LU", "LDS")) == 0
 
 
 def test_only_16_bit_products_need_the_matrix_units() -> None:

@@ -264,6 +264,7 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"pass latents\.with_values\(latents\.values\.detach\(\)\)",
     ),
+    ({"weight": 2}, TypeError, r"weight must be a tensor .*, got int; torch\.full\(\(2,\), 2\.0\) is the same one"),
     ({"weight": ZEROS(3)}, ValueError, r"weight must have one value per image, \(2,\), got \(3,\)"),
     ({"weight": ZEROS(2, dtype=torch.float64)}, TypeError, "weight must be float32"),
     ({"seed": None}, ValueError, "one of noise= and seed=, got neither"),

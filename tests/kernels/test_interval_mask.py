@@ -152,6 +152,8 @@ def test_iterators_are_read_once() -> None:
         ((10, [(3, 7)], [5, 5]), r"\(3, 7\) crosses the end of its document at 5"),
         ((10, [], [4, 4]), "add up to 8"),
         ((10, [], [10, 0]), "document 1 has length 0"),
+        ((0,), "length=0: a row holds at least one token"),
+        ((10, [(5, 2)]), r"\(5, 2\) is empty: give \(first, one past the last\)"),
         ((10, [(0, 2)], None, [1]), "hidden_images: 1"),
         ((10, [(0, 2), (4, 6)], None, [True, False]), "hidden_images: True"),
     ],
@@ -159,6 +161,13 @@ def test_iterators_are_read_once() -> None:
 def test_malformed_spans_are_named(arguments: tuple, message: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(ValueError, match=message):
         IntervalMask.from_spans(*arguments)
+
+
+def test_hidden_images_are_indices() -> None:
+    with pytest.raises(TypeError, match=r"an index in hidden_images must be a whole number, got \(0, 2\)"):
+        IntervalMask.from_spans(10, [(0, 2)], hidden_images=[(0, 2)])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="stack needs at least one mask, got none"):
+        IntervalMask.stack([])
 
 
 def test_bad_vectors_are_refused() -> None:

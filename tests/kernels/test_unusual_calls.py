@@ -167,10 +167,16 @@ def test_stand_ins_of_a_gpu_need_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_autocast_casts_what_torch_would() -> None:
     whole = torch.zeros(1, 2, 24, 16, dtype=torch.int64, device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
-        with pytest.raises(TypeError, match=r"q must be floating point, got torch\.int64"):
+        with pytest.raises(TypeError, match=r"q must be floating point of 16, 32 or 64 bits, got torch\.int64"):
             transfusion_attention(whole, whole, whole, CAUSAL)
         precise = whole.double()
         assert transfusion_attention(precise, precise, precise, CAUSAL, impl="sdpa").dtype == torch.float64
+
+
+def test_eight_bits_are_too_few() -> None:
+    narrow = torch.zeros(1, 2, 24, 16, device=DEVICE).to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"q must be floating point of 16, 32 or 64 bits, got torch\.float8_e4m3fn"):
+        transfusion_attention(narrow, narrow, narrow, CAUSAL)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -171,6 +172,14 @@ def test_an_interrupt_is_a_line(
     monkeypatch.setattr(TransfusionPipeline, "__call__", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["sample", "--run", str(run), "--prompt", "red", "--out", str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err.endswith("\ntransfusion sample: interrupted\n")
+
+
+def test_a_reader_that_has_enough_ends_a_command_quietly():
+    command = [sys.executable, "-m", "transfusion", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
 
 
 def test_every_command_names_a_device_that_is_not_there(

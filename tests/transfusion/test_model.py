@@ -122,6 +122,22 @@ def test_kernels_and_references_give_the_same_losses_and_gradients() -> None:
         assert verdict.passed, verdict
 
 
+def test_a_batch_that_does_not_fit_the_model_is_named() -> None:
+    model, generator = tiny.model(), torch.Generator()
+    with pytest.raises(
+        TypeError, match=r"a model reads a Batch, got Tensor; `transfusion\.sequence\.collate` makes one"
+    ):
+        model(torch.zeros(1, 4))
+    row = [[(Text(torch.tensor([1])), Image(torch.zeros(8, 4, 4)))]]
+    with pytest.raises(ValueError, match="images of 8 channels do not fit the model: it has latent_channels=3"):
+        model(collate(row, 30, 2, SpecialTokens(), generator))
+    row = [[(Text(torch.tensor([1])), Image(torch.zeros(3, 4, 4)))]]
+    with pytest.raises(
+        ValueError, match=r"has 1 image tokens, and latents \(1, 3, 4, 4\) are 4 in the model's patches of 2"
+    ):
+        model(collate(row, 30, 4, SpecialTokens(), generator))
+
+
 def test_every_parameter_learns() -> None:
     model = tiny.model()
     model(tiny.Batches().batch(0)).total.backward()

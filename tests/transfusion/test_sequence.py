@@ -135,6 +135,14 @@ def test_bad_documents_are_named() -> None:
         collate([[(Image(torch.zeros(3, 4, 4)),)]], 5, PATCH, SPECIAL, generator)
     with pytest.raises(ValueError, match=r"one number of channels, got \[\(1, 2, 2\), \(3, 4, 4\)\]"):
         collate([[(Image(torch.zeros(3, 4, 4)), Image(torch.zeros(1, 2, 2)))]], 30, PATCH, SPECIAL, generator)
+    document = (Text(torch.tensor([1, 2])),)
+    for rows, message in (
+        ([document], r"a document must be a tuple of Text and Image segments, got Text; rows are lists of documents"),
+        ([[(torch.zeros(3),)]], r"a segment must be a Text or an Image of a tensor, got tensor\("),
+        ([[(Text([1, 2]),)]], r"a segment must be a Text or an Image of a tensor, got Text\(token_ids=\[1, 2\]\)"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            collate(rows, 30, PATCH, SPECIAL, generator)  # type: ignore[arg-type]
 
 
 def test_images_of_different_sizes_are_ragged() -> None:

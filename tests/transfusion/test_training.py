@@ -289,7 +289,10 @@ def test_the_log_is_json_for_every_reader(tmp_path: Path) -> None:
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"learning_rate": 0.0, "min_learning_rate": 0.0}, "learning_rate must be positive and finite, got 0"),
         ({"learning_rate": math.inf}, "learning_rate must be positive and finite, got inf"),
-        ({"steps": 1000, "warmup_steps": 4000}, r"warmup_steps 4000 is not in 0\.\.1000, .* give it too, such as 50$"),
+        (
+            {"steps": 1000, "warmup_steps": 4000},
+            r"warmup_steps 4000 is not in 0\.\.1000, .* give it too, such as 50 \(--train\.warmup-steps\)$",
+        ),
         ({"warmup_steps": -1}, "warmup_steps -1 is not in"),
         ({"eps": 0.0}, "eps must be positive and finite, got 0"),
         ({"weight_decay": -0.1}, "weight_decay must be finite and not negative, got -0.1"),

@@ -130,7 +130,7 @@ class TransfusionPipeline:
         """
         folder = local_folder(path)
         if not (folder / CONFIG).is_file():
-            raise FileNotFoundError(f"{folder} is no saved pipeline: it has no {CONFIG}")
+            raise FileNotFoundError(f"{folder} is no saved pipeline: it has no {CONFIG}{_instead(folder)}")
         config = configs.load(PipelineConfig, folder / CONFIG)
         if config.autoencoder not in ("pixels", VAE):
             raise ValueError(f"{folder / CONFIG}: autoencoder={config.autoencoder!r} must be 'pixels' or {VAE!r}")
@@ -357,6 +357,14 @@ class TransfusionPipeline:
                     "longest document of the model; give a shorter text"
                 )
         return torch.stack([each.sum() for each in score(self.model, contexts, targets)])
+
+
+def _instead(folder: Path) -> str:
+    """What to do with a folder that could be taken for a pipeline's."""
+    if (folder / "model.safetensors").is_file():
+        return "; it is a model alone, which Transfusion.from_pretrained reads"
+    runs = [each for each in (folder, folder.parent) if (each / "checkpoints").is_dir()]
+    return f"; `transfusion sample --run {runs[0]}` takes the run's last checkpoint" if runs else ""
 
 
 def _none(*shape: int) -> Tensor:

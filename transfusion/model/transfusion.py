@@ -21,7 +21,7 @@ from transfusion.model.losses import linear_cross_entropy
 from transfusion.model.positions import on_grid
 from transfusion.model.transformer import Cache, Transformer
 from transfusion.model.unet_codec import Skips, UNetCodec
-from transfusion.sequence import Batch, SpecialTokens
+from transfusion.sequence import Batch, SpecialTokens, image_tokens
 
 
 class Losses(NamedTuple):
@@ -61,6 +61,8 @@ class Transfusion(nn.Module):
 
         `impl` chooses the implementation of every kernel: "auto", "triton" or "reference".
         """
+        if not torch.compiler.is_compiling():
+            self._check(batch)
         schedule, window = self.config.schedule, self.config.codec_window
         timestep = schedule.timestep(batch.times)
         path = schedule.coefficients(timestep)
@@ -82,6 +84,27 @@ class Transfusion(nn.Module):
             )
             image = per_image.mean()
         return Losses(text + self.config.image_loss_weight * image, text, image, per_image)
+
+    def _check(self, batch: Batch) -> None:
+        """Raises where sizes, which the host knows, do not fit the model."""
+        if not isinstance(batch, Batch):
+            raise TypeError(
+                f"a model reads a Batch, got {type(batch).__name__}; `transfusion.sequence.collate` makes one"
+            )
+        latents, config = batch.latents, self.config
+        if not batch.num_images or isinstance(latents, RaggedLatents):
+            return
+        if latents.shape[1] != config.latent_channels:
+            raise ValueError(
+                f"images of {latents.shape[1]} channels do not fit the model: it has latent_channels="
+                f"{config.latent_channels}"
+            )
+        tokens, found = batch.num_images * image_tokens(latents.shape, config.patch_size), batch.image_rows.numel()
+        if found != tokens:
+            raise ValueError(
+                f"the batch has {found} image tokens, and latents {tuple(latents.shape)} are {tokens} in the model's "
+                f"patches of {config.patch_size}; collate with patch_size={config.patch_size}"
+            )
 
     def hidden(
         self, batch: Batch, patches: Tensor, timestep: Tensor, impl: str = "auto", cache: Cache | None = None

@@ -79,7 +79,7 @@ class TrainConfig:
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} is not in 0..{self.steps}, the steps of the run, of which it is a "
-                f"part: give it too, such as {self.steps // 20}"
+                f"part: give it too, such as {self.steps // 20} (--train.warmup-steps)"
             )
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive, got {self.max_grad_norm}; inf does not clip")

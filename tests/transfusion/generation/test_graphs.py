@@ -105,6 +105,7 @@ def test_a_step_is_captured_at_its_third_call_on_its_own_gpu(second_gpu):
     for calls, replays in ((1, 0), (2, 0), (3, 1), (3, 2), (3, 3)):
         replayed(function, second_gpu)
         assert function.call_count == calls
+        assert function.call_args.args == (second_gpu.clone.return_value,)  # at one address, and aligned alike before
         assert torch.cuda.CUDAGraph.return_value.replay.call_count == replays
     torch.cuda.Stream.assert_called_once_with(second_gpu.device)
     assert torch.cuda.graph.call_args.kwargs == {
@@ -112,7 +113,6 @@ def test_a_step_is_captured_at_its_third_call_on_its_own_gpu(second_gpu):
         "capture_error_mode": "thread_local",  # other threads may use the GPU meanwhile
     }
     assert all(call.args == (second_gpu.device,) for call in torch.cuda.device.call_args_list)
-    assert function.call_args.args == (second_gpu.clone.return_value,)  # what the graph reads stays where it is
 
 
 def test_one_capture_at_a_time(second_gpu):

@@ -322,8 +322,17 @@ def test_a_vae_is_saved_with_the_pipeline(tmp_path):
 
 
 def test_what_is_no_pipeline_is_refused(pipeline, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is no saved pipeline: it has no pipeline\.toml"):
+    with pytest.raises(FileNotFoundError, match=r"is no saved pipeline: it has no pipeline\.toml$"):
         TransfusionPipeline.from_pretrained(tmp_path)
+    pipeline.model.save_pretrained(tmp_path / "alone")
+    with pytest.raises(FileNotFoundError, match=r"it is a model alone, which Transfusion\.from_pretrained reads"):
+        TransfusionPipeline.from_pretrained(tmp_path / "alone")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for folder in (tmp_path / "run", tmp_path / "run" / "model"):
+        with pytest.raises(
+            FileNotFoundError, match=r"`transfusion sample --run .*run` takes the run's last checkpoint"
+        ):
+            TransfusionPipeline.from_pretrained(folder)
     pipeline.save_pretrained(tmp_path)
     (tmp_path / "pipeline.toml").write_text('latent_shape = [3, 4, 6]\nautoencoder = "other"\n')
     with pytest.raises(ValueError, match=r"pipeline\.toml: autoencoder='other' must be"):
