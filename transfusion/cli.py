@@ -224,10 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _COMMANDS[given[0]](given[1:])
-    except BrokenPipeError:  # whoever read what is printed, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what the interpreter still flushes
-        return 141
     except (ValueError, FloatingPointError, OSError, ImportError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and {"-h", "--help"} & set(given):  # `head`, say, has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes
+            return 141
         if isinstance(error, RuntimeError) and not _is_refusal(error):
             raise
         print(f"transfusion {given[0]}: {error}", file=sys.stderr)

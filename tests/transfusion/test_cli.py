@@ -174,7 +174,7 @@ def test_an_interrupt_is_a_line(
     assert capsys.readouterr().err.endswith("\ntransfusion sample: interrupted\n")
 
 
-def test_a_reader_that_has_enough_ends_a_command_quietly():
+def test_a_reader_that_has_enough_of_the_help_ends_it_quietly():
     command = [sys.executable, "-m", "transfusion", "train", "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()

@@ -259,9 +259,9 @@ def describe(tensor: Tensor, rows: int) -> TensorDescriptor:
     An address and strides must be multiples of 16 bytes; those of expanded dimensions are not above 0.
     """
 
-    def strides(tensor: Tensor) -> list[int]:  # that of a dimension of size 1 says nothing
+    def strides(tensor: Tensor) -> list[int]:  # that of a dimension of size 1 says nothing: a row's length will do
         pairs = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-        return [*(stride if size > 1 else 8 for size, stride in pairs), 1]
+        return [*(stride if size > 1 else tensor.shape[3] for size, stride in pairs), 1]
 
     aligned = tensor.data_ptr() % 16 == 0
     known = _DESCRIBED.get((tensor.shape, tensor.stride(), tensor.dtype, rows)) if aligned else None
