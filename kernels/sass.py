@@ -1,8 +1,9 @@
 """What ptxas made of a kernel, read from its listing: loops, spills, and registers that a product still has.
 
 A wgmma is asynchronous: until a wait covers its group, the tensor cores read the registers of its left operand and
-write those of its accumulators. ptxas has to keep every other instruction away from them, and some versions are known
-not to (triton-lang/triton pull request 11781, issue 9433): such a kernel is wrong on the GPU and nowhere else.
+write those of its accumulators (PTX ISA, wgmma.wait_group). Every other instruction has to keep away from them. Triton
+may wait too late (triton-lang/triton issue 9433), and versions of ptxas reuse the operand's registers too early (pull
+request 11781): such a kernel is wrong on the GPU and nowhere else.
 """
 
 import re
@@ -68,8 +69,9 @@ class _State(NamedTuple):
 
 
 def hazards(code: list[Instruction]) -> list[str]:
-    """Instructions that some path reaches while a product still has a register of theirs, or that have one more than a
-    warp-specialised thread was granted; in words."""
+    """Instructions that some path reaches while a product still has a register of theirs, or that have a register more
+    than a warp-specialised thread was granted; in words. Raises `ValueError` for a product of an unknown kind.
+    """
     place = {each.at: index for index, each in enumerate(code)}
     targets = {place[to] for each in code if (to := _target(each)) in place}
     # Where an indirect branch goes is not in the listing: with nothing under way, paths begin after every jump too.

@@ -187,7 +187,7 @@ def collate(
 
     Times are drawn as `sampling` says, each within its image's limit, from `generator`: the batch is a pure function of
     its arguments and the generator's state. Raises `ValueError` where a row overflows, or where latents differ in
-    their number of channels.
+    their number of channels, `TypeError` for what is no document.
     """
     packed = []
     for documents in rows:

@@ -22,7 +22,7 @@ def start(scenario: str, folder: Path, ranks: int) -> list["subprocess.Popen[str
         port = probe.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    # with what was running where a process dies of a signal: torch itself has crashed here, once in some hundred runs
+    # says what was running where a process dies of a signal, as one has, without a word
     command = [sys.executable, "-X", "faulthandler", str(HERE / "launch.py"), scenario, str(folder)]
     return [
         subprocess.Popen(

@@ -17,7 +17,7 @@ def whole(name: str, given: Any) -> int:
 
 
 def real(name: str, given: Any) -> float:
-    """`given` as a float. Raises `TypeError` for what is no number."""
+    """`given` as a float. Raises `TypeError` for what is no number, `ValueError` for one beyond all floats."""
     try:
         if isinstance(given, str | bytes):
             raise TypeError

@@ -31,7 +31,7 @@ from transfusion.generation.requests import Generation, Request, check_latent_sh
 from transfusion.generation.score import score
 from transfusion.generation.text import TextSampling
 from transfusion.model import Transfusion
-from transfusion.model.pretrained import local_folder
+from transfusion.model.pretrained import INDEX, WEIGHTS, local_folder
 from transfusion.sequence import Image, Text, document_length
 
 CONFIG, TOKENIZER, VAE = "pipeline.toml", "tokenizer.json", "vae"
@@ -361,7 +361,7 @@ class TransfusionPipeline:
 
 def _instead(folder: Path) -> str:
     """What to do with a folder that could be taken for a pipeline's."""
-    if (folder / "model.safetensors").is_file():
+    if any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
         return "; it is a model alone, which Transfusion.from_pretrained reads"
     runs = [each for each in (folder, folder.parent) if (each / "checkpoints").is_dir()]
     return f"; `transfusion sample --run {runs[0]}` takes the run's last checkpoint" if runs else ""

@@ -1,7 +1,7 @@
 """y = W·x; on a CPU, of few rows in float32, W in stretches, which run beside each other.
 
-A product of few rows waits for W, and the BLAS that torch carries reads it on one core: as a batch of narrower products
-all cores read.
+A product of few rows waits for W, which torch's BLAS has one core read; of a batch of narrower products each core takes
+some. What that comes to are the rows decode_batch_1 and decode_batch_8 of `python -m benchmarks --suite generation`.
 """
 
 import torch
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _STRETCHES = 8
-_FEW = 64  # rows; of more, one product occupies all cores as it is
+_FEW = 64  # rows; of more, arithmetic counts, which one product spreads over all cores as it is
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` without a bias, the same up to the order of sums."""
+    """`nn.Linear` without a bias, the same up to the order of sums; in training and compiled it is that."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)

@@ -59,7 +59,8 @@ class Transfusion(nn.Module):
     def forward(self, batch: Batch, impl: str = "auto") -> Losses:
         """The losses of a batch: a pure function of it and of the weights, for its times and noise are in it.
 
-        `impl` chooses the implementation of every kernel: "auto", "triton" or "reference".
+        `impl` chooses the implementation of every kernel: "auto", "triton" or "reference". Raises `TypeError` for what
+        is no batch, `ValueError` for images that do not fit the model.
         """
         if not torch.compiler.is_compiling():
             self._check(batch)
