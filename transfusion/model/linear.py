@@ -1,7 +1,8 @@
-"""y = W·x; on a CPU, of few rows in float32, W in stretches, which run beside each other.
+"""y = W·x; on a CPU, in float32 without gradients, as several narrower products.
 
 A product of few rows waits for W, which torch's BLAS has one core read; of a batch of narrower products each core takes
-some. What that comes to are the rows decode_batch_1 and decode_batch_8 of `python -m benchmarks --suite generation`.
+some. Of many rows a wide W falls out of a core's cache, where half of it stays. What that comes to are the rows of
+`python -m benchmarks --suite generation`: decode_batch_1 and decode_batch_8 of few, draw_4_images of many.
 """
 
 import torch
@@ -21,17 +22,34 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
         weight = self.weight  # once: a parametrized one is computed
-        return _in_stretches(x, weight) if _pays(x, weight) else functional.linear(x, weight)
+        stretches = weight.shape[0] % _STRETCHES == 0 and _is_plain(x, weight) and 0 < _rows(x) <= _FEW
+        return _in_stretches(x, weight) if stretches else functional.linear(x, weight)
 
 
-def _pays(x: Tensor, weight: Tensor) -> bool:
+def halves(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The two halves of `linear(x)`'s last dimension, the same up to the order of sums. A module that took a `Linear`'s
+    place, or has hooks, is called."""
+    if type(linear) is Linear and not (linear._forward_hooks or linear._forward_pre_hooks):
+        weight = linear.weight
+        if weight.shape[0] % 2 == 0 and _is_plain(x, weight) and _rows(x) > _FEW:
+            first, second = weight.chunk(2)
+            return functional.linear(x, first), functional.linear(x, second)
+    first, second = linear(x).chunk(2, dim=-1)
+    return first, second
+
+
+def _rows(x: Tensor) -> int:
+    return x.shape[:-1].numel()
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether nothing but this product sees the weight."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
     # quantized, sparse and traced weights know `linear` and little else
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided
     wide = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    fits = x.ndim > 0 and x.shape[-1] == weight.shape[-1] and weight.shape[0] % _STRETCHES == 0
-    return plain and wide and fits and 0 < x.shape[:-1].numel() <= _FEW
+    return plain and wide and x.ndim > 0 and x.shape[-1] == weight.shape[-1]
 
 
 def _in_stretches(x: Tensor, weight: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from transfusion.config import ModelConfig
 from transfusion.kernels import IntervalMask, prepare_attention, transfusion_attention
-from transfusion.model.linear import Linear
+from transfusion.model.linear import Linear, halves
 from transfusion.model.positions import rotary, rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor, str], Tensor]
@@ -73,7 +73,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, dim) -> (B, N, dim)."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate, up = halves(self.gate_up, x)
         return self.down(functional.silu(gate) * up)
 
 
