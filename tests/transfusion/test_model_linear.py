@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transfusion.kernels.testing import judge
-from transfusion.model.linear import Linear, halves
+from transfusion.model.linear import Linear, swiglu
 
 
 class Seen(TorchDispatchMode):
@@ -53,44 +53,47 @@ def test_few_rows_go_in_stretches_and_what_a_core_alone_would_not_wait_for_does_
     assert products(layer.bfloat16(), few.bfloat16()) == ["mm"]
 
 
+def formula(product):
+    gate, up = product.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (65,), (5, 13, 2), (2, 0)])
 @pytest.mark.parametrize("outputs", [96, 100], ids=["stretches", "odd"])
-def test_halves_are_those_of_the_product(shape, outputs):
+def test_swiglu_is_the_formula(shape, outputs):
     layer, x = Linear(48, outputs), torch.randn(*shape, 48)
+    before = x.clone(), layer.weight.clone()
     with torch.no_grad():
-        out = torch.cat(halves(layer, x), dim=-1)
-    eager, gold = functional.linear(x, layer.weight), functional.linear(x.double(), layer.weight.double())
-    assert out.shape == (*shape, outputs)
+        out = swiglu(layer, x)
+    assert out.shape == (*shape, outputs // 2) and torch.equal(x, before[0]) and torch.equal(layer.weight, before[1])
     if out.numel():
         in_pieces = sum(functional.linear(x[..., i : i + 16], layer.weight[:, i : i + 16]) for i in (0, 16, 32))
-        assert judge(out, [eager, in_pieces], gold).passed
+        eager = [formula(functional.linear(x, layer.weight)), formula(in_pieces)]
+        assert judge(out, eager, formula(functional.linear(x.double(), layer.weight.double()))).passed
 
 
-def test_of_many_rows_each_half_is_a_product_of_its_own():
+def test_of_many_rows_gate_and_up_are_products_of_their_own():
     layer, many = Linear(48, 96), torch.randn(65, 48)
     with torch.no_grad(), Seen() as seen:
-        assert all(half.is_contiguous() for half in halves(layer, many))
-        halves(layer, many[:64])
-        halves(layer.bfloat16(), many.bfloat16())
+        for x in (many, many[:64]):
+            swiglu(layer, x)
+        swiglu(layer.bfloat16(), many.bfloat16())
     assert seen.products == ["mm", "mm", "bmm", "mm"]
 
 
-def test_halves_call_what_took_the_layer_s_place_and_its_hooks():
+def test_swiglu_calls_what_took_the_layer_s_place_and_its_hooks():
     class Adapted(Linear):
         def forward(self, x):
             return super().forward(x) + 1
 
-    many, layer, adapted = torch.randn(65, 48), Linear(48, 96), Adapted(48, 96)
-    for other in (adapted, torch.nn.Sequential(layer), torch.nn.Linear(48, 96)):
+    many, observed, led = torch.randn(65, 48), Linear(48, 96), Linear(48, 96)
+    outputs = []
+    observed.register_forward_hook(lambda module, args, out: outputs.append(out))
+    led.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    for layer in (Adapted(48, 96), torch.nn.Sequential(Linear(48, 96)), torch.nn.Linear(48, 96), observed, led):
         with torch.no_grad():
-            assert torch.equal(torch.cat(halves(other, many), dim=-1), other(many))
-    layer.register_forward_hook(lambda module, args, out: out + 1)
-    with torch.no_grad():
-        assert torch.equal(torch.cat(halves(layer, many), dim=-1), layer(many))
-    layer = Linear(48, 96)
-    layer.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
-    with torch.no_grad():
-        assert torch.equal(torch.cat(halves(layer, many), dim=-1), layer(many))
+            assert torch.equal(swiglu(layer, many), formula(layer(many)))
+    assert torch.equal(outputs[0], outputs[1])  # as it was when the hook saw it
 
 
 def test_under_autocast_the_product_is_autocast_s():
@@ -106,7 +109,7 @@ def test_training_runs_the_plain_product():
         out = layer(x)
     assert seen.products == ["mm"] and out.grad_fn is not None
     with Seen() as seen:
-        halves(layer, torch.randn(65, 48))
+        swiglu(layer, torch.randn(65, 48))
     assert seen.products == ["mm"]
 
 
@@ -151,8 +154,9 @@ def test_a_weight_that_knows_no_halves_is_asked_for_the_whole_product(kind):
     own = weight.as_subclass(Quantized) if kind == "quantized" else weight.to_sparse()
     layer.weight = torch.nn.Parameter(own, requires_grad=False)
     with torch.no_grad():
-        out = torch.cat(halves(layer, many), dim=-1)
-    assert judge(out, functional.linear(many, weight), functional.linear(many.double(), weight.double())).passed
+        out = swiglu(layer, many)
+    eager, gold = (formula(functional.linear(x, w)) for x, w in ((many, weight), (many.double(), weight.double())))
+    assert judge(out, eager, gold).passed
 
 
 def test_a_parametrized_weight_is_computed_once_a_call():

@@ -1,8 +1,9 @@
-"""y = W·x; on a CPU, in float32 without gradients, as several narrower products.
+"""y = W·x, and silu(G·x) ∘ (U·x); on a CPU, in float32 without gradients, as several narrower products.
 
 A product of few rows waits for W, which torch's BLAS has one core read; of a batch of narrower products each core takes
-some. Of many rows a wide W falls out of a core's cache, where half of it stays. What that comes to are the rows of
-`python -m benchmarks --suite generation`: decode_batch_1 and decode_batch_8 of few, draw_4_images of many.
+some. Of many rows a wide W falls out of a core's cache, where half of it stays; and half a result can be written over,
+where for a new one the system would clear memory. What that comes to are the rows of `python -m benchmarks --suite
+generation`: decode_batch_1 and decode_batch_8 of few rows, draw_4_images of many.
 """
 
 import torch
@@ -26,16 +27,18 @@ class Linear(nn.Linear):
         return _in_stretches(x, weight) if stretches else functional.linear(x, weight)
 
 
-def halves(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The two halves of `linear(x)`'s last dimension, the same up to the order of sums. A module that took a `Linear`'s
-    place, or has hooks, is called."""
-    if type(linear) is Linear and not (linear._forward_hooks or linear._forward_pre_hooks):
-        weight = linear.weight
+def swiglu(gate_up: nn.Module, x: Tensor) -> Tensor:
+    """silu(gate) ∘ up of the halves of `gate_up(x)`'s last dimension, the same up to the order of sums.
+
+    A module that took a `Linear`'s place, or has hooks, is called.
+    """
+    if type(gate_up) is Linear and not (gate_up._forward_hooks or gate_up._forward_pre_hooks):
+        weight = gate_up.weight
         if weight.shape[0] % 2 == 0 and _is_plain(x, weight) and _rows(x) > _FEW:
-            first, second = weight.chunk(2)
-            return functional.linear(x, first), functional.linear(x, second)
-    first, second = linear(x).chunk(2, dim=-1)
-    return first, second
+            gate, up = (functional.linear(x, half) for half in weight.chunk(2))
+            return functional.silu(gate, inplace=True).mul_(up)
+    gate, up = gate_up(x).chunk(2, dim=-1)
+    return functional.silu(gate) * up
 
 
 def _rows(x: Tensor) -> int:

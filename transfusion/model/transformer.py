@@ -11,11 +11,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from transfusion.config import ModelConfig
 from transfusion.kernels import IntervalMask, prepare_attention, transfusion_attention
-from transfusion.model.linear import Linear, halves
+from transfusion.model.linear import Linear, swiglu
 from transfusion.model.positions import rotary, rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor, str], Tensor]
@@ -73,8 +72,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, dim) -> (B, N, dim)."""
-        gate, up = halves(self.gate_up, x)
-        return self.down(functional.silu(gate) * up)
+        return self.down(swiglu(self.gate_up, x))
 
 
 class Block(nn.Module):
