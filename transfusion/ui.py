@@ -2,17 +2,24 @@
 
     page(pipeline).queue().launch()     what `main` does, with nothing that leaves the machine
 
-`answer` is what a message comes to, and knows nothing of the page; `page` puts it behind a queue of one, so that users
-who come at once wait for each other and the model runs for one of them at a time.
+`answer` is what a message comes to, and knows nothing of the page; `converse` runs it in a thread, shows the text as it
+comes, and stops it when nobody waits any more; `page` puts that behind a queue of one, so that users who come at once
+wait for each other and the model runs for one of them at a time.
 """
 
+import contextvars
+import functools
 import logging
+import queue
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from transfusion.data.optional import require
 
@@ -41,6 +48,7 @@ footer { display: none !important }
 
 # Each step of denoising: (steps done, steps in all).
 OnStep = Callable[[int, int], None]
+OnText = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -127,8 +135,11 @@ def answer(
     files: Sequence[str],
     settings: Settings,
     on_step: OnStep | None = None,
+    on_text: OnText | None = None,
 ) -> list[Any]:
     """What the model makes of a message -> strings and PIL images, in turn.
+
+    on_text: told the text since the last image after each token of it. What it or on_step raises ends the answer.
 
     Raises:
         ValueError: a message that does not fit its mode or the model, with what to change.
@@ -140,6 +151,10 @@ def answer(
     def callback(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
         if on_step is not None:
             on_step(step + 1, total)
+
+    def told(_: int, text: str) -> None:
+        if on_text is not None:
+            on_text(text)
 
     done = pipeline(
         prompt,
@@ -153,6 +168,7 @@ def answer(
         max_images=settings.max_images,
         temperature=settings.temperature,
         callback_on_step_end=callback,
+        callback_on_text=told,
         progress=False,
     )
     parts = [done.images[part] if isinstance(part, int) else part.strip() for part in done.documents[0]]
@@ -198,6 +214,13 @@ def explain(error: Exception, files: Sequence[str]) -> str:
     return f"⚠ {said}"
 
 
+class Turn(NamedTuple):
+    """The conversation as it stands, and what has just been added to it."""
+
+    messages: list[Any]
+    state: Literal["asked", "going on", "answered", "failed"]
+
+
 def converse(
     pipeline: "TransfusionPipeline",
     keep: Callable[[Any], str],
@@ -205,8 +228,9 @@ def converse(
     message: dict[str, Any] | None,
     settings: Callable[[], Settings],
     on_step: OnStep | None = None,
-) -> Iterator[tuple[list[Any], bool]]:
-    """The conversation with the user's message, then with the answer or what is wrong -> (messages, whether it failed).
+) -> Generator[Turn, None, None]:
+    """The conversation with the user's message, with text as it comes, and with the answer or what is wrong. Closed
+    before its end, it stops the model at the next token or step.
 
     keep: writes a PIL image where the page can show it -> the file. settings: may raise, as `answer` may.
     """
@@ -214,16 +238,74 @@ def converse(
     text, files = message.get("text") or "", list(message.get("files") or ())
     given = [text] if text.strip() else []
     history = [*history, *(_said("user", part) for part in [*({"path": file} for file in files), *given])]
-    yield history, False
+    yield Turn(history, "asked")
     began = time.monotonic()
     try:
         chosen = settings()
-        parts = answer(pipeline, text, files, chosen, on_step)
+        answering = _Answering(functools.partial(answer, pipeline, text, files, chosen), on_step)
+        try:
+            for texts in answering.texts():
+                yield Turn([*history, *(_said("assistant", part) for part in texts)], "going on")
+            parts = answering.result()
+        finally:
+            answering.stop()
         told = [part if isinstance(part, str) else {"path": keep(part)} for part in parts]
         note = f"seed {chosen.seed} · {time.monotonic() - began:.1f} s"
-        yield [*history, *(_said("assistant", part) for part in [*told, note])], False
+        yield Turn([*history, *(_said("assistant", part) for part in [*told, note])], "answered")
     except Exception as error:  # whatever it is, the page and the other users go on
-        yield [*history, _said("assistant", explain(error, files))], True
+        yield Turn([*history, _said("assistant", explain(error, files))], "failed")
+
+
+class _StoppedError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class _Answering:
+    """`ask(on_step, on_text)` in a thread of its own, which can be followed, and stopped at a token or step."""
+
+    def __init__(self, ask: Callable[[OnStep, OnText], list[Any]], on_step: OnStep | None) -> None:
+        self._ask, self._on_step = ask, on_step
+        self._told: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # a text, or None for a step
+        self._done: Future[list[Any]] = Future()
+        self._stopped = threading.Event()
+        # with the variables by which Gradio knows whose progress it is told
+        threading.Thread(target=contextvars.copy_context().run, args=(self._run,), daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._done.set_result(self._ask(self._step, self._tell))
+        except BaseException as error:
+            self._done.set_exception(error)
+        self._told.put(None)
+
+    def _step(self, done: int, total: int) -> None:
+        if self._on_step is not None:
+            self._on_step(done, total)
+        self._tell(None)
+
+    def _tell(self, what: str | None) -> None:
+        if self._stopped.is_set():
+            raise _StoppedError
+        self._told.put(what)
+
+    def texts(self) -> Iterator[list[str]]:
+        """What it has written, after each token and step, until its end."""
+        texts = [""]
+        while not (self._done.done() and self._told.empty()):
+            told = self._told.get()
+            if told is not None:
+                texts[-1] = told
+            elif texts[-1]:
+                texts.append("")  # what comes after the image
+            yield [text for text in texts if text.strip()]
+
+    def result(self) -> list[Any]:
+        """The answer, or what it ended with."""
+        return self._done.result()
+
+    def stop(self) -> None:
+        """At the next token or step."""
+        self._stopped.set()
 
 
 def _said(role: str, content: Any) -> dict[str, Any]:
@@ -252,12 +334,12 @@ def page(pipeline: "TransfusionPipeline") -> Any:
             with gr.Column(scale=1, min_width=320):
                 inputs, seed, moves_on = _controls(gr, pipeline)
 
+        free = {"interactive": True, "submit_btn": True, "stop_btn": False}
+        busy = {"interactive": False, "submit_btn": False, "stop_btn": True}
+
         def reply(
             message: Any, history: Any, again: bool, *values: Any, progress: Any = bar
         ) -> Iterator[tuple[Any, ...]]:
-            def settings() -> Settings:
-                return settings_of(*values)
-
             def on_step(step: int, total: int) -> None:
                 progress((step, total), desc="denoising", unit="steps")
 
@@ -265,15 +347,22 @@ def page(pipeline: "TransfusionPipeline") -> Any:
                 kept: str = images.save_pil_to_cache(image, chat.GRADIO_CACHE, format="png")
                 return kept
 
-            turns = converse(pipeline, keep, history or [], message, settings, on_step)
-            asked, _ = next(turns)
-            yield asked, gr.MultimodalTextbox(value=None, interactive=False), gr.skip()
-            answered, failed = next(turns)
-            number = values[1]
-            following = number + 1 if again and not failed else number
-            yield answered, gr.MultimodalTextbox(value=message if failed else None, interactive=True), following
+            talk = converse(pipeline, keep, history or [], message, lambda: settings_of(*values), on_step)
+            with closing(talk) as turns:
+                for messages, state in turns:
+                    if state == "asked":
+                        yield messages, gr.MultimodalTextbox(value=None, **busy), gr.skip()
+                    elif state == "going on":
+                        yield messages, gr.skip(), gr.skip()
+                    else:
+                        failed = state == "failed"
+                        following = values[1] + 1 if again and not failed else values[1]
+                        yield messages, gr.MultimodalTextbox(value=message if failed else None, **free), following
 
-        box.submit(
+        def stopped(history: Any) -> tuple[Any, ...]:
+            return [*(history or []), _said("assistant", "(stopped)")], gr.MultimodalTextbox(**free)
+
+        asking = box.submit(
             reply,
             [box, chat, moves_on, *inputs],
             [chat, box, seed],
@@ -282,6 +371,8 @@ def page(pipeline: "TransfusionPipeline") -> Any:
             show_progress_on=progress,
             api_name="chat",
         )
+        halted = box.stop(None, cancels=asking, queue=False, api_visibility="private")
+        halted.then(stopped, chat, [chat, box], queue=False, api_visibility="private")
     return blocks.queue(max_size=_QUEUE, default_concurrency_limit=1)
 
 

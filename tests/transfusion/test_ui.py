@@ -6,6 +6,7 @@ package of the system); none of them is in the extra `dev`, so a plain `make tes
 """
 
 import copy
+import itertools
 import logging
 import os
 import re
@@ -47,15 +48,21 @@ def kinds(parts):
     return ["image" if isinstance(part, Image.Image) else "text" for part in parts]
 
 
-def turns(pipeline, message, settings=QUICK, history=()):
-    """What the page shows after the message: (messages, whether it failed) once asked and once answered."""
+def conversation(pipeline, message, settings=QUICK, history=(), **told):
     kept = []
 
     def keep(image):
         kept.append(image)
         return f"{len(kept)}.png"
 
-    return list(converse(pipeline, keep, list(history), message, lambda: settings))
+    return converse(pipeline, keep, list(history), message, lambda: settings, **told)
+
+
+def turns(pipeline, message, settings=QUICK, history=()):
+    """What the page shows after the message: (messages, whether it failed) once asked and once answered."""
+    asked, *between, answered = conversation(pipeline, message, settings, history)
+    assert asked.state == "asked" and {turn.state for turn in between} <= {"going on"}
+    return [(asked.messages, False), (answered.messages, {"answered": False, "failed": True}[answered.state])]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +168,74 @@ def test_nan_weights_and_bugs_are_told_too(pipeline, monkeypatch, caplog):
         (*_, (answered, failed)) = turns(pipeline, {"text": "red"})
         assert failed and "division by zero" in answered[-1]["content"]
         assert "ZeroDivisionError" in caplog.text  # which is no one's mistake but ours: with its traceback
+    assert not turns(pipeline, {"text": "red"})[-1][1]
+
+
+@pytest.fixture
+def spelling(pipeline, monkeypatch):
+    """The model says the letters of a word in turn; with `after` it then draws an image, and says those."""
+
+    def spell(word, after=()):
+        special, ids = pipeline.tokenizer.special, pipeline.tokenizer.encode(word).tolist()
+        others = pipeline.tokenizer.encode("".join(after)).tolist()
+        monkeypatch.setattr(rigged, "VOCABULARY", 300)
+        chain = dict(itertools.pairwise([*ids, *([special.boi] if others else [])]))
+        rigged.chain(pipeline.model, monkeypatch, chain | dict(itertools.pairwise([special.eoi, *others])))
+
+    return spell
+
+
+def said_by_the_model(turn):
+    return [each["content"] for each in turn.messages[1:]]
+
+
+def test_text_is_shown_as_it_comes(pipeline, spelling):
+    spelling("abcd")
+    between = list(conversation(pipeline, {"text": "a"}, Settings("text", temperature=0, max_tokens=9)))[1:-1]
+    shown = [said_by_the_model(turn) for turn in between]
+    assert [each for each, _ in itertools.groupby(shown)] == [["b"], ["bc"], ["bcd"]]
+
+
+def test_a_story_is_shown_as_it_comes(pipeline, spelling):
+    spelling("abc", "de")
+    steps, settings = [], Settings("story", temperature=0, max_tokens=9, steps=2)
+    *between, answered = conversation(pipeline, {"text": "a"}, settings, on_step=lambda *at: steps.append(at))
+    shown = [said_by_the_model(turn) for turn in between[1:]]
+    assert [each for each, _ in itertools.groupby(shown)] == [["b"], ["bc"], ["bc", "d"], ["bc", "de"]]
+    assert steps == [(1, 2), (2, 2)] and said_by_the_model(answered)[:3] == ["bc", {"path": "1.png"}, "de"]
+
+
+@pytest.mark.parametrize("mode", ["image", "text"])
+def test_the_model_stops_when_nobody_waits(pipeline, spelling, monkeypatch, mode):
+    if mode == "text":
+        spelling("aba")  # without end
+    threads, told, left, real = set(threading.enumerate()), [], threading.Event(), ui.answer
+
+    def waiting(*arguments):
+        *arguments, on_step, on_text = arguments
+
+        def second(tell):
+            def listen(*what):
+                told.append(what)
+                assert len(told) == 1 or left.wait(20)
+                tell(*what)
+
+            return listen
+
+        return real(*arguments, second(on_step), second(on_text))
+
+    monkeypatch.setattr(ui, "answer", waiting)
+    talk = conversation(
+        pipeline, {"text": "a"}, Settings(mode, steps=100, scheduler="ddim", temperature=0, max_tokens=100)
+    )
+    while next(talk).state != "going on":
+        pass
+    (answering,) = set(threading.enumerate()) - threads
+    talk.close()
+    left.set()
+    answering.join(20)
+    assert not answering.is_alive() and len(told) == 2
+    monkeypatch.undo()
     assert not turns(pipeline, {"text": "red"})[-1][1]
 
 
@@ -308,4 +383,37 @@ def test_the_page_in_a_browser(url, browser, picture, tmp_path):
     assert page.locator("button[aria-label=Share]:visible").count() == 0
     away = {address for address in asked if not address.startswith((url, "data:", "blob:"))}
     assert not away  # nothing leaves the machine
+    page.close()
+
+
+def test_an_answer_is_stopped_in_a_browser(url, browser, monkeypatch):
+    expect = pytest.importorskip("playwright.sync_api").expect
+    steps, real = [], TransfusionPipeline.__call__
+
+    def slow(self, *arguments, callback_on_step_end, **options):
+        def step(*told):
+            steps.append(time.monotonic())
+            time.sleep(0.1)
+            return callback_on_step_end(*told)
+
+        return real(self, *arguments, callback_on_step_end=step, **options)
+
+    monkeypatch.setattr(TransfusionPipeline, "__call__", slow)
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(20_000)
+    page.goto(url)
+    box, replies = page.locator("#message textarea"), page.locator("#chat [data-testid=bot]")
+    page.locator("#steps input").fill("500")
+    box.fill("a red apple")
+    box.press("Enter")
+    expect(page.locator("#progress")).to_contain_text("denoising")
+    page.locator("#message .stop-button").click()
+    expect(replies.last).to_contain_text("(stopped)")
+    expect(page.locator("#message .stop-button")).to_have_count(0)
+    time.sleep(1)
+    assert len(steps) < 500 and time.monotonic() - steps[-1] > 0.5  # the model does not go on by itself
+    page.locator("#steps input").fill("2")
+    box.fill("a green apple")
+    box.press("Enter")
+    expect(page.locator("#chat .bot img")).to_have_count(1)
     page.close()

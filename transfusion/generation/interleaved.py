@@ -24,6 +24,7 @@ from transfusion.model import Transfusion
 from transfusion.sequence import Document, Image, Text, document_length, image_tokens
 
 Stop = Callable[[Sequence[int]], bool]
+OnToken = Callable[[int, Sequence[int]], Any]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class _Plan:
     stop: Stop | None
     max_length: int | None
     on_step_end: OnStepEnd | None
+    on_token: OnToken | None
     impl: str
     progress: bool
 
@@ -50,8 +52,8 @@ class _Plan:
 class _Row:
     """A request on its way."""
 
-    def __init__(self, plan: _Plan, request: Request) -> None:
-        self.plan, self.request = plan, request
+    def __init__(self, plan: _Plan, request: Request, index: int) -> None:
+        self.plan, self.request, self.index = plan, request, index
         self.length = document_length(request.context, plan.model.config.patch_size)
         self.room = request.max_new_tokens
         self.wants_image = request.image_next
@@ -87,6 +89,8 @@ class _Row:
             return
         self._run.append(token)
         self.length += 1
+        if plan.on_token is not None:
+            plan.on_token(self.index, list(self._run))
         if token == special.eos:
             self.finish = "eos"
         elif stops or (plan.stop is not None and plan.stop(list(self._run))):
@@ -147,6 +151,7 @@ def generate(
     stop: Stop | None = None,
     max_length: int | None = None,
     on_step_end: OnStepEnd | None = None,
+    on_token: OnToken | None = None,
     impl: str = "auto",
     progress: bool = False,
 ) -> list[Generation]:
@@ -169,6 +174,8 @@ def generate(
         max_length: tokens of the longest document that the model can read; documents end there.
         on_step_end: (step from 0, timestep, latents (I, C, h, w)) -> the latents to go on with, after every step; what
             it gives is taken without its gradient, in float32.
+        on_token: told (index of the request, the text tokens since its last image) after each new one of them. What a
+            function that is told something raises ends the call.
         impl: of the kernels.
         progress: show a bar for each round of denoising.
 
@@ -177,11 +184,12 @@ def generate(
         FloatingPointError: logits or a prediction that are not finite.
     """
     shape, requests = sides(latent_shape), listed(requests)
-    _check_kinds(guidance, sampling, stop, max_length, on_step_end)
-    plan = _Plan(model, shape, scheduler, steps, guidance, sampling, stop, max_length, on_step_end, impl, progress)
+    _check_kinds(guidance, sampling, max_length, stop=stop, on_step_end=on_step_end, on_token=on_token)
+    told = on_step_end, on_token
+    plan = _Plan(model, shape, scheduler, steps, guidance, sampling, stop, max_length, *told, impl, progress)
     check_call(model, requests, shape, scheduler, steps, max_length)
     _check_stop_tokens(model, sampling)
-    rows = [_Row(plan, request) for request in requests]
+    rows = [_Row(plan, request, index) for index, request in enumerate(requests)]
     with inference(model):
         state, logits = Rows.start(model, [r.context for r in requests], max(row.reach() for row in rows), impl)
         drawing = _those(rows, state, [i for i, row in enumerate(rows) if row.wants_image])
@@ -210,11 +218,11 @@ def check_call(
         timesteps(copy.deepcopy(scheduler), model.config.schedule, steps)  # raises where steps do not fit
 
 
-def _check_kinds(guidance: Any, sampling: Any, stop: Any, max_length: Any, on_step_end: Any) -> None:
+def _check_kinds(guidance: Any, sampling: Any, max_length: Any, **functions: Any) -> None:
     of_kind("guidance", guidance, Guidance)
     of_kind("sampling", sampling, TextSampling)
-    function("stop", stop)
-    function("on_step_end", on_step_end)
+    for name, given in functions.items():
+        function(name, given)
     if max_length is not None:
         whole("max_length", max_length)
 

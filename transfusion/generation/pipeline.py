@@ -25,7 +25,7 @@ from transfusion.diffusion.sampler import Known, OnStepEnd, can_clip, default_st
 from transfusion.generation.arguments import function, of_kind, sides, whole
 from transfusion.generation.guidance import Guidance
 from transfusion.generation.inputs import PipelineOutput, Row, StopStrings, rows_of, seeds_of
-from transfusion.generation.interleaved import check_call, generate
+from transfusion.generation.interleaved import OnToken, check_call, generate
 from transfusion.generation.media import check_output_type, from_pixels, to_pixels, to_unknown
 from transfusion.generation.requests import Generation, Request, check_latent_shape
 from transfusion.generation.score import score
@@ -80,6 +80,8 @@ class TransfusionPipeline:
         output_type: "pil", "pt" or "latent".
         callback_on_step_end: diffusers': (pipeline, step, timestep, {"latents": ...}) -> a dict, whose "latents" are
             gone on with, or None.
+        callback_on_text: told (row, its text since its last image) after each new token. What either callback raises
+            ends the call.
         progress: show a bar while denoising; None shows it on a terminal.
     """
 
@@ -172,6 +174,7 @@ class TransfusionPipeline:
         stop: str | Sequence[str] = (),
         output_type: str = "pil",
         callback_on_step_end: Callback | None = None,
+        callback_on_text: Callable[[int, str], Any] | None = None,
         progress: bool | None = None,
     ) -> PipelineOutput:
         """What follows each prompt: rows of any kind and length in one batch. The arguments are the class's to tell.
@@ -202,6 +205,7 @@ class TransfusionPipeline:
             stop=stops.reached if stops.strings else None,
             max_length=self.max_length,
             on_step_end=on_step_end,
+            on_token=self._on_token(callback_on_text, stops),
             progress=sys.stderr.isatty() if progress is None else progress,
         )
         return self._output(done, stops, output_type, shape)
@@ -257,6 +261,17 @@ class TransfusionPipeline:
             return changed  # `sample` looks at it
 
         return on_step_end
+
+    def _on_token(self, callback: Callable[[int, str], Any] | None, stops: StopStrings) -> OnToken | None:
+        function("callback_on_text", callback)
+        if callback is None:
+            return None
+
+        def on_token(row: int, token_ids: Sequence[int]) -> None:
+            text = self.tokenizer.decode(token_ids)
+            callback(row, stops.cut(text.rstrip("\ufffd")))  # of a character whose last bytes are to come
+
+        return on_token
 
     def _output(
         self, done: Sequence[Generation], stops: StopStrings, output_type: str, shape: tuple[int, int, int]

@@ -110,6 +110,7 @@ def test_stop_is_given_lists_of_its_own(pipeline):
         ({"sampling": None}, TypeError, "sampling=None must be a TextSampling, got NoneType"),
         ({"stop": "x"}, TypeError, "stop='x' must be a function or None, got str"),
         ({"max_length": "x"}, TypeError, "max_length='x' must be a whole number, got str"),
+        ({"on_token": 5}, TypeError, "on_token=5 must be a function or None, got int"),
         ({"on_step_end": 5}, TypeError, "on_step_end=5 must be a function or None, got int"),
         (
             {"on_step_end": lambda *_: None},

@@ -48,6 +48,46 @@ def test_text_image_text(scale, seed, monkeypatch):
     assert own == [([1.0, 10.0], [0, 1]), ([11.0], [2]), ([float(BOI)], [3]), *twin, *drawn, *after]
 
 
+def test_every_token_of_text_is_told(seed, monkeypatch):
+    model, told = random_model(seed), []
+    chain(model, monkeypatch, {10: 11, 11: BOI, EOI: 12, 12: 13, 13: EOS, 14: 15, 15: 16, 16: EOS, 17: BOI})
+    rig_image(model, monkeypatch)
+    requests = [write(text(BOS, 10), images=3), write(text(BOS, 17)), write(text(BOS, 14), images=2)]
+
+    def on_token(index, tokens):
+        told.append((index, list(tokens)))
+        tokens.clear()  # its own
+
+    results = generate(model, requests, **options_of(model, on_token=on_token))
+    assert [each.finish_reason for each in results] == ["eos", "images", "eos"]
+    assert [tokens for index, tokens in told if index == 0] == [[11], [12], [12, 13], [12, 13, EOS]]
+    assert [tokens for index, tokens in told if index == 2] == [[15], [15, 16], [15, 16, EOS]]
+    assert {index for index, _ in told} == {0, 2}  # BOI is no text
+
+
+def test_what_is_raised_on_a_token_or_step_ends_the_call(seed, monkeypatch):
+    class Enough(Exception):
+        pass
+
+    model, calls = random_model(seed).train(), []
+    chain(model, monkeypatch, {10: 11, 11: BOI, EOI: 12, 12: 13, 13: EOS})
+    rig_image(model, monkeypatch)
+
+    def third(*told):
+        calls.append(told)
+        if len(calls) == 3:
+            raise Enough
+        return told[-1]
+
+    for name in ("on_token", "on_step_end"):
+        calls.clear()
+        with pytest.raises(Enough):
+            generate(model, [write(text(BOS, 10), images=3)], **options_of(model, steps=4, **{name: third}))
+        assert len(calls) == 3 and model.training
+    (result,) = generate(model, [write(text(BOS, 10), images=3)], **options_of(model))
+    assert result.finish_reason == "eos"
+
+
 def test_images_side_by_side_and_the_limit_of_images(seed, monkeypatch):
     model = random_model(seed)
     chain(model, monkeypatch, {BOS: BOI, EOI: BOI})

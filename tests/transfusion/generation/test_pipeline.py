@@ -212,6 +212,19 @@ def test_stop_strings_end_a_text_before_them(pipeline, monkeypatch):
         assert pipeline("a", output="text").text == ["bcdefghij"]
 
 
+def test_text_is_told_as_it_comes_without_half_characters(pipeline, monkeypatch):
+    told = {0: [], 1: []}
+    with monkeypatch.context() as patch:
+        rigged.chain(pipeline.model, patch, dict(itertools.pairwise(pipeline.tokenizer.encode("xqné").tolist())))
+        patch.setattr(rigged, "VOCABULARY", 300)
+        done = pipeline(["x", "q"], output="text", callback_on_text=lambda row, text: told[row].append(text))
+        cut = []
+        pipeline("x", output="text", stop="n", callback_on_text=lambda _, text: cut.append(text))
+    # é is two tokens; EOS says nothing
+    assert told == {0: ["q", "qn", "qn", "qné", "qné"], 1: ["n", "n", "né", "né"]}
+    assert done.text == ["qné", "né"] and cut == ["q", "q"]
+
+
 def test_a_stop_string_may_lie_across_tokens_and_letters(pipeline):
     stops = StopStrings(pipeline.tokenizer, ("né", "zz"))
     first, *others = pipeline.tokenizer.encode("né").tolist()
@@ -391,6 +404,7 @@ def test_what_is_no_pipeline_is_refused(pipeline, tmp_path):
         ({"output": "both", "max_new_tokens": 0}, "max_new_tokens=0 asks for nothing where output='both'; give at"),
         ({"output": "both", "max_new_tokens": 2.5}, r"max_new_tokens=2\.5 must be a whole number, got float"),
         ({"callback_on_step_end": 5}, "callback_on_step_end=5 must be a function or None, got int"),
+        ({"callback_on_text": "x"}, "callback_on_text='x' must be a function or None, got str"),
     ],
 )
 def test_bad_input_is_named_and_the_pipeline_goes_on(pipeline, change, message):
