@@ -253,6 +253,9 @@ def test_the_gap_is_what_captions_are_worth(run: Path, others: tuple[int, int]) 
     blind = image_figures(model, samples, draws=2, seed=0)
     assert blind["conditioning_gap"] == pytest.approx(0, abs=1e-6)
     assert blind["loss"] == pytest.approx(blind["loss_shuffled_captions"])
+    alone = image_figures(model, Samples(captions[:1], latents[:1], [None]), draws=2, seed=0)
+    assert alone["conditioning_gap_missing"] == "more than half of the 1 captions are the same"
+    assert "conditioning_gap_missing" not in blind and "conditioning_gap" not in alone
 
 
 def test_what_the_terminal_cannot_say_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

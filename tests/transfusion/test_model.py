@@ -136,6 +136,10 @@ def test_a_batch_that_does_not_fit_the_model_is_named() -> None:
         ValueError, match=r"has 1 image tokens, and latents \(1, 3, 4, 4\) are 4 in the model's patches of 2"
     ):
         model(collate(row, 30, 4, SpecialTokens(), generator))
+    size = model.config.vocab_size
+    for wrong, found in ((size, f"1 to {size}"), (-1, "-1 to 2")):
+        with pytest.raises(ValueError, match=rf"token ids {found} do not fit the model's vocab_size={size}"):
+            model(collate([[(Text(torch.tensor([1, wrong, 2])),)]], 3, 2, SpecialTokens(), generator))
 
 
 def test_every_parameter_learns() -> None:

@@ -107,7 +107,7 @@ def read_images(
 
 def image_figures(model: Transfusion, samples: Samples, draws: int, seed: int) -> dict[str, Any]:
     """Diffusion loss with right captions, of the whole path and of each of its `draws` parts, and of predicting zero;
-    with shuffled captions, and the gap with its standard error, where there are captions enough to shuffle.
+    with shuffled captions, and the gap with its standard error; or why there are none to shuffle.
 
     Raises `ValueError` for fewer draws than one.
     """
@@ -123,7 +123,7 @@ def image_figures(model: Transfusion, samples: Samples, draws: int, seed: int) -
         "loss_predicting_zero": zero.mean().item(),
     }
     if not shuffled.numel():
-        return figures
+        return figures | {"conditioning_gap_missing": f"more than half of the {len(right)} captions are the same"}
     gap = shuffled - right
     error = gap.std() / len(gap) ** 0.5
     return figures | {

@@ -60,7 +60,7 @@ class Transfusion(nn.Module):
         """The losses of a batch: a pure function of it and of the weights, for its times and noise are in it.
 
         `impl` chooses the implementation of every kernel: "auto", "triton" or "reference". Raises `TypeError` for what
-        is no batch, `ValueError` for images that do not fit the model.
+        is no batch, `ValueError` for images, and on a CPU for token ids, that do not fit the model.
         """
         if not torch.compiler.is_compiling():
             self._check(batch)
@@ -87,12 +87,19 @@ class Transfusion(nn.Module):
         return Losses(text + self.config.image_loss_weight * image, text, image, per_image)
 
     def _check(self, batch: Batch) -> None:
-        """Raises where sizes, which the host knows, do not fit the model."""
+        """Raises where what the host knows does not fit the model."""
         if not isinstance(batch, Batch):
             raise TypeError(
                 f"a model reads a Batch, got {type(batch).__name__}; `transfusion.sequence.collate` makes one"
             )
-        latents, config = batch.latents, self.config
+        latents, config, ids = batch.latents, self.config, batch.token_ids
+        # a GPU would have to be waited for; it stops at such a token by an assertion of its own
+        if type(ids) is Tensor and ids.device.type == "cpu" and ids.numel():
+            least, most = ids.aminmax()
+            if least < 0 or most >= config.vocab_size:
+                raise ValueError(
+                    f"token ids {least.item()} to {most.item()} do not fit the model's vocab_size={config.vocab_size}"
+                )
         if not batch.num_images or isinstance(latents, RaggedLatents):
             return
         if latents.shape[1] != config.latent_channels:
