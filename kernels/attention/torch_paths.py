@@ -60,8 +60,11 @@ def _dense(mask: IntervalMask) -> Tensor | None:
 
 def _can_look(mask: IntervalMask) -> bool:
     """Whether the host may read the mask, for which a GPU would have to wait, a graph to break, and of which a trace
-    has no numbers."""
-    return mask.device.type == "cpu" and not (torch.compiler.is_compiling() or is_traced())
+    or torch.func may have no numbers."""
+    if mask.device.type != "cpu" or torch.compiler.is_compiling() or is_traced():
+        return False
+    proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return proxies is None and not torch._C._are_functorch_transforms_active()
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:

@@ -136,10 +136,49 @@ def test_a_batch_that_does_not_fit_the_model_is_named() -> None:
         ValueError, match=r"has 1 image tokens, and latents \(1, 3, 4, 4\) are 4 in the model's patches of 2"
     ):
         model(collate(row, 30, 4, SpecialTokens(), generator))
+    for channels, patch, said in (
+        (8, 2, "images of 8 channels"),
+        (3, 4, "has 3 image tokens, and latents of several sizes"),
+    ):
+        row = [[(Text(torch.tensor([1])), *(Image(torch.zeros(channels, 4, side)) for side in (4, 8)))]]
+        with pytest.raises(ValueError, match=said):
+            model(collate(row, 30, patch, SpecialTokens(), generator))
     size = model.config.vocab_size
     for wrong, found in ((size, f"1 to {size}"), (-1, "-1 to 2")):
         with pytest.raises(ValueError, match=rf"token ids {found} do not fit the model's vocab_size={size}"):
             model(collate([[(Text(torch.tensor([1, wrong, 2])),)]], 3, 2, SpecialTokens(), generator))
+
+
+class Adapter(torch.nn.Module):
+    """y = W·x + B·A·x, as LoRA has it."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Parameter(torch.randn(2, base.in_features))
+        self.up = torch.nn.Parameter(torch.randn(base.out_features, 2))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+def test_an_adapter_or_a_hook_of_the_head_takes_part_in_the_text_loss() -> None:
+    model, batch = tiny.model(), tiny.Batches().batch(0)
+    usual, seen = model(batch).text, []
+    hook = model.head.register_forward_hook(lambda module, args, out: seen.append(out))
+    through = model(batch).text
+    gold = functional.cross_entropy(seen[0].double(), batch.text_targets)
+    assert len(seen) == 1 and judge(through, usual, gold).passed
+    hook.remove()
+    model.head = Adapter(model.head)  # type: ignore[assignment]
+    adapted = model(batch).text
+    adapted.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.head.parameters())
+    assert not judge(adapted, usual, gold).passed
 
 
 def test_every_parameter_learns() -> None:

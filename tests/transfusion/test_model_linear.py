@@ -90,10 +90,27 @@ def test_swiglu_calls_what_took_the_layer_s_place_and_its_hooks():
     outputs = []
     observed.register_forward_hook(lambda module, args, out: outputs.append(out))
     led.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
-    for layer in (Adapted(48, 96), torch.nn.Sequential(Linear(48, 96)), torch.nn.Linear(48, 96), observed, led):
+    patched = Linear(48, 96)
+    patched.forward = lambda x: functional.linear(x, patched.weight) * 3  # as accelerate does
+    replaced = Adapted(48, 96), torch.nn.Sequential(Linear(48, 96)), torch.nn.Linear(48, 96)
+    for layer in (*replaced, observed, led, patched):
         with torch.no_grad():
             assert torch.equal(swiglu(layer, many), formula(layer(many)))
     assert torch.equal(outputs[0], outputs[1])  # as it was when the hook saw it
+    layer = Linear(48, 96)
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: out + 1)
+    try:
+        with torch.no_grad():
+            assert torch.equal(swiglu(layer, many), formula(layer(many)))
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("rows", [3, 65])
+def test_a_weight_that_is_elsewhere_is_refused_as_nn_linear_refuses_it(rows):
+    layer, x = Linear(48, 96), torch.randn(rows, 48, device="meta")
+    with torch.no_grad():
+        assert swiglu(layer.to("meta"), x).device == layer(x).device == torch.device("meta")
 
 
 def test_under_autocast_the_product_is_autocast_s():

@@ -6,10 +6,15 @@ where for a new one the system would clear memory. What that comes to are the ro
 generation`: decode_batch_1 and decode_batch_8 of few rows, draw_4_images of many.
 """
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules import module as modules
 
+_HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+_GLOBAL_HOOKS = [getattr(modules, f"_global{hooks}") for hooks in _HOOKS]
 _STRETCHES = 8
 _FEW = 64  # rows; of more, arithmetic counts, which one product spreads over all cores as it is
 
@@ -30,15 +35,22 @@ class Linear(nn.Linear):
 def swiglu(gate_up: nn.Module, x: Tensor) -> Tensor:
     """silu(gate) ∘ up of the halves of `gate_up(x)`'s last dimension, the same up to the order of sums.
 
-    A module that took a `Linear`'s place, or has hooks, is called.
+    A module that `is_no_more_than_its_weight` is not called.
     """
-    if type(gate_up) is Linear and not (gate_up._forward_hooks or gate_up._forward_pre_hooks):
+    if is_no_more_than_its_weight(gate_up):
         weight = gate_up.weight
         if weight.shape[0] % 2 == 0 and _is_plain(x, weight) and _rows(x) > _FEW:
             gate, up = (functional.linear(x, half) for half in weight.chunk(2))
             return functional.silu(gate, inplace=True).mul_(up)
     gate, up = gate_up(x).chunk(2, dim=-1)
     return functional.silu(gate) * up
+
+
+def is_no_more_than_its_weight(linear: nn.Module) -> TypeGuard[Linear]:
+    """Whether a call of it is W·x and nothing else: no adapter or quantized layer in its place, no hook, no `forward`
+    that somebody put over its own."""
+    own = isinstance(linear, Linear) and type(linear).forward is Linear.forward and "forward" not in vars(linear)
+    return own and not any(getattr(linear, hooks) for hooks in _HOOKS) and not any(_GLOBAL_HOOKS)
 
 
 def _rows(x: Tensor) -> int:
@@ -52,7 +64,7 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
     # quantized, sparse and traced weights know `linear` and little else
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided
     wide = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return plain and wide and x.ndim > 0 and x.shape[-1] == weight.shape[-1]
+    return plain and wide and weight.device == x.device and x.ndim > 0 and x.shape[-1] == weight.shape[-1]
 
 
 def _in_stretches(x: Tensor, weight: Tensor) -> Tensor:

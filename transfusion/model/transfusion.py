@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from transfusion.config import ModelConfig
 from transfusion.kernels import RaggedLatents, diffusion_loss, patchify_noise
 from transfusion.model import initialization, llama, pretrained
 from transfusion.model.image_codec import LinearCodec
-from transfusion.model.linear import Linear
+from transfusion.model.linear import Linear, is_no_more_than_its_weight
 from transfusion.model.losses import linear_cross_entropy
 from transfusion.model.positions import on_grid
 from transfusion.model.transformer import Cache, Transformer
@@ -74,7 +75,7 @@ class Transfusion(nn.Module):
         text = image = torch.zeros((), device=hidden.device)
         per_image = torch.zeros(0, device=hidden.device)
         if batch.text_rows.numel():
-            text = linear_cross_entropy(hidden.index_select(0, batch.text_rows), self.head.weight, batch.text_targets)
+            text = self._text_loss(hidden.index_select(0, batch.text_rows), batch.text_targets)
         if batch.num_images:
             of_images = hidden.index_select(0, batch.image_rows)
             if not isinstance(batch.latents, RaggedLatents):
@@ -85,6 +86,13 @@ class Transfusion(nn.Module):
             )
             image = per_image.mean()
         return Losses(text + self.config.image_loss_weight * image, text, image, per_image)
+
+    def _text_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """In nats a token; where the head is more than its weight, through it and all its logits at once."""
+        if is_no_more_than_its_weight(self.head):
+            return linear_cross_entropy(hidden, self.head.weight, targets)
+        logits = self.head(hidden)
+        return functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
     def _check(self, batch: Batch) -> None:
         """Raises where what the host knows does not fit the model."""
@@ -100,17 +108,22 @@ class Transfusion(nn.Module):
                 raise ValueError(
                     f"token ids {least.item()} to {most.item()} do not fit the model's vocab_size={config.vocab_size}"
                 )
-        if not batch.num_images or isinstance(latents, RaggedLatents):
+        if not batch.num_images:
             return
-        if latents.shape[1] != config.latent_channels:
+        if isinstance(latents, RaggedLatents):
+            channels, shape = latents.channels, "of several sizes"
+            tokens = sum(image_tokens(size, config.patch_size) for size in latents.sizes)
+        else:
+            channels, shape = latents.shape[1], str(tuple(latents.shape))
+            tokens = batch.num_images * image_tokens(latents.shape, config.patch_size)
+        if channels != config.latent_channels:
             raise ValueError(
-                f"images of {latents.shape[1]} channels do not fit the model: it has latent_channels="
-                f"{config.latent_channels}"
+                f"images of {channels} channels do not fit the model: it has latent_channels={config.latent_channels}"
             )
-        tokens, found = batch.num_images * image_tokens(latents.shape, config.patch_size), batch.image_rows.numel()
+        found = batch.image_rows.numel()
         if found != tokens:
             raise ValueError(
-                f"the batch has {found} image tokens, and latents {tuple(latents.shape)} are {tokens} in the model's "
+                f"the batch has {found} image tokens, and latents {shape} are {tokens} in the model's "
                 f"patches of {config.patch_size}; collate with patch_size={config.patch_size}"
             )
 

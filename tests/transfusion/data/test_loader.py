@@ -151,7 +151,8 @@ def test_the_mix_is_exact_and_the_stats_are_what_is_measured(fraction):
 
 
 def test_packing_fills_the_rows():
-    loader = Loader(replace(CONFIG, row_length=128), TOKENIZER, NoiseImages(200), TEXTS * 5)
+    texts = [" ".join(random.choices(WORDS, k=random.randint(5, 60))) for _ in range(200)]
+    loader = Loader(replace(CONFIG, row_length=128), TOKENIZER, NoiseImages(200), texts)
     assert min(rows.plan.fill for rows in (*loader._images, *loader._texts)) > 0.9
 
 
