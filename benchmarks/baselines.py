@@ -120,7 +120,7 @@ class Flex(Baseline):
         return None if DEVICE == "cuda" else "FlexAttention compiles for minutes on a CPU and has no backward there"
 
     def prepare(self, mask: IntervalMask, q: Tensor, k: Tensor, v: Tensor) -> Any:
-        mask.once("block_mask", mask.to_block_mask)
+        torch_paths.prepare_flex(mask)
         return mask
 
 

@@ -266,9 +266,13 @@ def _matrices(module: nn.Module) -> int:
 
 
 _PARTS = (
-    ("attention", r"attention|forward_kernel|backward_(query|key)_kernel|delta_kernel|flash|fmha|flex|merge_kernel"),
+    (
+        "attention",
+        r"attention|forward_kernel|(backward|specialised)_(query|key)_kernel|delta_kernel|combine_kernel"
+        r"|(query|key)_tiles_kernel|key_extremes_kernel|flash|fmha|flex",
+    ),
     ("matrix products", r"aten::(mm|addmm|bmm)$|gemm|nvjet|cutlass|xmma|linear_cross_entropy"),
-    ("noise and diffusion loss", r"patchify|diffusion_loss|philox"),
+    ("noise and diffusion loss", r"patchify|diffusion_loss|denoise_step|mean_of_tiles|philox"),
     ("optimizer", r"adam|_foreach|multi_tensor|norm\.Scalar|clip"),
 )
 

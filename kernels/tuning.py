@@ -1,6 +1,6 @@
 """`launch(op, stage, ...)` -> block sizes, warps and stages, read from the tables in `tables/`.
 
-A table is data: `{op: {stage: {bytes per element: {padded head dim or "any": [..launch..]}}}}`, one file per
+A table is data: `{op: {stage: {bytes per element: {padded head dim: [..launch..]}}}}`, one file per
 architecture (`sm_90.json`), `default.json` for the others and `interpret.json` for the Triton interpreter, whose
 tiles are small so that a test of a hundred tokens crosses several. Nothing is tuned at run time.
 """

@@ -57,7 +57,6 @@ def formula(case: Case, wide: torch.dtype, compute: torch.dtype) -> list[Tensor]
     """`RESULTS` by the reference's formulas on inputs of dtype `wide`, carried out in `compute`."""
     q, k, v, grad_out, grad_lse = (t.to(wide) for t in (case.q, case.k, case.v, case.grad_out, case.grad_lse))
     scale = case.q.shape[-1] ** -0.5
-    # A query that sees no key has lse = -inf whatever the inputs: no gradient comes through it.
     out, lse = reference.forward(q, k, v, case.mask.intervals, scale, compute)
     return [out, lse, *reference.backward(grad_out, grad_lse, q, k, v, out, lse, case.mask.intervals, scale, compute)]
 
@@ -72,7 +71,7 @@ def eager_orders(case: Case, count: int = 64) -> list[list[Tensor]]:
     dtype, scale, generator = case.q.dtype, case.q.shape[-1] ** -0.5, torch.Generator().manual_seed(0)
 
     def one() -> list[Tensor]:
-        lanes, keys, shuffled = _reordered(case, generator)
+        lanes, _, shuffled = _reordered(case, generator)
         out, lse = reference.forward(*shuffled[:3], shuffled.mask.intervals, scale, dtype)
         out = out[..., lanes.argsort()]
         lanes, keys, shuffled = _reordered(case, generator)

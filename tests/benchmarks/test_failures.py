@@ -1,5 +1,8 @@
 """A case that ends in an error is a row that says why, and the command goes on with the next."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -135,3 +138,11 @@ def test_rows_that_nothing_can_keep_are_told_of_before_anything_is_measured(monk
     with pytest.raises(SystemExit):
         command.main(["--report", "--rows", str(tmp_path)])
     assert "--report takes every row" in capsys.readouterr().err
+
+
+def test_a_breakdown_knows_every_kernel_by_its_name():
+    sources = "\n".join(path.read_text() for path in Path(train.__file__).parents[1].glob("kernels/**/*.py"))
+    kernels = re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE)
+    assert len(kernels) >= 12
+    unknown = [name for name in kernels if not any(re.search(part, name) for _, part in train._PARTS)]
+    assert not unknown

@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from transfusion.kernels import IntervalMask, prepare_attention, transfusion_attention
@@ -155,3 +157,22 @@ def test_where_all_is_seen_there_is_no_mask() -> None:
     ):
         visible = prepare_dense(mask)
         assert visible is not None and torch.equal(visible[:, 0], mask.to_dense())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap
+def test_a_mask_without_readable_numbers_is_not_read() -> None:
+    """Under vmap and functionalize, and in a trace of real tensors, where reading would raise or fix the numbers."""
+    x, ids = torch.randn(2, 2, 24, 16), torch.full((2, 24), -1)
+    ids[0, 3:9] = 0
+
+    def attention(x: Tensor, ids: Tensor, impl: str = "sdpa") -> Tensor:
+        return transfusion_attention(x, x, x, IntervalMask.from_ids(ids), impl=impl)
+
+    mapped = torch.vmap(lambda x, ids: attention(x[None], ids[None])[0])(x, ids)
+    made = (
+        mapped,
+        torch.func.functionalize(attention)(x, ids),
+        make_fx(lambda x, ids: attention(x, ids))(x, ids)(x, ids),
+    )
+    for each in made:
+        assert judge(each, attention(x, ids), attention(x.double(), ids, "reference")).passed

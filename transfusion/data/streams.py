@@ -170,9 +170,7 @@ def _captioned(path: Path, key: str, members: dict[str, FileSlice]) -> Captioned
     if image is None:
         raise SampleError(name, f"no image among its members ({', '.join(sorted(members))})")
     try:
-        caption = _caption(
-            {suffix: members[suffix].read() for suffix in ("txt", "caption", "json") if suffix in members}
-        )
+        caption = _caption({suffix: members[suffix].read() for suffix in _CAPTION_SUFFIXES if suffix in members})
     except (OSError, ValueError, RecursionError) as error:
         raise SampleError(name, f"unreadable caption ({error})") from error
     if not is_unicode(caption):

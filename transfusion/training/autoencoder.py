@@ -29,6 +29,7 @@ from transfusion.data.transforms import check_image_size, to_tensor
 from transfusion.evaluation.distances import load_features
 from transfusion.evaluation.sheets import contact_sheet
 from transfusion.files import write_whole
+from transfusion.kernels.transfer import moved
 from transfusion.training.checkpoint import Checkpoints
 from transfusion.training.metrics import JsonLines
 from transfusion.training.optimizer import (
@@ -143,6 +144,7 @@ class AutoencoderTrainer:
         self.optimizer = make_optimizer(self.vae, self.schedule)
         self.checkpoints = Checkpoints(out / "checkpoints", 2, World(self.device))
         self.skipped: dict[str, str] = {}
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
         self.step = 0
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=self.device)  # in a row, not finite
 
@@ -178,12 +180,11 @@ class AutoencoderTrainer:
         """One step on images (I, 3, H, W). A loss or gradient that is not finite changes nothing, and is counted."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.schedule)
-        images = images.to(self.device)
+        images = moved(images, self.device, non_blocking=True)
         generator = seeded(self.config.seed, "latents", self.step)
         posterior = self.vae.encode(images).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator, dtype=torch.float32, device="cpu").to(
-            self.device
-        )
+        noise = torch.randn(posterior.mean.shape, generator=generator, dtype=torch.float32, device="cpu")
+        noise = moved(noise, self.device, non_blocking=True)
         decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
         losses = {"l1": (images - decoded).abs().mean(), "kl": posterior.kl().sum() / images.numel()}
         total = losses["l1"] + self.config.kl_weight * losses["kl"]
@@ -200,7 +201,7 @@ class AutoencoderTrainer:
         return {name: value.detach() for name, value in losses.items()}
 
     def _report(self, losses: dict[str, Tensor]) -> dict[str, float]:
-        """The one place that waits for the device. Raises `FloatingPointError` where too many steps were skipped."""
+        """Waits for the device. Raises `FloatingPointError` where too many steps were skipped."""
         bad = int(self.bad_steps)
         if bad:
             logger.warning("step %d: loss or gradient is not finite; %d step(s) in a row were skipped", self.step, bad)
@@ -228,9 +229,11 @@ class AutoencoderTrainer:
 
     def _image(self, place: int) -> Tensor:
         epoch, index = divmod(place, len(self.images))
-        order = torch.randperm(len(self.images), generator=seeded(self.config.seed, "order", epoch), device="cpu")
+        if epoch != self._epoch:
+            generator = seeded(self.config.seed, "order", epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self.images), generator=generator, device="cpu")
         for offset in range(len(self.images)):
-            number = int(order[(index + offset) % len(order)])
+            number = int(self._order[(index + offset) % len(self._order)])
             try:
                 return to_tensor(self.images[number].image, self.config.image_size)
             except SampleError as error:

@@ -176,7 +176,7 @@ class Trainer:
         return loss if text and image else loss + parallel.zero_of_shared(self.model)
 
     def log(self, log: RunLog) -> None:
-        """The one place that waits for the device. Raises `FloatingPointError` where too many steps were skipped."""
+        """Waits for the device, as `train_step` does not. Raises `FloatingPointError` for too many skipped steps."""
         values = self.losses_seen.read()
         values |= {"learning_rate": learning_rate(self.step - 1, self.config), **self.speed.read()}
         values["skipped_samples"] = self._record_errors()
