@@ -92,7 +92,7 @@ def train(arguments: Sequence[str]) -> int:
         """
 
         config: Path | None = None
-        preset: Literal["tiny", "0.16b", "0.37b", "0.76b", "1.4b", "7b"] | None = None
+        preset: Literal[tuple(presets.PRESETS)] | None = None  # type: ignore[valid-type]
         out: Path = Path("runs/run")
         device: str = "auto"
 

@@ -177,7 +177,7 @@ class TransfusionPipeline:
         callback_on_text: Callable[[int, str], Any] | None = None,
         progress: bool | None = None,
     ) -> PipelineOutput:
-        """What follows each prompt: rows of any kind and length in one batch. The arguments are the class's to tell.
+        """What follows each prompt: rows of any kind and length in one batch. The class says what the arguments are.
 
         Raises:
             ValueError, TypeError: an argument that does not fit, named with the fix.
