@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from transfusion import cli
+from transfusion import run as run_module
 from transfusion.data import image_source, to_tensor
+from transfusion.data.sources import SampleError
 from transfusion.evaluation import image_distances
 from transfusion.evaluation.metrics import Samples, image_figures
 from transfusion.generation import TransfusionPipeline
@@ -52,6 +54,27 @@ def test_train_evaluate_sample(run: Path, folder: Path, tmp_path: Path, capsys: 
     given = [row.get("prompt") or row["image"] for row in settings["rows"]]
     assert given == ["red square", "a/b: c", str(folder / "red.png"), "this is"]
     assert Image.open(out / "000-red-square.png").size == (16, 16)
+
+
+def test_a_held_out_image_that_cannot_be_read_is_named_and_the_rest_is_evaluated(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        names, captions = ["a.png", "b.png"], ["red", "green"]
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> None:
+            raise SampleError(self.names[index], "truncated")
+
+    usual = run_module.image_source
+    broken = lambda data, split: Broken() if split == "test" else usual(data, split)  # noqa: E731
+    monkeypatch.setattr(run_module, "image_source", broken)
+    assert cli.main(["eval", "--run", str(run), "--draws", "1"]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["images_held_out"] == {"images": 0, "skipped": 2} and metrics["images_train"]["loss"] > 0
+    assert all(f"skipped {name}.png: truncated" in caplog.text for name in "ab")
 
 
 class Moments(torch.nn.Module):

@@ -105,3 +105,8 @@ def test_mistakes_in_the_options_are_named(tmp_path: Path, text: str, message: s
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         configs.load(ModelConfig, path)
+
+
+def test_betas_are_within_their_range() -> None:
+    with pytest.raises(ValueError, match=r"betas must be in \[0, 1\), got \(0\.9, 1\.5\)"):
+        replace(TrainConfig(), betas=(0.9, 1.5))

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 Split = Literal["train", "test", "all"]
 Skipped = tuple[str, str]
 _ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of EXIF
+_WIDTH, _HEIGHT = 0x0100, 0x0101  # of TIFF
 
 
 class SampleError(ValueError):
@@ -324,10 +325,12 @@ def upright_size(content: "FileSlice | Image.Image", name: str) -> tuple[int, in
         file.seek(content.offset)
         header = file if content.size is None else io.BytesIO(file.read(content.size))
         with require("PIL.Image").open(header) as image:
-            # a PNG without EXIF in its header would be decoded to look for it behind the pixels
-            has_exif = image.format != "PNG" or "exif" in image.info
-            turned = has_exif and image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
-            return image.size[::-1] if turned else image.size
+            # a PNG without EXIF or XMP in its header would be decoded to look for them behind the pixels
+            says = image.format != "PNG" or {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys()
+            turned = says and image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
+            # of a TIFF Pillow has the size turned already, in some versions
+            size = (image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]) if image.format == "TIFF" else image.size
+            return size[::-1] if turned else size
 
 
 @contextmanager

@@ -82,9 +82,9 @@ def parse_text(line: bytes, name: str, field: str = "text") -> str | SampleError
 def _texts(place: Path) -> Iterator[tuple[str, str | SampleError]]:
     for file in [place] if place.is_file() else sorted(place.rglob("*")):
         name = file.name if place.is_file() else file.relative_to(place).as_posix()
-        if file.suffix == ".txt":
+        if file.suffix.lower() == ".txt":
             yield name, _read_txt(file, name)
-        elif file.suffix == ".jsonl" and file.name != "captions.jsonl":
+        elif file.suffix.lower() == ".jsonl" and file.name != "captions.jsonl":
             try:
                 content = file.read_bytes()
             except OSError as error:

@@ -6,6 +6,7 @@ A model can reach a low diffusion loss and ignore every caption; then the gap is
 over images, each image's draws averaged first, for draws of one image are not independent.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,12 +17,14 @@ from torch import Tensor
 from transfusion.data import Autoencoder, evaluation_batch, mismatched, text_documents, to_tensor
 from transfusion.data.drafting import caption_ids
 from transfusion.data.packing import pack, seeded
-from transfusion.data.sources import CaptionedImage, ImageSource, TextSource
+from transfusion.data.sources import CaptionedImage, ImageSource, SampleError, TextSource
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.data.transforms import Size, nearest_size
 from transfusion.kernels import diffusion_loss
 from transfusion.model import Transfusion
 from transfusion.sequence import Batch, collate, document_length
+
+logger = logging.getLogger(__name__)
 
 _MAX_IMAGES = 256
 _MAX_WINDOWS = 64
@@ -94,14 +97,14 @@ def read_images(
         try:
             ids = caption_ids(tokenizer, images.captions[index], longest(index))
             *first, last = pictures(images[index], sizes)
-        except ValueError:  # a SampleError is one
+        except ValueError as error:  # a SampleError is one, and names itself
             skipped += 1
+            name = "" if isinstance(error, SampleError) else f"{images.names[index]}: "
+            logger.warning("skipped %s%s", name, error)
             continue
         captions.append(ids)
         latents.append(autoencoder.encode(last[None])[0])
         before.append(autoencoder.encode(first[0][None])[0] if first else None)
-    if not captions:
-        raise ValueError(f"none of the {len(images)} images can be evaluated")
     return Samples(captions, latents, before), skipped
 
 
@@ -113,6 +116,8 @@ def image_figures(model: Transfusion, samples: Samples, draws: int, seed: int) -
     """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}; 8 is the usual number")
+    if not samples.captions:
+        return {"images": 0}
     columns = zip(*(_one_draw(model, samples, d, draws, seed) for d in range(draws)), strict=True)
     by_draw, shuffled_by_draw, zero_by_draw = (torch.stack(column) for column in columns)
     right, shuffled, zero = by_draw.mean(0), shuffled_by_draw.mean(0), zero_by_draw.mean(0)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transfusion.config import check_finite
 from transfusion.data.optional import require
 from transfusion.data.packing import seeded
 from transfusion.data.sources import ImageSource, SampleError
@@ -102,6 +103,9 @@ class AutoencoderConfig:
             raise ValueError(f"channels must be positive widths, got {self.channels}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        check_finite(self, ("learning_rate",), ("kl_weight", "perceptual_weight"))
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, got {self.max_grad_norm}; inf does not clip")
         check_image_size(self.image_size, 2 ** (len(self.channels) - 1), 1)
 
 
@@ -318,6 +322,9 @@ def _same_settings(out: Path, settings: dict[str, Any]) -> None:
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         if before != settings:
-            raise ValueError(f"{out} holds the training of another autoencoder ({before}); give another directory")
+            old, new = ({**each, **each["config"], "config": None} for each in (before, settings))
+            changed = [f"{name} {old.get(name)}, now {new.get(name)}" for name in new if old.get(name) != new.get(name)]
+            what = "; ".join(changed) or before
+            raise ValueError(f"{out} holds the training of another autoencoder ({what}); give another directory")
     else:
         write_whole(file, json.dumps(settings, indent=2) + "\n")

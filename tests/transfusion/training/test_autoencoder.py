@@ -165,14 +165,18 @@ def test_unreadable_images_are_named_and_replaced(tmp_path, caplog):
 
 def test_a_folder_of_another_training_is_refused(tmp_path):
     AutoencoderTrainer(CONFIG, Pictures(), tmp_path)
-    with pytest.raises(ValueError, match=r"holds the training of another autoencoder .*give another directory"):
-        AutoencoderTrainer(replace(CONFIG, latent_channels=3), Pictures(), tmp_path)
+    said = rf"another autoencoder \(images 5, now 4; latent_channels {CONFIG.latent_channels}, now 3\); give another"
+    with pytest.raises(ValueError, match=said):
+        AutoencoderTrainer(replace(CONFIG, latent_channels=3), Pictures(4), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive and finite, got -1.0"),
+        ({"kl_weight": float("nan")}, "kl_weight must be finite and not negative, got nan"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be positive, got -1.0"),
         ({"channels": ()}, "channels must be positive"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
         ({"image_size": 9}, "image_size=9"),
