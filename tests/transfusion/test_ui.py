@@ -416,4 +416,13 @@ def test_an_answer_is_stopped_in_a_browser(url, browser, monkeypatch):
     box.fill("a green apple")
     box.press("Enter")
     expect(page.locator("#chat .bot img")).to_have_count(1)
+
+    page.locator("#steps input").fill("500")  # who leaves stops it too
+    box.fill("a red apple")
+    box.press("Enter")
+    expect(page.locator("#progress")).to_contain_text("denoising")
     page.close()
+    deadline = time.monotonic() + 20
+    while time.monotonic() - steps[-1] < 1:
+        assert time.monotonic() < deadline, "the model goes on by itself"
+        time.sleep(0.1)

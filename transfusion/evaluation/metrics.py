@@ -86,7 +86,7 @@ def read_images(
     sizes: Sequence[Size],
     longest: Callable[[int], int],
 ) -> tuple[Samples, int]:
-    """-> at most 256 samples, and how many of them could not be used.
+    """-> at most 256 samples, without those that cannot be used, which are named in the log; and how many these are.
 
     They are spread evenly over the images, so that each source of a mixture has its part. sizes: (height, width) in
     pixels; each image is cropped to the one that training crops it to. longest: tokens of a caption, by sample.
@@ -110,7 +110,8 @@ def read_images(
 
 def image_figures(model: Transfusion, samples: Samples, draws: int, seed: int) -> dict[str, Any]:
     """Diffusion loss with right captions, of the whole path and of each of its `draws` parts, and of predicting zero;
-    with shuffled captions, and the gap with its standard error; or why there are none to shuffle.
+    with shuffled captions, and the gap with its standard error; or why there are none to shuffle. Of no
+    samples only that there are none.
 
     Raises `ValueError` for fewer draws than one.
     """

@@ -33,7 +33,8 @@ class Linear(nn.Linear):
 
 
 def swiglu(gate_up: nn.Module, x: Tensor) -> Tensor:
-    """silu(gate) ∘ up of the halves of `gate_up(x)`'s last dimension, the same up to the order of sums.
+    """silu(gate) ∘ up of the halves of `gate_up(x)`'s last dimension, (..., dim) -> (..., ffn_dim), the same up to the
+    order of sums.
 
     A module that `is_no_more_than_its_weight` is not called.
     """

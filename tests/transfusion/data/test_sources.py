@@ -150,13 +150,13 @@ def test_empty_split_and_unknown_split_are_errors(write_folder):
 
 def test_text_folder_reads_recursively_and_names_what_it_skips(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
-    (tmp_path / "deep" / "er" / "a.txt").write_text("first ü", encoding="utf-8")
+    (tmp_path / "deep" / "er" / "a.TXT").write_text("first ü", encoding="utf-8")
     (tmp_path / "b.txt").write_text("second", encoding="utf-8")
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
     (tmp_path / "ignored.md").write_text("not text")
     source = TextFolderSource(tmp_path, "all")
-    assert dict(zip(source.names, source, strict=True)) == {"b.txt": "second", "deep/er/a.txt": "first ü"}
+    assert dict(zip(source.names, source, strict=True)) == {"b.txt": "second", "deep/er/a.TXT": "first ü"}
     assert {name for name, _ in source.skipped} == {"blank.txt", "binary.txt"}
     train, test = TextFolderSource(tmp_path, "train"), TextFolderSource(tmp_path, "test")
     assert len(train) == len(test) == 1 and train.names != test.names
