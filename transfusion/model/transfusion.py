@@ -61,8 +61,8 @@ class Transfusion(nn.Module):
         """The losses of a batch: a pure function of it and of the weights, for its times and noise are in it.
 
         `impl` chooses the implementation of every kernel: "auto", "triton" or "reference". Raises `TypeError` for what
-        is no batch, `ValueError` for images, and on a CPU for token ids, that do not fit the model. A head with hooks or
-        an adapter is called, for the logits of all text at once.
+        is no batch, `ValueError` for images, and on a CPU for token ids, that do not fit the model. A head with hooks
+        or an adapter is called, for the logits of all text at once.
         """
         if not torch.compiler.is_compiling():
             self._check(batch)
