@@ -1,6 +1,7 @@
 """Checkpoints of one process: a full disk, a file cut short, another model, and how many are kept."""
 
 import json
+import random
 import resource
 import signal
 from pathlib import Path
@@ -31,7 +32,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, beside: bool) -> 
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(OSError, match=r"cannot write .*step-00000002: .*last whole checkpoint is .*step-00000001"):
+        with pytest.raises(OSError, match=r"cannot write .*step-00000002: .*File too large.*last whole checkpoint is .*step-00000001"):
             checkpoints.save(2, {"weights": torch.ones(1_000_000)}, {})
             checkpoints.wait()
     finally:
@@ -66,7 +67,7 @@ def test_a_truncated_checkpoint_is_named(tmp_path: Path, name: str, cut: int) ->
     if cut >= (path / name).stat().st_size:
         cut = (path / name).stat().st_size - 1
     (path / name).write_bytes((path / name).read_bytes()[:cut])
-    with pytest.raises(ValueError, match=r"step-00000003 is truncated .*has \d+ bytes of \d+"):
+    with pytest.raises(ValueError, match=r"step-00000003 is damaged .*has \d+ bytes of \d+"):
         read(checkpoints)
 
 
@@ -75,7 +76,7 @@ def test_so_is_one_with_a_file_missing(tmp_path: Path, name: str) -> None:
     checkpoints = Checkpoints(tmp_path, 2, ALONE)
     path = checkpoints.save(3, {"weights": torch.ones(1000)}, {})
     (path / name).unlink()
-    with pytest.raises(ValueError, match="step-00000003 is truncated or no checkpoint"):
+    with pytest.raises(ValueError, match="step-00000003 is damaged or no checkpoint"):
         read(checkpoints)
 
 
@@ -85,6 +86,34 @@ def test_and_one_whose_bytes_are_nonsense(tmp_path: Path, name: str) -> None:
     path = checkpoints.save(3, {"weights": torch.ones(1000)}, {})
     (path / name).write_bytes(b"x" * (path / name).stat().st_size)
     with pytest.raises(ValueError, match=r"step-00000003.* delete it to go on from the one before"):
+        read(checkpoints)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_flipped_bit_is_found(tmp_path: Path, beside: bool) -> None:
+    """Anywhere: in the numbers, which nothing else would show, as in what surrounds them."""
+    with Checkpoints(tmp_path, 2, ALONE, beside) as checkpoints:
+        path = checkpoints.save(3, {"weights": torch.ones(1000)}, {})
+    assert sorted(file.name for file in path.iterdir()) == [".metadata", "__0_0.distcp", "run.json"]
+    for name in (".metadata", "__0_0.distcp"):
+        whole = (path / name).read_bytes()
+        for place in random.sample(range(8 * len(whole)), 20):
+            flipped = bytearray(whole)
+            flipped[place // 8] ^= 1 << place % 8
+            (path / name).write_bytes(flipped)
+            with pytest.raises(ValueError, match=f"step-00000003 is damaged .*bytes of {name} are not those"):
+                read(checkpoints)
+        (path / name).write_bytes(whole)
+    assert torch.equal(read(checkpoints)[0], torch.ones(1000))
+
+
+def test_one_written_before_checksums_were_is_read(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 2, ALONE)
+    file = checkpoints.save(3, {"weights": torch.ones(1000)}, {}) / "run.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "crc32"}))
+    assert torch.equal(read(checkpoints)[0], torch.ones(1000))
+    file.write_text("[]")
+    with pytest.raises(ValueError, match=r"step-00000003 is damaged or no checkpoint .*run.json holds list"):
         read(checkpoints)
 
 

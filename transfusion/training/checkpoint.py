@@ -1,7 +1,8 @@
 """A checkpoint is written aside by all ranks, then renamed: whatever happens, the last whole one is still there.
 
     checkpoints/step-00001000/   .metadata, __0_0.distcp, ...  torch.distributed.checkpoint: tensors by name, in shards
-                                 run.json                      the step, the place in the data, and every file's size
+                                 run.json                      the step, the place in the data, every file's size and
+                                                               checksum
 
 Tensors are saved by name and shape, so any number of ranks can load what any other number wrote.
 """
@@ -13,6 +14,7 @@ import re
 import shutil
 import sys
 import warnings
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -25,11 +27,33 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
 
 from transfusion.training.world import World
 
 _NAME = re.compile(r"step-(\d{8})")
 _RECORD = "run.json"
+_CHECKSUM = ".crc32"
+_ALONE = "torch.distributed is disabled"  # torch's remark that one process saves, which is as it should be
+
+
+class _Writer(FileSystemWriter):
+    """Each rank's files, on the disk when it is done, and the checksum of each beside it until all ranks are."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, sync_files=True)
+        self._folder = folder
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> "TorchFuture[list[WriteResult]]":
+        try:
+            results = super().write_data(plan, planner)
+        except RuntimeError as error:  # of the archive's writer, where the file could not be written
+            raise _cause(error) from error
+        for name in {result.storage_data.relative_path for result in results.value()}:
+            (self._folder / f"{name}{_CHECKSUM}").write_text(str(_checksum(self._folder / name)), encoding="ascii")
+        return results
 
 
 @dataclass
@@ -88,8 +112,9 @@ class Checkpoints:
         record = {"step": step, "ranks": self.world.size, **record}
         alone = self.world.size == 1
         try:
-            writer = FileSystemWriter(aside, sync_files=True)
+            writer = _Writer(aside)
             if self.beside:
+                warnings.filterwarnings("ignore", message=_ALONE)  # for the thread that writes, which goes on
                 group = self.world.background
                 future = state_dict_saver.async_save(tensors, storage_writer=writer, process_group=group, no_dist=alone)
                 assert isinstance(future, Future)
@@ -141,9 +166,13 @@ class Checkpoints:
         if not self.world.main:
             return
         aside = path.with_suffix(".tmp")
+        checksums = {".metadata": _checksum(aside / ".metadata")}
+        for beside in sorted(aside.glob(f"*{_CHECKSUM}")):
+            checksums[beside.name.removesuffix(_CHECKSUM)] = int(beside.read_text(encoding="ascii"))
+            beside.unlink()
         sizes = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
         with open(aside / _RECORD, "w", encoding="utf-8") as file:
-            json.dump({**record, "files": sizes}, file)
+            json.dump({**record, "files": sizes, "crc32": checksums}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -169,19 +198,17 @@ class Checkpoints:
 def read(path: Path, tensors: dict[str, Tensor], world: World, partly: bool = False) -> dict[str, Any]:
     """Reads the checkpoint `path` into `tensors`, in place. -> its record.
 
-    Raises `ValueError` naming the path where a file is missing or cut short, or where names and shapes differ; `partly`
-    lets the checkpoint hold more than `tensors`. Metadata is a pickle: load no checkpoint that you would not run.
+    Raises `ValueError` naming the path where a file is missing, cut short or not what was written, or where names and
+    shapes differ; `partly` lets the checkpoint hold more than `tensors`. Metadata is a pickle: load no checkpoint that
+    you would not run.
     """
     try:
-        record: dict[str, Any] = json.loads((path / _RECORD).read_text(encoding="utf-8"))
-        for name, size in record["files"].items():
-            if (path / name).stat().st_size != size:
-                raise ValueError(f"{name} has {(path / name).stat().st_size} bytes of {size}")
+        record = _whole_record(path, world)
         reader = FileSystemReader(path)
         saved = reader.read_metadata().state_dict_metadata
     except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{path} is truncated or no checkpoint ({error}); delete it to go on from the one before"
+            f"{path} is damaged or no checkpoint ({error}); delete it to go on from the one before"
         ) from error
     wanted = {name: size for name, size in saved.items() if name in tensors} if partly else saved
     if different := _differences(wanted, tensors):
@@ -194,11 +221,42 @@ def read(path: Path, tensors: dict[str, Tensor], world: World, partly: bool = Fa
     return record
 
 
+def _whole_record(path: Path, world: World) -> dict[str, Any]:
+    """The record of a checkpoint whose files are what was written; each rank reads its part of them."""
+    record: dict[str, Any] = json.loads((path / _RECORD).read_text(encoding="utf-8"))
+    if not isinstance(record, dict):
+        raise ValueError(f"{_RECORD} holds {type(record).__name__}")
+    for name, size in record["files"].items():
+        if (path / name).stat().st_size != size:
+            raise ValueError(f"{name} has {(path / name).stat().st_size} bytes of {size}")
+    checksums = record.get("crc32", {})  # which checkpoints before this was kept do not have
+    own = sorted(checksums)[world.rank :: world.size]
+    changed = [name for name in own if not _has_checksum(path / name, checksums[name])]
+    for names in world.gather(changed):  # all ranks go on, or none
+        if names:
+            raise ValueError(f"the bytes of {names[0]} are not those that were written")
+    return record
+
+
+def _checksum(file: Path) -> int:
+    crc = 0
+    with open(file, "rb") as stream:
+        while part := stream.read(1 << 22):
+            crc = zlib.crc32(part, crc)
+    return crc
+
+
+def _has_checksum(file: Path, checksum: int) -> bool:
+    try:
+        return _checksum(file) == checksum
+    except OSError:  # a disk that cannot read it back
+        return False
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's remark that one process saves alone."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message=_ALONE)
         yield
 
 
@@ -213,6 +271,14 @@ def _differences(saved: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         if tuple(saved[name].size) != tuple(tensors[name].shape):
             return f"{name} is {tuple(saved[name].size)} there and {tuple(tensors[name].shape)} here"
     return ""
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error of the system that `error` comes from, where there is one."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return found or error
 
 
 def _reason(error: BaseException) -> str:
