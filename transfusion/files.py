@@ -73,7 +73,7 @@ def _locked(path: Path) -> Iterator[None]:
             if not _is_at(file, path):  # who had it has just removed it
                 continue
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.write(f"{os.getpid()} on {socket.gethostname()}")
             file.flush()
             try:
                 yield
@@ -88,11 +88,11 @@ def _refuse(folder: Path, file: IO[str], error: OSError) -> None:
         logger.warning("%s cannot be locked (%s): see that no other process writes there", folder, error.strerror)
         return
     file.seek(0)
-    raise ValueError(_in_use(folder, f"by another training ({file.read() or 'no more is known'})"))
+    raise ValueError(_in_use(folder, f"by another process ({file.read() or 'no more is known'})"))
 
 
 def _in_use(folder: Path, by: str) -> str:
-    return f"{folder} is in use {by}; wait for it or stop it, or give another --out"
+    return f"{folder} is in use {by}; wait for it or stop it, or give another folder"
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

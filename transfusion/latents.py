@@ -65,6 +65,7 @@ def encode(arguments: Sequence[str]) -> int:
     from transfusion.data.config import all_images, open_cache, specs
     from transfusion.data.latent_cache import encode_images
     from transfusion.data.transforms import bucket_sizes, check_image_size
+    from transfusion.files import alone_in
     from transfusion.run_config import RunConfig
 
     @dataclass(frozen=True)
@@ -96,14 +97,15 @@ def encode(arguments: Sequence[str]) -> int:
     if not data.latent_cache:
         raise ValueError("nowhere to keep latents: give --data.latent-cache DIR")
     autoencoder = make_autoencoder(data, device)
-    cache = open_cache(data, autoencoder, repair=True)
-    assert isinstance(autoencoder, DiffusersAutoencoder)  # else there is no cache
-    if not data.loader.aspect_ratios:
-        check_image_size(data.loader.image_size, autoencoder.downscale, data.loader.patch_size)
-    step = autoencoder.downscale * data.loader.patch_size
-    sizes = bucket_sizes(data.loader.aspect_ratios, data.loader.image_size, step)
-    images = tqdm(all_images(data, "train"), unit="image", disable=not sys.stderr.isatty())
-    count, skipped = encode_images(images, sizes, autoencoder, cache, options.shard_entries, device)
+    with alone_in(Path(data.latent_cache)):
+        cache = open_cache(data, autoencoder, repair=True)
+        assert isinstance(autoencoder, DiffusersAutoencoder)  # else there is no cache
+        if not data.loader.aspect_ratios:
+            check_image_size(data.loader.image_size, autoencoder.downscale, data.loader.patch_size)
+        step = autoencoder.downscale * data.loader.patch_size
+        sizes = bucket_sizes(data.loader.aspect_ratios, data.loader.image_size, step)
+        images = tqdm(all_images(data, "train"), unit="image", disable=not sys.stderr.isatty())
+        count, skipped = encode_images(images, sizes, autoencoder, cache, options.shard_entries, device)
     print(f"{cache.folder}: {count} image(s) encoded, {len(cache)} in all, {len(skipped)} skipped")
     for name, reason in skipped[:10]:
         print(f"  skipped {name}: {reason}")

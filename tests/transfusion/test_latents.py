@@ -7,6 +7,7 @@ import tiny
 from PIL import Image
 
 from transfusion import cli
+from transfusion.files import alone_in
 from transfusion.run_config import RunConfig, with_saved_model
 from transfusion.training import metrics
 
@@ -36,6 +37,9 @@ def test_from_a_folder_to_a_model_of_its_latents(
     assert "run `transfusion encode` first" in capsys.readouterr().err
     assert cli.main(["encode", *data, "--data.loader.image-size", "18"]) == 2
     assert "image_size=18 does not divide into patches of" in capsys.readouterr().err
+    with alone_in(cache):  # two at once would write over each other's files
+        assert cli.main(["encode", *data]) == 2
+    assert f"{cache} is in use by this process" in capsys.readouterr().err
     assert cli.main(["encode", *data]) == 0
     first = capsys.readouterr().out
     assert "1 skipped" in first and f"skipped {folder}/teal.png" in first

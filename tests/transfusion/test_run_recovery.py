@@ -118,7 +118,7 @@ with alone_in(Path({str(out)!r})):
         assert other.stdout is not None and other.stdout.readline() == "in\n"
         assert cli.main([command, "--out", str(out), *words]) == 2
         said = capsys.readouterr().err
-        assert f"{out} is in use by another training (process {other.pid} on " in said and "another --out" in said
+        assert f"{out} is in use by another process ({other.pid} on " in said and "another folder" in said
         assert [path.name for path in out.iterdir()] == [LOCK]
     finally:
         other.kill()

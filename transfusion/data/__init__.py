@@ -7,7 +7,7 @@ from transfusion.data.drafting import Mixture, caption_ids
 from transfusion.data.emoji import DEMO_EMOJI, EmojiSource
 from transfusion.data.hub import HubImages, HubImageStream, HubTexts, HubTextStream
 from transfusion.data.latent_cache import LatentCache
-from transfusion.data.loader import Loader, LoaderConfig, LoaderStats
+from transfusion.data.loader import Loader, LoaderConfig
 from transfusion.data.packing import RowPlan, pack
 from transfusion.data.sources import (
     CaptionedImage,
@@ -40,7 +40,6 @@ __all__ = [
     "LatentCache",
     "Loader",
     "LoaderConfig",
-    "LoaderStats",
     "Mixture",
     "PixelAutoencoder",
     "PydocTextSource",

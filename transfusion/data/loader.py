@@ -5,7 +5,7 @@
     its documents are the source's next row                packed best fit (rows.py)
 
 Over map-style sources batch(step) is a pure function of (seed, step, rank, world_size). A stream is read in order. In
-both cases `state_dict()` is a few integers, the same on every rank, and a loader with another batch size or number of
+both cases `state_dict()` is a few numbers and words, the same on every rank, and a loader with another batch size or number of
 ranks goes on from there without losing or repeating a sample; of a map-style source they also tell whether it changed.
 """
 
@@ -13,7 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -92,37 +92,8 @@ class LoaderConfig:
             raise ValueError(f"workers must not be negative, got {self.workers}")
 
 
-@dataclass(frozen=True)
-class LoaderStats:
-    """What this rank was handed so far.
-
-    fill: fraction of positions that hold a token; text_fraction: text tokens among the tokens (captions, BOI and
-    EOI are text); batches, images, image_tokens (patches), text_tokens: totals.
-    """
-
-    batches: int = 0
-    positions: int = 0
-    images: int = 0
-    image_tokens: int = 0
-    text_tokens: int = 0
-
-    @property
-    def fill(self) -> float:
-        """(image_tokens + text_tokens) / positions."""
-        return (self.image_tokens + self.text_tokens) / max(self.positions, 1)
-
-    @property
-    def text_fraction(self) -> float:
-        """text_tokens / (image_tokens + text_tokens)."""
-        return self.text_tokens / max(self.image_tokens + self.text_tokens, 1)
-
-    def __add__(self, other: "LoaderStats") -> "LoaderStats":
-        return LoaderStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-
 class _Prepared(NamedTuple):
     batch: Batch
-    stats: LoaderStats
     state: dict[str, Any]
 
 
@@ -133,7 +104,7 @@ class Loader:
     cache: latents that were encoded before. Captions that do not fit and images that cannot be decoded are skipped,
     warned about, and kept by name and reason in `skipped`, as is what a source skipped; the next sample that fits takes
     the place of an image.
-    max_caption_tokens: what fits beside an image. stats: `LoaderStats` of what was handed out.
+    max_caption_tokens: what fits beside an image.
     """
 
     def __init__(
@@ -152,6 +123,7 @@ class Loader:
         self.config, self.rank, self.world_size = config, rank, world_size
         self._special = tokenizer.special
         encoder: Autoencoder = PixelAutoencoder() if autoencoder is None else autoencoder
+        self._encoder = str(getattr(encoder, "fingerprint", ""))  # of one whose weights can change
         self._reader = ImageReader(encoder, cache, config.workers, config.sample_latents)
         self._skipped: dict[tuple[str, str], str] = {}
         self._unreadable: dict[tuple[str, str | int], str] = {}  # not the errors: these hold what was being decoded
@@ -179,7 +151,6 @@ class Loader:
         self._images = [drafter.image_rows(source, name) for name, source in images_named.items()]
         self._mix = Mix([*text.weights, *image.weights])
         self._state = self._state_at(0)
-        self.stats = LoaderStats()
 
     @property
     def skipped(self) -> list[Skipped]:
@@ -196,8 +167,15 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """`iterate` goes on where the loader of `state` stood, whatever its batch size and number of ranks were.
 
-        Raises `ValueError` where the sources are others; warns where one of them has other samples than it had.
+        Raises `ValueError` where the sources or the autoencoder are others; warns where a source has other samples than
+        it had.
         """
+        before = state.get("encoder")  # which checkpoints before this was kept do not say
+        if before and before != self._encoder:
+            raise ValueError(
+                f"the autoencoder is another than at the checkpoint (sha256 of its encoder {self._encoder[:16] or 'none'}"
+                f", then {before[:16]}): its latents mean nothing to what was learned; put the old one back"
+            )
         if len(state["sources"]) != len(self._sources):
             raise ValueError(f"the state is of {len(state['sources'])} source(s), but there are {len(self._sources)}")
         self._restore(state)
@@ -234,7 +212,7 @@ class Loader:
                 ready = pending.popleft().result()
                 pending.append(pool.submit(self._prepare, row + prefetch * self._stride))
                 row += self._stride
-                self._state, self.stats = ready.state, self.stats + ready.stats
+                self._state = ready.state
                 yield ready.batch
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -250,7 +228,7 @@ class Loader:
 
     def _state_at(self, row: int) -> dict[str, Any]:
         places = zip(self._sources, self._mix.before(row), strict=True)
-        return {"row": row, "sources": [rows.state(index) for rows, index in places]}
+        return {"row": row, "sources": [rows.state(index) for rows, index in places], "encoder": self._encoder}
 
     def _prepare(self, row: int) -> _Prepared:
         """This rank's batch of the rows from `row` on, and the state behind the batches of all ranks."""
@@ -258,7 +236,7 @@ class Loader:
         rows = self._rows(range(first, first + config.rows))
         generator = seeded(config.seed, "batch", first)
         batch = collate(rows, config.row_length, config.patch_size, self._special, generator, config.times)
-        return _Prepared(batch, _count(rows, config), self._state_at(row + self._stride))
+        return _Prepared(batch, self._state_at(row + self._stride))
 
     def _rows(self, numbers: range) -> list[list[Document]]:
         """The documents of these rows; all their images are read side by side."""
@@ -351,12 +329,3 @@ def _mixture(sources: Any, fraction: float, config: LoaderConfig, kind: str) -> 
     mixture = sources if isinstance(sources, Mixture) else Mixture((sources,), (1.0,))
     total = sum(mixture.weights)
     return Mixture(mixture.sources, tuple(fraction * weight / total for weight in mixture.weights))
-
-
-def _count(rows: list[list[Document]], config: LoaderConfig) -> LoaderStats:
-    """What one batch holds."""
-    documents = [document for row in rows for document in row]
-    latents = [segment.latent for document in documents for segment in document if isinstance(segment, Image)]
-    patches = sum(image_tokens(latent.shape, config.patch_size) for latent in latents)
-    tokens = sum(document_length(document, config.patch_size) for document in documents)
-    return LoaderStats(1, config.rows * config.row_length, len(latents), patches, tokens - patches)

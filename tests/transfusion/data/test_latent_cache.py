@@ -203,3 +203,22 @@ def test_memory_is_bounded_by_a_shard(folder, vae, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "write", lambda entries: (sizes.append(len(entries)), write(entries)))
     encode_images(_samples(folder), [(16, 16)], vae, cache, shard_entries=4)
     assert sizes == [4, 4, 2] and latent_cache.LatentCache(tmp_path / "bounded", vae.fingerprint)
+
+
+def test_a_run_goes_on_with_the_autoencoder_that_it_had(vae, folder, tmp_path):
+    """Another one may have been saved in its place: the latents of its images would be others."""
+    fields = {key: getattr(CONFIG, key) for key in ("rows", "row_length", "image_size", "text_fraction")}
+    config = LoaderConfig(**fields, patch_size=4)
+
+    def loader(autoencoder):
+        return Loader(config, TOKENIZER, FolderSource(folder, "all"), autoencoder=autoencoder)
+
+    state = json.loads(json.dumps(loader(vae).state_dict()))
+    loader(vae).load_state_dict(state)
+    other = save_vae(tmp_path / "other", 2)
+    with pytest.raises(ValueError, match="autoencoder is another than at the checkpoint"):
+        loader(other).load_state_dict(state)
+    with pytest.raises(ValueError, match="sha256 of its encoder none, then"):
+        loader(None).load_state_dict(state)
+    del state["encoder"]  # as older checkpoints have it
+    loader(other).load_state_dict(state)

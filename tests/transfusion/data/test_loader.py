@@ -136,18 +136,12 @@ def _plan_rows(rows) -> int:
 
 
 @pytest.mark.parametrize("fraction", [Fraction(0), Fraction(1, 4), Fraction(1, 3), Fraction(1, 2), Fraction(1)])
-def test_the_mix_is_exact_and_the_stats_are_what_is_measured(fraction):
+def test_the_mix_is_exact(fraction):
     config = replace(CONFIG, text_fraction=float(fraction), caption_dropout=0.0, rows=1)
     loader = Loader(config, TOKENIZER, NoiseImages(8), TEXTS[:3])
     steps = fraction.denominator * lcm(_plan_rows(loader._images), _plan_rows(loader._texts))
     batches = list(islice(loader.iterate(), steps))  # whole epochs of both plans
     assert sum(batch.num_images == 0 for batch in batches) == steps * fraction
-    images = sum(batch.num_images for batch in batches)
-    tokens = 4 * images + sum(int((batch.token_ids != TOKENIZER.special.pad).sum()) for batch in batches)
-    stats = loader.stats
-    assert (stats.batches, stats.images, stats.image_tokens) == (steps, images, 4 * images)
-    assert stats.text_tokens == tokens - 4 * images
-    assert stats.fill == tokens / (steps * 48) and stats.text_fraction == (tokens - 4 * images) / tokens
 
 
 def test_packing_fills_the_rows():
