@@ -287,7 +287,7 @@ def save(config: Any, path: Path) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """A TOML file's tables."""
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
 
 
 def load(cls: type[T], path: Path) -> T:

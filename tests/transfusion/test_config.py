@@ -110,3 +110,14 @@ def test_mistakes_in_the_options_are_named(tmp_path: Path, text: str, message: s
 def test_betas_are_within_their_range() -> None:
     with pytest.raises(ValueError, match=r"betas must be in \[0, 1\), got \(0\.9, 1\.5\)"):
         replace(TrainConfig(), betas=(0.9, 1.5))
+
+
+@pytest.mark.parametrize("peak", [-1.0, 0.0, float("nan")])
+def test_a_peak_is_positive(peak: float) -> None:
+    with pytest.raises(ValueError, match=f"peak_tflops must be positive and finite, got {peak}"):
+        replace(TrainConfig(), peak_tflops=peak)
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes(b"\xef\xbb\xbfsteps = 7\nwarmup_steps = 1\n")
+    assert configs.load(TrainConfig, tmp_path / "config.toml").steps == 7

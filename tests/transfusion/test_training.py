@@ -17,7 +17,7 @@ import torch
 
 from transfusion.sequence import Batch
 from transfusion.training import TrainConfig, Trainer
-from transfusion.training.metrics import JsonLines, read_log
+from transfusion.training.metrics import DataErrors, JsonLines, read_log
 from transfusion.training.optimizer import average, learning_rate
 
 CONFIG = TrainConfig(steps=10, learning_rate=1e-2, warmup_steps=2, log_every=1, checkpoint_every=5, ema_decay=0.9)
@@ -164,6 +164,23 @@ each.run()
     assert resumed.run()
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == list(range(1, 11))
+
+
+def test_a_damaged_line_of_a_log_is_named_and_the_others_are_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = [json.dumps({"step": step, "text_loss": None}) for step in (1, 2, 3)]
+    damage = [b"[3]", b"\xff\x00\x00", b'{"step": 2, "tex']
+    for bad in damage:
+        lines = [*(line.encode() for line in whole[:2]), bad, whole[2].encode(), b'{"step": 4, "te']
+        (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
+        caplog.clear()
+        assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
+        assert [message.partition(" is damaged")[0] for message in caplog.messages] == [f"{tmp_path}/log.jsonl:3"]
+    JsonLines(tmp_path / "log.jsonl", 2).close()
+    assert (tmp_path / "log.jsonl").read_text() == "".join(f"{line}\n" for line in whole[:2])
+    (tmp_path / "data_errors.jsonl").write_text('{"who": 1}\n')
+    assert len(DataErrors(tmp_path / "data_errors.jsonl")) == 1
 
 
 def test_steps_that_are_not_finite_are_skipped(tmp_path: Path) -> None:

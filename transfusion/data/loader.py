@@ -5,8 +5,9 @@
     its documents are the source's next row                packed best fit (rows.py)
 
 Over map-style sources batch(step) is a pure function of (seed, step, rank, world_size). A stream is read in order. In
-both cases `state_dict()` is a few numbers and words, the same on every rank, and a loader with another batch size or number of
-ranks goes on from there without losing or repeating a sample; of a map-style source they also tell whether it changed.
+both cases `state_dict()` is a few numbers, the same on every rank, and a loader with another batch size or number of
+ranks goes on from there without losing or repeating a sample; they also tell whether a source or the autoencoder has
+changed.
 """
 
 import logging
@@ -30,7 +31,7 @@ from transfusion.data.streams import Stream
 from transfusion.data.tokenizer import Tokenizer
 from transfusion.data.transforms import bucket_sizes, check_image_size
 from transfusion.diffusion.times import TimeSampling
-from transfusion.sequence import Batch, Document, Image, collate, document_length, image_tokens
+from transfusion.sequence import Batch, Document, collate
 
 logger = logging.getLogger(__name__)
 
@@ -173,8 +174,9 @@ class Loader:
         before = state.get("encoder")  # which checkpoints before this was kept do not say
         if before and before != self._encoder:
             raise ValueError(
-                f"the autoencoder is another than at the checkpoint (sha256 of its encoder {self._encoder[:16] or 'none'}"
-                f", then {before[:16]}): its latents mean nothing to what was learned; put the old one back"
+                f"the autoencoder is another than at the checkpoint (sha256 of its encoder "
+                f"{self._encoder[:16] or 'none'}, then {before[:16]}): its latents mean nothing to what was learned; "
+                "put the old one back"
             )
         if len(state["sources"]) != len(self._sources):
             raise ValueError(f"the state is of {len(state['sources'])} source(s), but there are {len(self._sources)}")

@@ -3,8 +3,8 @@
     image source   source[i] -> CaptionedImage     FolderSource, EmojiSource (emoji.py), HubImages (hub.py)
     text source    source[i] -> str                PydocTextSource, TextFolderSource (texts.py), HubTexts (hub.py)
 
-Train and test are told apart by a hash of each sample's name, so that a sample stays where it is when others
-come or go, on every machine. What is too large to list is a stream (streams.py).
+Train and test are told apart by a hash of each sample's name, or of what a text says, so that a sample stays where it
+is when others come or go, on every machine. What is too large to list is a stream (streams.py).
 """
 
 import functools
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -32,6 +32,7 @@ Split = Literal["train", "test", "all"]
 Skipped = tuple[str, str]
 _ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of EXIF
 _WIDTH, _HEIGHT = 0x0100, 0x0101  # of TIFF
+_PNG, _XMP, _TAIL = b"\x89PNG\r\n\x1a\n", b"XML:com.adobe.xmp", 1 << 16  # bytes at a file's end
 
 
 class SampleError(ValueError):
@@ -140,18 +141,20 @@ def edits_of(source: ImageSource) -> Mapping[int, str]:
 
 
 def held_out(keys: Iterable[str], fraction: float) -> set[str]:
-    """{key : sha256(key) / 2^256 < fraction}, or the key of the smallest hash where that would be empty.
+    """{key : sha256(key) / 2^256 < fraction}, but of two or more keys one at least, and never all of them.
 
-    At least one of two or more keys is held out, so that a small set has a test split too.
+    So a small set has both splits, and a single key is for training. In a set so small that the hashes alone give none,
+    it is the key of the smallest, which may be another one when keys come.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the held-out fraction must be in [0, 1), got {fraction}")
     # a file's name may be no Unicode
     hashes = {key: hashlib.sha256(key.encode(errors="surrogatepass")).digest() for key in keys}
     chosen = {key for key, digest in hashes.items() if int.from_bytes(digest[:8], "big") < fraction * 2**64}
-    if not chosen and fraction > 0 and len(hashes) > 1:
-        chosen = {min(hashes, key=lambda key: hashes[key])}
-    return chosen
+    by_hash = sorted(hashes, key=lambda key: hashes[key])
+    if not chosen and fraction > 0:
+        chosen = set(by_hash[:1])
+    return chosen - set(by_hash[-1:]) if len(chosen) == len(hashes) else chosen
 
 
 def in_split(key: str, split: Split, test_keys: set[str]) -> bool:
@@ -280,7 +283,10 @@ class FolderSource:
         return _Entry(image, caption.strip(), first)
 
     def _checked(self, name: str, where: str) -> str:
-        name = os.path.normpath(name)  # all captions of a file stay together, "./a.png" and "a.png" too
+        # all captions of a file stay together: of "./a.png", "a.png" and its absolute path too
+        here = os.path.abspath(self.path)
+        inside = os.path.relpath(os.path.join(here, name), here)
+        name = inside if not inside.startswith(os.pardir) else os.path.normpath(name)
         if not _is_file(self.path / name):
             raise SampleError(str(self.path / name), f"{where} names an image that does not exist")
         upright_size(FileSlice(self.path / name), str(self.path / name))
@@ -324,13 +330,24 @@ def upright_size(content: "FileSlice | Image.Image", name: str) -> tuple[int, in
     with decoding(name), open(content.path, "rb") as file:
         file.seek(content.offset)
         header = file if content.size is None else io.BytesIO(file.read(content.size))
+        behind = _is_told_behind(header)
         with require("PIL.Image").open(header) as image:
-            # a PNG without EXIF or XMP in its header would be decoded to look for them behind the pixels
-            says = image.format != "PNG" or {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys()
+            # any other PNG would be decoded to look for them behind the pixels
+            says = image.format != "PNG" or behind or {"exif", "xmp", _XMP.decode()} & image.info.keys()
             turned = says and image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
             # of a TIFF Pillow has the size turned already, in some versions
             size = (image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]) if image.format == "TIFF" else image.size
             return size[::-1] if turned else size
+
+
+def _is_told_behind(file: IO[bytes]) -> bool:
+    """Whether a PNG has EXIF or XMP behind its pixels, as ImageMagick writes it; `file` stands where it stood."""
+    begin, tail = file.tell(), b""
+    if file.read(len(_PNG)) == _PNG:
+        file.seek(max(begin, file.seek(0, os.SEEK_END) - _TAIL))
+        tail = file.read()
+    file.seek(begin)
+    return b"eXIf" in tail or _XMP in tail
 
 
 @contextmanager
@@ -348,11 +365,22 @@ def decoding(name: str) -> Iterator[None]:
 
 
 class TextSource:
-    """Named texts: `source[i]` is the text `source.names[i]`; about `test_fraction` of the names are held out."""
+    """Named texts: `source[i]` is the text `source.names[i]`; about `test_fraction` of them are held out.
 
-    def __init__(self, texts: dict[str, str], split: Split, test_fraction: float, skipped: Iterable[Skipped] = ()):
-        test_names = held_out(texts, test_fraction)
-        self.names = [name for name in sorted(texts) if in_split(name, split, test_names)]
+    keys: {name: what tells whether it is held out}, by default the name itself.
+    """
+
+    def __init__(
+        self,
+        texts: dict[str, str],
+        split: Split,
+        test_fraction: float,
+        skipped: Iterable[Skipped] = (),
+        keys: Mapping[str, str] | None = None,
+    ):
+        keys = {name: name for name in texts} if keys is None else keys
+        test_keys = held_out(keys.values(), test_fraction)
+        self.names = [name for name in sorted(texts) if in_split(keys[name], split, test_keys)]
         if not self.names:
             raise EmptySplitError(f"the {split} split is empty: {len(texts)} text(s) in all")
         self.skipped = list(skipped)

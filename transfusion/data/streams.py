@@ -66,7 +66,7 @@ def identity_of_files(paths: Sequence[Path]) -> int:
 
 
 def belongs(name: str, split: Split, test_fraction: float) -> bool:
-    """Whether `name` is in `split`: held out where sha256(name) / 2^256 < test_fraction."""
+    """Whether the sample `name` is in `split`: held out where sha256(name) / 2^256 < test_fraction."""
     if split not in ("train", "test", "all"):
         raise ValueError(f"split must be 'train', 'test' or 'all', got {split!r}")
     digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()  # a member's name may be no Unicode
@@ -191,7 +191,10 @@ def _caption(texts: dict[str, bytes]) -> str:
 
 
 class JsonlTexts(SkipLog):
-    """Texts of .jsonl files, one {"text": "..."} a line; a file is a shard, a cursor the offset of a line."""
+    """Texts of .jsonl files, one {"text": "..."} a line; a file is a shard, a cursor the offset of a line.
+
+    What is held out is told by what a text says: one that is there twice is on one side.
+    """
 
     def __init__(self, paths: Sequence[Path], split: Split = "train", test_fraction: float = 0.01) -> None:
         super().__init__()
@@ -211,5 +214,5 @@ class JsonlTexts(SkipLog):
                 text = parse_text(line, f"{path}@{begins}")
                 if isinstance(text, SampleError):
                     self.skip(text.name, text.reason)
-                elif belongs(f"{path.name}@{begins}", self._split, self._test_fraction):
+                elif belongs(text, self._split, self._test_fraction):
                     yield cursor, text

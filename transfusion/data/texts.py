@@ -1,6 +1,7 @@
 """Plain text: Python's own manual, and a user's .txt and .jsonl files; texts that fit in memory."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,8 +43,10 @@ class TextFolderSource(TextSource):
     """Every *.txt and *.jsonl file under a folder, or one such file, UTF-8.
 
     A .txt file is a document, named by its path; each line {"text": "..."} of a .jsonl file is one, named by file and
-    line. `captions.jsonl`, which lists images, is left out. What is blank, malformed or cannot be read is warned about
-    and kept with its reason in `skipped`. Raises `ValueError` where no text is left.
+    line. `captions.jsonl`, which lists images, is left out; linked folders are followed. What is held out is told by
+    what a text says, so that lines may come and go, and one that is there twice is on one side. What is blank,
+    malformed or cannot be read is warned about and kept with its reason in `skipped`. Raises `ValueError` where no text
+    is left.
     """
 
     def __init__(self, path: str | Path, split: Split = "train", test_fraction: float = 0.1) -> None:
@@ -62,7 +65,7 @@ class TextFolderSource(TextSource):
                 f'{{"text": "..."}} per line ({len(skipped)} skipped); where there are none, give no texts '
                 "(--data.texts none)"
             )
-        super().__init__(texts, split, test_fraction, skipped)
+        super().__init__(texts, split, test_fraction, skipped, keys=texts)
 
 
 def parse_text(line: bytes, name: str, field: str = "text") -> str | SampleError:
@@ -80,7 +83,7 @@ def parse_text(line: bytes, name: str, field: str = "text") -> str | SampleError
 
 
 def _texts(place: Path) -> Iterator[tuple[str, str | SampleError]]:
-    for file in [place] if place.is_file() else sorted(place.rglob("*")):
+    for file in [place] if place.is_file() else sorted(_files(place)):
         name = file.name if place.is_file() else file.relative_to(place).as_posix()
         if file.suffix.lower() == ".txt":
             yield name, _read_txt(file, name)
@@ -93,6 +96,19 @@ def _texts(place: Path) -> Iterator[tuple[str, str | SampleError]]:
             for number, line in enumerate(content.splitlines(), start=1):
                 if line.strip():
                     yield f"{name}:{number}", parse_text(line, f"{name}:{number}")
+
+
+def _files(place: Path) -> Iterator[Path]:
+    """Every file under `place`, in linked folders too; each folder once."""
+    seen: set[str] = set()
+    for folder, subfolders, names in os.walk(place, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()
+        yield from (Path(folder, name) for name in names)
 
 
 def _read_txt(file: Path, name: str) -> str | SampleError:

@@ -78,7 +78,7 @@ def bucket_sizes(aspect_ratios: Sequence[str], image_size: int, step: int) -> li
     sizes = []
     for ratio in aspect_ratios or ("1:1",):
         width, _, height = ratio.partition(":")
-        if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
             raise ValueError(f'an aspect ratio is "WIDTH:HEIGHT" such as "4:3", got {ratio!r}')
         scale = (int(width) / int(height)) ** 0.5
         sizes.append(tuple(max(step, round(side / step) * step) for side in (image_size / scale, image_size * scale)))

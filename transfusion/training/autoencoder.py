@@ -315,16 +315,16 @@ def write_sheet(path: Path, originals: Tensor, vae: Any, device: torch.device | 
 
 
 def _same_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Keeps the settings in `out`. Raises `ValueError` where a training with others lies there."""
+    """Keeps the settings in `out`. Raises `ValueError` where a training with others lies there; images may change."""
     out.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(settings))
     file = out / _SETTINGS
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if before != settings:
-            old, new = ({**each, **each["config"], "config": None} for each in (before, settings))
-            changed = [f"{name} {old.get(name)}, now {new.get(name)}" for name in new if old.get(name) != new.get(name)]
-            what = "; ".join(changed) or before
-            raise ValueError(f"{out} holds the training of another autoencoder ({what}); give another directory")
-    else:
-        write_whole(file, json.dumps(settings, indent=2) + "\n")
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else settings
+    old, new = ({**each, **each["config"], "config": None, "images": None} for each in (before, settings))
+    changed = [f"{name} {old.get(name)}, now {new.get(name)}" for name in new if old.get(name) != new.get(name)]
+    if changed:
+        what = "; ".join(changed)
+        raise ValueError(f"{out} holds the training of another autoencoder ({what}); give another directory")
+    if (there := before["images"]) != (now := settings["images"]):
+        logger.warning("%s: it had %s images and has %s now: their order is another from here on", out, there, now)
+    write_whole(file, json.dumps(settings, indent=2) + "\n")

@@ -1,6 +1,7 @@
 """What a run says of itself: `log.jsonl`, TensorBoard, Weights & Biases, and a progress bar or plain lines."""
 
 import json
+import logging
 import math
 import sys
 import time
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from transfusion.files import write_whole
+
+logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -31,7 +34,7 @@ class JsonLines:
     """One line for each call, in `log.jsonl`; lines of steps after `start_step`, which are run again, are dropped."""
 
     def __init__(self, path: Path, start_step: int) -> None:
-        kept = [line for line in read_log(path) if line["step"] <= start_step]
+        kept = [line for line in read_log(path) if line.get("step", 0) <= start_step]
         write_whole(path, "".join(to_json(line) + "\n" for line in kept))  # a kill here must not take the log along
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
 
@@ -54,7 +57,7 @@ class DataErrors:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._kept: list[dict[str, Any]] | None = read_log(path)
-        self._known = {line["sample"] for line in self._kept}
+        self._known = {line.get("sample") for line in self._kept}
 
     def add(self, step: int, found: Sequence[Sequence[tuple[str, str]]]) -> None:
         """Adds what each rank found, (sample, reason), at `step`."""
@@ -220,14 +223,15 @@ def to_json(values: dict[str, Any], indent: int | None = None) -> str:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `log.jsonl`, null as NaN; a last line cut off by a kill is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
-        if not line:
-            continue
+    """The lines of a `log.jsonl`, null as NaN; what is no line of one is left out, and named unless a kill cut it."""
+    found, lines = [], path.read_bytes().split(b"\n") if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
         try:
-            found = json.loads(line)
-            lines.append({name: math.nan if value is None else value for name, value in found.items()})
-        except json.JSONDecodeError:
-            break
-    return lines
+            values = json.loads(line) if line else None
+        except ValueError:
+            values = line
+        if isinstance(values, dict):
+            found.append({name: math.nan if value is None else value for name, value in values.items()})
+        elif line and number < len(lines):
+            logger.warning("%s:%d is damaged and left out: %.60r", path, number, line)
+    return found

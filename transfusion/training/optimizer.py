@@ -22,7 +22,7 @@ class TrainConfig:
         steps: optimizer steps.
         accumulation: batches that each rank adds up for one step.
         learning_rate: the peak, reached after the warm-up.
-        min_learning_rate: where the cosine ends, at the last step.
+        min_learning_rate: where the cosine ends, one step behind the last.
         warmup_steps: linear; at most `steps`.
         betas: of AdamW.
         eps: of AdamW.
@@ -81,6 +81,8 @@ class TrainConfig:
                 f"warmup_steps {self.warmup_steps} is not in 0..{self.steps}, the steps of the run, of which it is a "
                 f"part: give it too, such as {self.steps // 20} (--train.warmup-steps)"
             )
+        if self.peak_tflops is not None:
+            check_finite(self, ("peak_tflops",))
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive, got {self.max_grad_norm}; inf does not clip")
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -1,11 +1,13 @@
 import json
 import logging
+import random
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from transfusion.data.sources import FolderSource, SampleError, held_out, open_rgb
+from transfusion.data.streams import JsonlTexts
 from transfusion.data.texts import PydocTextSource, TextFolderSource
 
 
@@ -69,7 +71,8 @@ def test_all_captions_of_one_image_are_in_one_split(write_folder):
 def test_small_sets_have_a_test_split_too():
     for count in range(2, 12):
         assert len(held_out([f"name {i}" for i in range(count)], 0.001)) == 1
-    assert held_out(["only"], 0.001) == set() == held_out(["a", "b"], 0.0)
+    assert held_out(["only"], 0.001) == set() == held_out(["only"], 0.999) == held_out(["a", "b"], 0.0)
+    assert len(held_out(["a", "b"], 0.999)) == 1  # what trains is never empty
     many = [str(i) for i in range(4000)]
     assert abs(len(held_out(many, 0.1)) / 4000 - 0.1) < 0.02
 
@@ -160,6 +163,47 @@ def test_text_folder_reads_recursively_and_names_what_it_skips(tmp_path):
     assert {name for name, _ in source.skipped} == {"blank.txt", "binary.txt"}
     train, test = TextFolderSource(tmp_path, "train"), TextFolderSource(tmp_path, "test")
     assert len(train) == len(test) == 1 and train.names != test.names
+
+
+def test_lines_of_text_stay_in_their_split_when_others_come(tmp_path):
+    """Held out by what they say, so also wherever they are moved to; one that is there twice is on one side."""
+    words = [f"text {random.random()}" for _ in range(60)]
+    lines = [json.dumps({"text": text}) for text in words]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    before = {split: set(TextFolderSource(tmp_path, split, 0.3)) for split in ("train", "test")}
+    assert set().union(*before.values()) == set(words) and not before["train"] & before["test"]
+    random.shuffle(lines)
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "b.jsonl").write_text("\n".join([json.dumps({"text": "new"}), *lines, *lines]))
+    after = {split: set(TextFolderSource(tmp_path, split, 0.3)) - {"new"} for split in ("train", "test")}
+    assert after == before
+    streamed = {split: set(dict(JsonlTexts([tmp_path / "b.jsonl"], split, 0.3).read(0)).values()) for split in before}
+    assert not streamed["train"] & streamed["test"] and set().union(*streamed.values()) == {"new", *words}
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("second")
+    (tmp_path / "texts" / "a").mkdir(parents=True)
+    (tmp_path / "texts" / "a" / "a.txt").write_text("first")
+    (tmp_path / "texts" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "texts" / "a" / "up").symlink_to(tmp_path / "texts")  # round and round
+    source = TextFolderSource(tmp_path / "texts", "all")
+    assert dict(zip(source.names, source, strict=True)) == {"a/a.txt": "first", "linked/b.txt": "second"}
+
+
+def test_an_image_is_in_one_split_however_its_path_is_written(write_folder, monkeypatch):
+    folder = write_folder(20)
+    file = folder / "captions.jsonl"
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    absolute = [{**entry, "image": str(folder / entry["image"])} for entry in entries]
+    dotted = [{**entry, "image": f"./{entry['image']}"} for entry in entries]
+    file.write_text("\n".join(json.dumps(entry) for entry in (*entries, *absolute, *dotted)))
+    train, test = FolderSource(folder, "train", 0.3), FolderSource(folder, "test", 0.3)
+    assert set(train.names).isdisjoint(test.names) and len(train) + len(test) == 60
+    assert set(train.names) | set(test.names) == {entry["image"] for entry in entries}
+    monkeypatch.chdir(folder.parent)
+    assert FolderSource(folder.name, "test", 0.3).names == test.names
 
 
 def test_text_folder_without_text_says_what_is_expected(tmp_path):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from transfusion.data.transforms import check_image_size, to_image, to_tensor
+from transfusion.data.transforms import bucket_sizes, check_image_size, to_image, to_tensor
 
 
 @pytest.mark.parametrize("size", [1, 5, 32])
@@ -50,3 +50,9 @@ def test_odd_sizes_are_refused_with_a_size_that_works():
         to_tensor(Image.new("RGB", (3, 3)), 0)
     with pytest.raises(ValueError, match=r"\(1, 3, 3\)"):
         to_image(torch.zeros(1, 3, 3))
+
+
+@pytest.mark.parametrize("ratio", ["4", "4:", "0:1", "-4:3", "4:3:2", "²:1", "wide"])
+def test_an_aspect_ratio_that_is_none_is_named(ratio):
+    with pytest.raises(ValueError, match=f'such as "4:3", got {ratio!r}'):
+        bucket_sizes(("1:1", ratio), 64, 8)

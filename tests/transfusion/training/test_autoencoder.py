@@ -165,9 +165,22 @@ def test_unreadable_images_are_named_and_replaced(tmp_path, caplog):
 
 def test_a_folder_of_another_training_is_refused(tmp_path):
     AutoencoderTrainer(CONFIG, Pictures(), tmp_path)
-    said = rf"another autoencoder \(images 5, now 4; latent_channels {CONFIG.latent_channels}, now 3\); give another"
+    said = rf"another autoencoder \(latent_channels {CONFIG.latent_channels}, now 3\); give another"
     with pytest.raises(ValueError, match=said):
         AutoencoderTrainer(replace(CONFIG, latent_channels=3), Pictures(4), tmp_path)
+
+
+def test_one_goes_on_when_images_come(tmp_path, caplog):
+    trainer = AutoencoderTrainer(CONFIG, Pictures(), tmp_path)
+    trainer.train_step(next(trainer._batches(0)))
+    trainer.step = 1
+    trainer._save()
+    again = AutoencoderTrainer(CONFIG, Pictures(7), tmp_path)
+    assert "it had 5 images and has 7 now" in caplog.text
+    assert again.run() and (tmp_path / "config.json").is_file()
+    caplog.clear()
+    AutoencoderTrainer(CONFIG, Pictures(7), tmp_path)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(
