@@ -123,7 +123,7 @@ def train(arguments: Sequence[str]) -> int:
     spread = options.run.train.parallel
     with join(pick_device(options.device), spread.shard, spread.timeout_seconds) as world, ExitStack() as held:
         world.main_first(lambda: held.enter_context(alone_in(options.out)) if world.main else None)
-        finished = Run.start(options.run, options.out, world).train(world)
+        finished = Run.start(options.run, options.out, world).train()
         if world.main:
             print(f"{options.out}: {'finished' if finished else 'stopped; the same command goes on'}")
     return 0
@@ -168,8 +168,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     options = tyro.cli(EvalOptions, args=list(arguments), prog="transfusion eval")
     if options.draws < 1:  # before the distances, which take long
         raise ValueError(f"--draws {options.draws}: there must be one at least; 8 is the usual number")
-    run = Run.open(options.run)
-    model = run.model(pick_device(options.device))
+    run = Run.open(options.run, pick_device(options.device))
+    model = run.model()
     distances = {}
     if options.features:  # first, for the file may be none
         chosen = options.features, options.samples, options.guidance, options.seed

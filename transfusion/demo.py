@@ -41,10 +41,10 @@ def pictures(source: ImageSource, count: int, size: int) -> tuple[list[str], Ten
     return [source.captions[i] for i in chosen], torch.stack([to_tensor(source[i].image, size) for i in chosen])
 
 
-def show(run: Run, device: str) -> list[Path]:
+def show(run: Run) -> list[Path]:
     """Figures and pictures of a trained run. -> the files, in the order to look at them."""
     directory, size = run.directory, run.config.data.loader.image_size
-    model = run.model(device)
+    model = run.model()
     pipeline = run.pipeline(model)
     training = image_source(run.config.data, "train")
     texts = text_source(run.config.data, "test")
@@ -97,13 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warmup = min(chosen.train.warmup_steps, options.steps // 10)
         chosen = replace(chosen, train=replace(chosen.train, steps=options.steps, warmup_steps=warmup))
     with alone_in(options.out):
-        run, start = Run.start(chosen, options.out), time.monotonic()
+        run, start = Run.start(chosen, options.out, device), time.monotonic()
         print(
             f"training on {device}; stop it any time, the same command goes on. TensorBoard: {options.out}/tensorboard"
         )
-        if not run.train(device):
+        if not run.train():
             return 0
-        files = show(run, device)
+        files = show(run)
         print(summary(json.loads((options.out / "metrics.json").read_text())))
         print(f"\ndone in {(time.monotonic() - start) / 60:.1f} minutes; look at\n  " + "\n  ".join(map(str, files)))
     return 0

@@ -1,9 +1,9 @@
 """A run is a folder: config.toml, tokenizer.json, checkpoints/, log.jsonl, tensorboard/, and model/ at the end.
 
-Run.start(config, directory).train()     starts the run, or goes on with the one that is there
-Run.open(directory)                      what evaluation and sampling work on, finished or not
+Run.start(config, directory, "cuda").train()     starts the run, or goes on with the one that is there
+Run.open(directory, "cuda")                      what evaluation and sampling work on, finished or not
 
-With a `World` of several processes, all of them call both, and rank 0 alone writes.
+With a `World` of several processes in the device's place, all of them call both, and rank 0 alone writes.
 """
 
 import contextlib
@@ -66,6 +66,7 @@ from transfusion.training.trainer import CHECKPOINTS, Preview, read_averaged
 
 logger = logging.getLogger(__name__)
 
+Place = torch.device | str | World  # where a run computes
 STEP = "trained_steps"  # in model/
 _PREVIEWED = 16  # captions
 
@@ -86,34 +87,38 @@ def train_tokenizer(config: RunConfig) -> Tokenizer:
 
 
 class Run:
-    """A run's folder and what is in it."""
+    """A run's folder and what is in it; `world.device` is where its networks compute."""
 
-    def __init__(self, directory: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, directory: Path, config: RunConfig, tokenizer: Tokenizer, on: Place = "cpu") -> None:
         self.directory, self.config, self.tokenizer = directory, config, tokenizer
-        self._loader: Loader | None = None
+        self.world = on if isinstance(on, World) else World(torch.device(on))
 
     @staticmethod
-    def start(config: RunConfig, directory: Path, world: World | None = None) -> "Run":
+    def start(config: RunConfig, directory: Path, on: Place = "cpu") -> "Run":
         """The run in `directory`, begun where nothing has been learned there yet; a start that fails leaves nothing.
 
         One that is there may go on with another cut of its batch (rows, accumulation, ranks), another log and another
         number of steps, which its config.toml then says; any other change to its config raises `ValueError`.
         """
-        here = world or World(torch.device("cpu"))
-        return here.main_first(lambda: Run._start(config, directory, here) if here.main else Run.open(directory))
+        world = on if isinstance(on, World) else World(torch.device(on))
+        return world.main_first(
+            lambda: Run._start(config, directory, world) if world.main else Run.open(directory, world)
+        )
 
     @staticmethod
     def _start(config: RunConfig, directory: Path, world: World) -> "Run":
         config = from_anywhere(config)
         if written(directory / CHECKPOINTS) or (directory / MODEL / PIPELINE).is_file():
-            run = Run(directory, config, Run.open(directory).tokenizer)
+            run = Run(directory, config, Run.open(directory).tokenizer, world)
             run._check_changes()
         else:
-            run = Run(directory, config, saved_tokenizer(config) if config.init else train_tokenizer(config))
-            run.loader(world)  # its mistakes come before anything is written
+            tokenizer = saved_tokenizer(config) if config.init else train_tokenizer(config)
+            run = Run(directory, config, tokenizer, world)
+            run.loader  # noqa: B018 - its mistakes come before anything is written
             directory.mkdir(parents=True, exist_ok=True)
             run.tokenizer.save(directory / TOKENIZER)
-        configs.save(config, directory / CONFIG)  # last: a folder with a config is a whole run
+        if not ((directory / CONFIG).is_file() and configs.load(RunConfig, directory / CONFIG) == config):
+            configs.save(config, directory / CONFIG)  # last: a folder with a config is a whole run
         return run
 
     def _check_changes(self) -> None:
@@ -147,17 +152,17 @@ class Run:
             logger.warning(message, self.directory, "; ".join(lengths), self.config.train.steps, done, rate, old_rate)
 
     @staticmethod
-    def open(directory: Path) -> "Run":
+    def open(directory: Path, on: Place = "cpu") -> "Run":
         """The run in `directory`. Raises `FileNotFoundError` where there is none."""
         if not (directory / CONFIG).is_file():
             raise FileNotFoundError(f"{directory} holds no run: it has no {CONFIG}; start one with `transfusion train`")
         config = configs.load(RunConfig, directory / CONFIG)
-        return Run(directory, config, Tokenizer.load(directory / TOKENIZER))
+        return Run(directory, config, Tokenizer.load(directory / TOKENIZER), on)
 
     @functools.cached_property
     def autoencoder(self) -> Autoencoder:
         """Pixels to latents and back."""
-        made = make_autoencoder(self.config.data, "cuda" if torch.cuda.is_available() else "cpu")
+        made = make_autoencoder(self.config.data, self.world.device)
         model, loader, problems = self.config.model, self.config.data.loader, []
         if made.latent_channels != model.latent_channels:
             problems.append(
@@ -185,29 +190,26 @@ class Run:
         downscale = self.autoencoder.downscale
         return (self.config.model.latent_channels, height // downscale, width // downscale)
 
-    def loader(self, world: World) -> Loader:
-        """The training batches of this rank, from the first on; made once."""
+    @functools.cached_property
+    def loader(self) -> Loader:
+        """The training batches of this rank, from the first on."""
         if self.tokenizer.special != self.config.model.special:
             raise ValueError(
                 f"model.special {self.config.model.special} is not what the tokenizer has, {self.tokenizer.special}: "
                 "leave model.special out"
             )
-        if self._loader is None:
-            self._loader = make_loader(self.config.data, self.tokenizer, self.autoencoder, world.rank, world.size)
-        return self._loader
+        return make_loader(self.config.data, self.tokenizer, self.autoencoder, self.world.rank, self.world.size)
 
-    def train(self, on: torch.device | str | World = "cpu") -> bool:
+    def train(self) -> bool:
         """Trains to the last step, then writes model/, a pipeline with the averaged weights. -> False where stopped."""
-        world = on if isinstance(on, World) else World(torch.device(on))
         with torch.device("meta"):
             model = Transfusion(self.config.model)
-        distribute(model, self.config.train.parallel, self.config.train.precision, world)
+        distribute(model, self.config.train.parallel, self.config.train.precision, self.world)
         fresh = self.config.init and not written(self.directory / CHECKPOINTS)
         weights = read_weights(saved_pipeline(self.config.init)) if fresh else None
-        materialize(model, world.device, self.config.seed, weights)
-        loader = self.loader(world)
-        preview = self._preview(loader.max_caption_tokens)
-        trainer = Trainer(model, loader, self.config.train, self.directory, preview, world)
+        materialize(model, self.world.device, self.config.seed, weights)
+        preview = self._preview(self.loader.max_caption_tokens)
+        trainer = Trainer(model, self.loader, self.config.train, self.directory, preview, self.world)
         finished = trainer.run()
         averaged = trainer.averaged("cpu") if finished else None
         if averaged is not None:
@@ -237,7 +239,7 @@ class Run:
         file = self.directory / MODEL / STEP
         return int(file.read_text()) if file.is_file() else self.config.train.steps
 
-    def model(self, device: torch.device | str = "cpu") -> Transfusion:
+    def model(self) -> Transfusion:
         """The trained model; of a run that has not finished, and says so, the averaged weights of its last checkpoint.
 
         Raises `FileNotFoundError` where there is neither.
@@ -245,7 +247,7 @@ class Run:
         checkpoints, steps = self.directory / CHECKPOINTS, self.config.train.steps
         done = last_step(checkpoints)
         if (self.directory / MODEL / PIPELINE).is_file() and (done is None or done >= steps == self._step_of_model()):
-            return Transfusion.from_pretrained(self.directory / MODEL, device).eval()
+            return Transfusion.from_pretrained(self.directory / MODEL, self.world.device).eval()
         if done is None:
             raise FileNotFoundError(
                 f"{self.directory} has not finished (step 0 of {steps}) and has no checkpoint yet; "
@@ -253,7 +255,7 @@ class Run:
             )
         message = "%s has not finished (step %d of %d): using its averaged weights"
         logger.warning(message, self.directory, done, steps)
-        return read_averaged(written(checkpoints)[-1], self.config.model).to(device)
+        return read_averaged(written(checkpoints)[-1], self.config.model).to(self.world.device)
 
     def evaluate(self, model: Transfusion, draws: int = 8, seed: int = 0) -> dict[str, Any]:
         """The figures of `metrics.json`: text (held out), images of the training and of the held-out split, each of the

@@ -171,8 +171,8 @@ def open_pipeline(options: SampleOptions) -> "TransfusionPipeline":
         source = recipes.trained()[str(DEFAULT_MODEL)] if is_default else options.model
         return TransfusionPipeline.from_pretrained(source, device, torch.float32 if device == "cpu" else None)
     assert options.run is not None
-    run = Run.open(options.run)
-    return run.pipeline(run.model(device))
+    run = Run.open(options.run, device)
+    return run.pipeline(run.model())
 
 
 @dataclass(frozen=True)

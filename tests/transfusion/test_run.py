@@ -11,6 +11,7 @@ from tiny import TWO_STEPS, train
 
 from transfusion import cli, run
 from transfusion import config as configs
+from transfusion.data import PixelAutoencoder
 from transfusion.generation import TransfusionPipeline
 from transfusion.run import Run
 from transfusion.run_config import CONFIG, RunConfig
@@ -75,6 +76,33 @@ def test_a_run_without_a_checkpoint_says_how_far_it_is(folder: Path, tmp_path: P
     begun = Run.start(configs.load(RunConfig, tmp_path / "whole" / CONFIG), tmp_path / "begun")
     with pytest.raises(FileNotFoundError, match=r"begun has not finished \(step 0 of 2\) and has no checkpoint yet"):
         begun.model()
+
+
+def test_all_of_a_run_computes_where_it_is_opened(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The autoencoder too, whatever other devices there are."""
+    assert train(tmp_path / "run", folder) == 0
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run, "make_autoencoder", lambda _, device: asked.append(device) or PixelAutoencoder())
+    for device in ("cpu", "meta"):
+        assert Run.open(tmp_path / "run", device).autoencoder.latent_channels == 3
+    assert asked == [torch.device("cpu"), torch.device("meta")]
+    with pytest.raises(ValueError, match="device 'meta'"):  # holds no numbers
+        Run.open(tmp_path / "run", "meta").model()
+
+
+def test_a_config_that_says_the_same_keeps_its_comments(folder: Path, tmp_path: Path) -> None:
+    """`--config mine/config.toml --out mine` would write over it."""
+    out = tmp_path / "run"
+    assert train(out, folder) == 0
+    commented = "# why this rate\n" + (out / CONFIG).read_text()
+    (out / CONFIG).write_text(commented)
+    assert cli.main(["train", "--config", str(out / CONFIG), "--out", str(out), "--device", "cpu"]) == 0
+    assert (out / CONFIG).read_text() == commented
+    assert train(out, folder, "--train.log-every", "2") == 0
+    assert (out / CONFIG).read_text() != commented and Run.open(out).config.train.log_every == 2
 
 
 def test_a_run_may_become_longer(
