@@ -1,8 +1,7 @@
 """Suite "train": one training step (losses, gradients, clipping, AdamW) on packed captions, images and text.
 
-FLOPs are counted by what each token passes: 6 for every weight of a block, of the head where a text token is predicted
-and of the codec where a patch is; and attention's own over the area of the mask. "share" is that over this run's matrix
-product rate. Every step gets its mask anew, as training does.
+FLOPs are those of `transfusion.model.flops`; "share" is their rate over this run's rate of matrix products. Every step
+gets its mask anew, as training does.
 """
 
 import random
@@ -28,6 +27,7 @@ from transfusion.kernels import IntervalMask, transfusion_attention
 from transfusion.kernels.attention import torch_paths
 from transfusion.kernels.testing import Verdict, in_a_line, judge
 from transfusion.model import transformer
+from transfusion.model.flops import training_flops
 from transfusion.sequence import Batch, Document, SpecialTokens, collate, document_length
 
 SUITE = "train"
@@ -201,7 +201,7 @@ def _ours(case: TrainCase, attend: Attend | None, effort: Effort) -> rows.Row:
             parts["breakdown"] = breakdown(step)
         except Exception as error:  # the profiler's; the step was timed without it
             parts["breakdown_error"] = in_a_line(error)
-    flops = sum(step_flops(model, each) for each in batches) / len(batches)
+    flops = sum(training_flops(model.config, each).total.item() for each in batches) / len(batches)
     share = flops / figures["p50"] / matmul_rate()
     return figures | {"flops": flops, "tflops": flops / figures["p50"] / 1e12, "share": share} | parts
 
@@ -248,21 +248,6 @@ def _timed(
         "tokens_per_second": tokens / times.p50,
         "peak_bytes": (peak or [None])[0],
     }
-
-
-def step_flops(model: Transfusion, batch: Batch) -> float:
-    """Floating point operations of forward and backward, by modality and mask area; nothing recomputed is counted."""
-    config = model.config
-    positions, predicted, patches = batch.token_ids.numel(), batch.text_rows.numel(), batch.image_rows.numel()
-    products = (
-        positions * _matrices(model.transformer) + predicted * _matrices(model.head) + patches * _matrices(model.codec)
-    )
-    area = int(batch.mask.area().sum())
-    return 6.0 * products + 3.5 * 4 * area * config.heads * config.head_dim * config.layers
-
-
-def _matrices(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters() if weight.ndim > 1)
 
 
 _PARTS = (

@@ -221,8 +221,7 @@ class Run:
         """What `train.preview_every` shows: images drawn for captions of the training set, spread evenly over it, each
         of its image's size, and before each edit what it changes."""
         images = image_source(self.config.data, "train") if self.config.train.preview_every else None
-        spread = range(0, len(images), max(1, len(images) // _PREVIEWED))[:_PREVIEWED] if images else ()
-        samples = self._readable(images, spread, longest) if images else []
+        samples = self._readable(images, evenly(len(images), _PREVIEWED), longest) if images else []
         if not samples:
             return None
         steps = default_steps(self.config.model.schedule, about=20)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import attention, compare, plots, report, rows, tiles, train
+from benchmarks import attention, compare, plots, report, rows, tiles
 from benchmarks.clock import quantiles
 
 STAMP = {
@@ -232,24 +232,3 @@ def test_options_that_choose_nothing_or_do_not_fit_say_so(options, message, caps
 def test_an_unknown_reference_says_so():
     with pytest.raises(SystemExit, match="no-such-commit"):
         command.main(["--compare", "no-such-commit", "--suite", "ops"])
-
-
-def test_a_training_row_counts_the_formula():
-    """FLOPs of the transformer by the formula, within 1 % of what torch counts."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from transfusion import Transfusion, presets
-
-    case = train.TrainCase("tiny", 2, 160, 32)
-    model, batch = Transfusion(presets.get("tiny")), train.batch(case)
-    x = torch.randn(*batch.token_ids.shape, model.config.dim, requires_grad=True)
-    with FlopCounterMode(display=False) as counter, train.attention_by(train.BASELINES["sdpa dense"]):
-        model.transformer(x, batch.positions, batch.mask).sum().backward()
-    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
-    positions = batch.token_ids.numel()
-    assert 6 * positions * train._matrices(model.transformer) == pytest.approx(counted, rel=0.01)
-    whole = train.step_flops(model, batch)
-    area = int(batch.mask.area().sum())
-    attention_flops = 14 * area * model.config.dim * model.config.layers
-    assert whole > counted + attention_flops
