@@ -34,7 +34,7 @@ class EvalOptions:
         features: also draw images, and measure their distance to the real ones in these features: "inception" (FID and
             KID), or a TorchScript file from images (I, 3, h, w) in [0, 1] to features (I, F).
         samples: images to draw for that.
-        guidance: classifier-free guidance scale of those images.
+        guidance_scale: classifier-free guidance scale of those images.
         seed: of noise and timesteps.
         device: "auto" is CUDA where there is one.
     """
@@ -43,7 +43,7 @@ class EvalOptions:
     draws: int = 8
     features: str | None = None
     samples: int = 256
-    guidance: float = 3.0
+    guidance_scale: float = 3.0
     seed: int = 0
     device: str = "auto"
 
@@ -172,7 +172,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     model = run.model()
     distances = {}
     if options.features:  # first, for the file may be none
-        chosen = options.features, options.samples, options.guidance, options.seed
+        chosen = options.features, options.samples, options.guidance_scale, options.seed
         distances["image_distances"] = run.distances(model, *chosen)
     figures = run.evaluate(model, options.draws, options.seed) | distances
     result = to_json(figures, indent=2)

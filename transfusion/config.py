@@ -31,23 +31,26 @@ T = TypeVar("T")
 class RopeScaling:
     """Llama 3.1's slowing of the low rotary frequencies, for contexts longer than the weights were first trained on.
 
+    A frequency is told by how often it turns within the first training's context. Names are those of Llama's config.
+
     Args:
-        factor: by which frequencies with a wavelength of original_length / low_frequency tokens or more are divided.
-        low_frequency: turns within original_length, below which a frequency is divided by the whole factor.
-        high_frequency: turns within original_length, above which a frequency stays; between the two, a linear blend.
-        original_length: context of the first training, tokens.
+        factor: by which frequencies that turn `low_freq_factor` times or less are divided.
+        low_freq_factor: turns, see above; between the two, a linear blend.
+        high_freq_factor: turns, from which on a frequency stays as it is.
+        original_max_position_embeddings: the first training's context, tokens.
     """
 
     factor: float = 8.0
-    low_frequency: float = 1.0
-    high_frequency: float = 4.0
-    original_length: int = 8192
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
 
     def __post_init__(self) -> None:
-        if not 0 < self.low_frequency < self.high_frequency:
-            raise ValueError(f"0 < low_frequency < high_frequency, got {self.low_frequency} and {self.high_frequency}")
-        if self.factor <= 0 or self.original_length < 1:
-            raise ValueError(f"factor {self.factor} and original_length {self.original_length} must be positive")
+        low, high, context = self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
+        if not 0 < low < high:
+            raise ValueError(f"0 < low_freq_factor < high_freq_factor, got {low} and {high}")
+        if self.factor <= 0 or context < 1:
+            raise ValueError(f"factor {self.factor} and original_max_position_embeddings {context} must be positive")
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class SampleOptions:
         out: folder for PNGs, sheet.html and settings.json, made where there is none. PNGs of an earlier call stay, but
             for those of the same name, and are told of: sheet and settings are of this call alone.
         steps: denoising steps of an image; None is the scheduler's usual number.
-        guidance: classifier-free guidance scale; 1 is none.
+        guidance_scale: classifier-free guidance scale; 1 is none.
         guidance_interval: times, 0 the clean image and 1 pure noise, between which guidance is on.
         guidance_rescale: how much of a guided prediction's deviation is brought back, within [0, 1].
         scheduler: "fast", "paper" (250 steps of DDPM), "ddim", "ddpm", "dpmsolver", "euler" or "scm".
@@ -51,7 +51,7 @@ class SampleOptions:
         top_p: sample text from the likeliest tokens that hold so much of the probability.
         min_p: sample text from tokens so many times as likely as the likeliest.
         stop: strings at which a text ends.
-        max_tokens: of text, in each row.
+        max_new_tokens: of text, in each row.
         max_images: of a story.
         seed: the same seed gives the same samples.
         device: "auto" is CUDA where there is one.
@@ -69,7 +69,7 @@ class SampleOptions:
     width: int | None = None
     out: Path = Path("samples")
     steps: int | None = None
-    guidance: float = 3.0
+    guidance_scale: float = 3.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
     scheduler: str = "fast"
@@ -78,7 +78,7 @@ class SampleOptions:
     top_p: float | None = None
     min_p: float | None = None
     stop: tuple[str, ...] = ()
-    max_tokens: int = 60
+    max_new_tokens: int = 64
     max_images: int = 4
     seed: int = 0
     device: str = "auto"
@@ -95,8 +95,8 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError("nothing to sample: give --prompt, --image, --text or --story")
     if options.mask is not None and options.edit is None:
         raise ValueError("--mask needs --edit: the image that it is a part of")
-    if options.max_tokens < 1 and (options.image or options.text or options.story):
-        raise ValueError(f"--max-tokens {options.max_tokens} leaves nothing to write; give at least 1")
+    if options.max_new_tokens < 1 and (options.image or options.text or options.story):
+        raise ValueError(f"--max-new-tokens {options.max_new_tokens} leaves nothing to write; give at least 1")
     if options.max_images < 0:
         raise ValueError(f"--max-images {options.max_images}: a story cannot have fewer than 0")
     options = with_model(options)
@@ -212,12 +212,12 @@ def write_samples(options: SampleOptions, pipeline: "TransfusionPipeline") -> li
         height=options.height,
         width=options.width,
         num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
+        guidance_scale=options.guidance_scale,
         guidance_interval=options.guidance_interval,
         guidance_rescale=options.guidance_rescale,
         scheduler=options.scheduler,
         seed=options.seed,
-        max_new_tokens=options.max_tokens,
+        max_new_tokens=options.max_new_tokens,
         max_images=options.max_images,
         temperature=options.temperature,
         top_k=options.top_k,

@@ -45,7 +45,7 @@ def test_train_evaluate_sample(run: Path, folder: Path, tmp_path: Path, capsys: 
     assert metrics["images_train"]["loss_predicting_zero"] > 0
     assert metrics["text_held_out"]["unigram_entropy"] > 0
     out = tmp_path / "samples"
-    options = ["--run", str(run), "--out", str(out), "--steps", "5", "--max-tokens", "5"]
+    options = ["--run", str(run), "--out", str(out), "--steps", "5", "--max-new-tokens", "5"]
     inputs = ["--prompt", "red square", "a/b: c", "--image", str(folder / "red.png"), "--text", "this is"]
     capsys.readouterr()
     assert cli.main(["sample", *options, *inputs]) == 0
@@ -92,7 +92,7 @@ def test_eval_measures_distances_in_the_features_of_a_file(
     pytest.importorskip("torchmetrics")
     network = torch.jit.script(Moments())
     network.save(tmp_path / "moments.pt")
-    options = ["--features", str(tmp_path / "moments.pt"), "--samples", "9", "--guidance", "2", "--seed", "3"]
+    options = ["--features", str(tmp_path / "moments.pt"), "--samples", "9", "--guidance-scale", "2", "--seed", "3"]
     assert cli.main(["eval", "--run", str(run), "--draws", "1", "--device", "cpu", *options]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["images_train"]["images"] == 8

@@ -92,7 +92,7 @@ def test_every_preset_goes_through_toml(tmp_path: Path, name: str) -> None:
     [
         ("rope_scaling = 8.0", "rope_scaling must be a table, got 8.0"),
         ("[rope_scaling]\nfactor = 0.0", "rope_scaling: factor 0.0"),
-        ("[rope_scaling]\nlow_frequency = 5.0", "0 < low_frequency < high_frequency, got 5.0 and 4.0"),
+        ("[rope_scaling]\nlow_freq_factor = 5.0", "0 < low_freq_factor < high_freq_factor, got 5.0 and 4.0"),
         ("[unet]\nwidths = 3", "unknown key 'unet.widths'"),
         ('codec = "vqgan"', "codec must be one of 'linear', 'unet', got 'vqgan'"),
         ('image_positions = "hilbert"', "image_positions must be one of 'sequence', 'grid', got 'hilbert'"),

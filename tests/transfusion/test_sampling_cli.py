@@ -50,7 +50,7 @@ class Elements(HTMLParser):
 def test_every_kind_of_row(folder, tmp_path, capsys):
     picture = str(folder / "fruit.png")
     rows = ["--prompt", "a <b>red</b> fox", "a/b: c", "--image", picture, "--text", "once", "--story", "a story"]
-    status, settings = sample(folder, tmp_path, *rows, "--max-tokens", "6", "--max-images", "1", "--seed", "5")
+    status, settings = sample(folder, tmp_path, *rows, "--max-new-tokens", "6", "--max-images", "1", "--seed", "5")
     assert status == 0
     first, second, caption, continuation, story = settings["rows"]
     drawn = {"kind": "image", "prompt": "a <b>red</b> fox", "seed": 5, "files": ["000-a-b-red-b-fox.png"]}
@@ -58,7 +58,7 @@ def test_every_kind_of_row(folder, tmp_path, capsys):
     assert caption == {"kind": "caption", "image": picture, "seed": 7, "text": caption["text"].strip()}
     assert continuation == {"kind": "continuation", "prompt": "once", "seed": 8, "text": continuation["text"]}
     assert story.keys() == {"kind", "prompt", "seed", "document"} and (story["kind"], story["seed"]) == ("story", 9)
-    assert settings["options"]["guidance"] == "3.0"
+    assert settings["options"]["guidance_scale"] == "3.0"
     assert all(Image.open(path).size == (6, 4) for path in tmp_path.glob("*.png"))
     assert json.loads(capsys.readouterr().out.rpartition("see ")[0]) == settings["rows"]
     page = Elements()
@@ -90,8 +90,7 @@ def test_every_option_reaches_the_pipeline(folder, tmp_path, monkeypatch):
         "height": 8,
         "width": 2,
     }
-    flags = {"guidance_scale": "guidance", "max_new_tokens": "max_tokens"}
-    words = [(f"--{flags.get(name, name).replace('_', '-')}", str(value)) for name, value in numbers.items()]
+    words = [(f"--{name.replace('_', '-')}", str(value)) for name, value in numbers.items()]
     others = ["--guidance-interval", "0.1", "0.8", "--scheduler", "ddpm", "--stop", "x", "yz"]
     rows = ["--prompt", "red", "--edit", picture, "--mask", mask, "--image", picture, "--text", "once", "--story", "a"]
     assert sample(folder, tmp_path, *rows, *others, *(word for pair in words for word in pair))[0] == 0
@@ -138,14 +137,14 @@ def test_edits_and_inpainting(folder, tmp_path):
 
 def test_height_and_width(folder, tmp_path):
     rows = ["--prompt", "red", "--edit", str(folder / "fruit.png"), "--image", str(folder / "fruit.png")]
-    status, settings = sample(folder, tmp_path, *rows, "--height", "8", "--width", "2", "--max-tokens", "2")
+    status, settings = sample(folder, tmp_path, *rows, "--height", "8", "--width", "2", "--max-new-tokens", "2")
     assert status == 0 and [row["kind"] for row in settings["rows"]] == ["edit", "caption"]
     assert Image.open(tmp_path / "000-red.png").size == (2, 8)
 
 
 def test_equal_prompts_and_those_in_other_scripts_are_all_kept(folder, tmp_path):
     prompts = ["red", "red", "Красный лис", "赤い_キツネ!", "🦊"]
-    _, settings = sample(folder, tmp_path, "--prompt", *prompts, "--text", "once", "once", "--max-tokens", "3")
+    _, settings = sample(folder, tmp_path, "--prompt", *prompts, "--text", "once", "once", "--max-new-tokens", "3")
     assert [row["prompt"] for row in settings["rows"]] == [*prompts, "once", "once"]
     files = [name for row in settings["rows"] for name in row.get("files", ())]
     assert files == ["000-red.png", "001-red.png", "002-красный-лис.png", "003-赤い-キツネ.png", "004.png"]
@@ -170,7 +169,7 @@ def test_a_folder_that_cannot_be_written_to_fails_before_any_work(folder, tmp_pa
         (["--prompt", "red", "--run", "runs/x"], "give one of --run"),
         (["--text", "red", "--edit", "x.png"], "--edit needs --prompt"),
         (["--prompt", "red", "--mask", "x.png"], "--mask needs --edit"),
-        (["--text", "red", "--max-tokens", "0"], "--max-tokens 0 leaves nothing to write; give at least 1"),
+        (["--text", "red", "--max-new-tokens", "0"], "--max-new-tokens 0 leaves nothing to write; give at least 1"),
         (["--story", "red", "--max-images", "-1"], "--max-images -1: a story cannot have fewer than 0"),
         (["--prompt", ""], "prompt 0 is empty"),
         (["--prompt", "red " * 90], "longer than max_length=90"),
@@ -192,7 +191,7 @@ def test_mistakes_end_with_one_line_and_write_nothing(folder, tmp_path, capsys, 
 
 def test_nan_weights_end_with_one_line_and_the_process_goes_on(folder, tmp_path, capsys):
     """Found while images are drawn, or text: nothing is left behind, and other weights are sampled from as ever."""
-    kinds = (["--prompt", "red"], ["--text", "once", "--max-tokens", "2"])
+    kinds = (["--prompt", "red"], ["--text", "once", "--max-new-tokens", "2"])
     broken, options = (
         TransfusionPipeline.from_pretrained(folder / "pipe"),
         ["--steps", "2", "--out", str(tmp_path / "out")],
@@ -215,7 +214,7 @@ def test_names_that_are_no_unicode_are_kept(folder, tmp_path):
     picture = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
     Image.new("RGB", (16, 16), "red").save(picture)
     out = tmp_path / "out"
-    status, settings = sample(folder, out, "--image", str(picture), "--max-tokens", "2")
+    status, settings = sample(folder, out, "--image", str(picture), "--max-new-tokens", "2")
     (row,) = settings["rows"]
     assert status == 0 and row["image"] == str(picture) and (out / "sheet.html").is_file()
 

@@ -330,7 +330,7 @@ class TransfusionPipeline:
         return self.autoencoder.decode(done.images)
 
     def captions(
-        self, images: Tensor | Sequence[Any], *, max_new_tokens: int = 32, temperature: float = 0.0, seed: int = 0
+        self, images: Tensor | Sequence[Any], *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
         """(I, 3, H, W) in [-1, 1], or images as a call takes them, -> a caption of each; greedy by default, as in the
         paper."""
@@ -339,7 +339,7 @@ class TransfusionPipeline:
         return [caption.strip() for caption in done.text]
 
     def continuations(
-        self, texts: Sequence[str], *, max_new_tokens: int = 60, temperature: float = 0.0, seed: int = 0
+        self, texts: Sequence[str], *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
         """What the model writes after each text."""
         return self(texts, output="text", max_new_tokens=max_new_tokens, temperature=temperature, seed=seed).text

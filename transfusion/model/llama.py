@@ -109,7 +109,7 @@ def _rope(described: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if kind != "llama3":
         raise ValueError(f"rope_type {kind!r} is not supported; 'default' and 'llama3' are")
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return theta, RopeScaling(*(rope[key] for key in keys))
+    return theta, RopeScaling(**{key: rope[key] for key in keys})
 
 
 def rename(weights: Mapping[str, Tensor], config: ModelConfig, tied: bool) -> dict[str, Tensor]:

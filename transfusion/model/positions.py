@@ -22,8 +22,8 @@ def frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def _slowed(plain: Tensor, scaling: RopeScaling) -> Tensor:
-    turns = scaling.original_length * plain / (2 * math.pi)
-    kept = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
+    turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0, 1)
     return kept * plain + (1 - kept) * plain / scaling.factor
 
