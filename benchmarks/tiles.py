@@ -16,6 +16,7 @@ import torch
 from benchmarks import rows
 from benchmarks.cases import long_images_row, packed_row
 from transfusion.kernels import IntervalMask, tuning
+from transfusion.kernels.mask_tiles.reference import WIDTH
 
 SUITE = "tiles"
 TABLE = "sm_90"
@@ -113,7 +114,7 @@ def cost(mask: IntervalMask, stage: str, head_dim: int, table: str = TABLE) -> C
         lines = mask.key_tiles(launch.block_k, launch.block_q)
     else:
         lines = mask.query_tiles(launch.block_q, launch.block_k)
-    tiles, masked = (int(lines[..., number].sum()) for number in (2, 3))
+    tiles, masked = (int(lines.view(-1, WIDTH)[:, number].sum()) for number in (2, 3))
     touched = sum(_touched(row, launch.block_q, launch.block_k) for row in _single_rows(mask))
     return Cost(launch.block_q, launch.block_k, masked, tiles - masked, touched, int(mask.area().sum()))
 

@@ -261,7 +261,7 @@ class IntervalMask:
     # ---------------------------------------------------------------- tiles
 
     def query_tiles(self, block_q: int, block_k: int) -> Tensor:
-        """(B or 1, ceil(N / block_q), WIDTH) int32: each query tile's runs of masked and of full key tiles.
+        """(B or 1, ceil(N / block_q)·WIDTH) int32: each query tile's runs of masked and of full key tiles.
 
         See `transfusion.kernels.mask_tiles.reference`. What is in no run is empty.
         """
@@ -270,7 +270,7 @@ class IntervalMask:
         )
 
     def key_tiles(self, block_k: int, block_q: int) -> Tensor:
-        """(B or 1, ceil(M / block_k), WIDTH) int32: the same for each key tile, in query tiles."""
+        """(B or 1, ceil(M / block_k)·WIDTH) int32: the same for each key tile, in query tiles."""
         return self.once(
             ("key_tiles", block_k, block_q), lambda: key_tiles(self.intervals, self.num_queries, block_q, block_k)
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transfusion.kernels.attention import torch_paths
-from transfusion.kernels.attention.plan import plan_backward, plan_forward
+from transfusion.kernels.attention.plan import launch_backward, launch_forward
 from transfusion.kernels.dispatch import autocast_dtype, define, new_like
 from transfusion.kernels.interval_mask import IntervalMask
 from transfusion.kernels.registry import (
@@ -141,7 +141,7 @@ def transfusion_attention(
         q, k, v = (_readable(t) for t in (q, k, v))
     tiles: tuple[Tensor | None, ...] = (None, None, None)
     if name == "triton":
-        tiles = _make_tiles(mask, q.dtype, q.shape[0], q.shape[1], k.shape[1], q.shape[3], needs_grad)
+        tiles = _make_tiles(mask, q.dtype, max(q.shape[1] // k.shape[1], 1), q.shape[3], needs_grad)
     out, lse = _attention(q, k, v, mask.intervals, *tiles, scale, name)
     return (out, lse) if return_lse else out
 
@@ -176,7 +176,7 @@ def prepare_attention(
     call = {"head_dim": head_dim, "return_lse": False, "needs_grad": needs_grad}
     name = choose(OP, impl, device=mask.device, dtype=dtype, **call)
     if name == "triton":
-        _make_tiles(mask, dtype, batch, heads, kv_heads, head_dim, needs_grad)
+        _make_tiles(mask, dtype, max(heads // kv_heads, 1), head_dim, needs_grad)
     elif name == "sdpa":
         torch_paths.prepare(mask)
     elif name == "flex":
@@ -184,16 +184,15 @@ def prepare_attention(
 
 
 def _make_tiles(
-    mask: IntervalMask, dtype: torch.dtype, batch: int, heads: int, kv_heads: int, dim: int, needs_grad: bool
+    mask: IntervalMask, dtype: torch.dtype, group: int, dim: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Tiles of the three kernels, made at the first layer and kept with the mask; those of backward where it comes."""
-    device, queries, keys = mask.device, mask.num_queries, mask.num_keys
-    plan = plan_forward(device, dtype, batch, heads, kv_heads, queries, keys, dim)
-    forward = mask.query_tiles(plan.launch.block_q, plan.launch.block_k)
+    forward, _ = launch_forward(mask.device, dtype, group, mask.num_queries, dim)
+    tiles = mask.query_tiles(forward.block_q, forward.block_k)
     if not needs_grad:
-        return forward, None, None
-    query, key = (plan_backward(device, dtype, stage, queries, keys, dim) for stage in ("query", "key"))
-    return forward, mask.query_tiles(query.block_q, query.block_k), mask.key_tiles(key.block_k, key.block_q)
+        return tiles, None, None
+    query, key = (launch_backward(mask.device, dtype, stage, dim) for stage in ("query", "key"))
+    return tiles, mask.query_tiles(query.block_q, query.block_k), mask.key_tiles(key.block_k, key.block_q)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> None:

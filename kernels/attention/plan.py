@@ -29,11 +29,9 @@ def plan_forward(
     A call of few rows for each key head reads keys and computes little: small tiles, and as many programs as keep the
     memory busy. Its workspace is bounded by the device: programs × rows of a tile × dim × 4 bytes.
     """
-    table, group = tuning.table_name(device), max(heads // kv_heads, 1)
-    few = tuning.launch("attention", "decode", table, dtype, dim)
-    many = tuning.launch("attention", "forward", table, dtype, dim)
-    is_few = group * queries <= few.block_q
-    launch, per_processor = (few, 2) if is_few else (many, 1)
+    group = max(heads // kv_heads, 1)
+    launch, is_few = launch_forward(device, dtype, group, queries, dim)
+    per_processor = 2 if is_few else 1
     packed = group if queries <= launch.block_q else 1
     blocks = -(-packed * queries // launch.block_q)
     programs, places = max(blocks * batch * heads // packed, 1), tuning.processors(device) * per_processor
@@ -44,6 +42,23 @@ def plan_forward(
     if launch.specialised and (packed > 1 or splits > 1 or not _specialised_fits(dtype, queries, keys, dim)):
         launch = launch.plain
     return Plan(launch, packed, blocks, splits)
+
+
+def launch_forward(device: torch.device, dtype: torch.dtype, group: int, queries: int, dim: int) -> tuple[Launch, bool]:
+    """The launch, specialised where the table's is, and whether it is that of few rows: all that its tile depends on.
+
+    Nothing more is asked of the sizes here, for each question would guard a compiled graph.
+    """
+    table = tuning.table_name(device)
+    few = tuning.launch("attention", "decode", table, dtype, dim)
+    if group * queries <= few.block_q:
+        return few, True
+    return tuning.launch("attention", "forward", table, dtype, dim), False
+
+
+def launch_backward(device: torch.device, dtype: torch.dtype, stage: str, dim: int) -> Launch:
+    """The launch of "query" or "key", the kernel that makes dq, or dk and dv; specialised where the table's is."""
+    return tuning.launch("attention", f"backward_{stage}", tuning.table_name(device), dtype, dim)
 
 
 def _even_splits(programs: int, places: int, most: int) -> int:
@@ -59,8 +74,8 @@ def _even_splits(programs: int, places: int, most: int) -> int:
 
 
 def plan_backward(device: torch.device, dtype: torch.dtype, stage: str, queries: int, keys: int, dim: int) -> Launch:
-    """The launch of "query" or "key", the kernel that makes dq, or dk and dv."""
-    launch = tuning.launch("attention", f"backward_{stage}", tuning.table_name(device), dtype, dim)
+    """`launch_backward` as it runs for these sizes: the same tile."""
+    launch = launch_backward(device, dtype, stage, dim)
     if launch.specialised and not _specialised_fits(dtype, queries, keys, dim):
         launch = launch.plain
     return launch

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from transfusion.kernels.interval_mask import IntervalMask
 from transfusion.kernels.mask_tiles import reference
-from transfusion.kernels.mask_tiles.reference import HEADER, RUNS
+from transfusion.kernels.mask_tiles.reference import HEADER, RUNS, WIDTH
 from transfusion.kernels.testing import LAYOUTS, Verdict, random_layout
 
 _BLOCKS = (32, 16)
 
 
 def listed(lines: Tensor) -> Tensor:
-    """The lines with 0 in the places of runs that are not there, which kernels leave as they are."""
+    """(B, tiles, WIDTH): 0 in the places of runs that are not there, which kernels leave as they are."""
+    lines = lines.unflatten(1, (-1, WIDTH))
     place = torch.arange(2 * RUNS, device=lines.device)
     absent = torch.cat([place >= 2 * lines[..., kind : kind + 1] for kind in (0, 1)], -1)
     return torch.cat([lines[..., :HEADER], lines[..., HEADER:].masked_fill(absent, 0)], -1)

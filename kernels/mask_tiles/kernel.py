@@ -127,11 +127,11 @@ def key_tiles_kernel(p_intervals, p_tiles, num_queries, num_keys, tiles, BLOCK_Q
 
 
 def query_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
-    """(B, ceil(N / block_q), WIDTH) int32; places without a run hold anything."""
+    """(B, ceil(N / block_q)·WIDTH) int32; places without a run hold anything."""
     batch, num_keys, _ = intervals.shape
     lines, tiles = -(-num_queries // block_q), -(-num_keys // block_k)
     extremes = torch.empty(batch, 4, tiles, dtype=torch.int32, device=intervals.device)
-    result = torch.empty(batch, lines, WIDTH, dtype=torch.int32, device=intervals.device)
+    result = torch.empty(batch, lines * WIDTH, dtype=torch.int32, device=intervals.device)
     launch(
         key_extremes_kernel, batch * tiles, intervals, extremes, num_queries, num_keys, tiles,
         BLOCK_K=block_k, num_warps=1,
@@ -144,10 +144,10 @@ def query_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int)
 
 
 def key_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
-    """(B, ceil(M / block_k), WIDTH) int32; places without a run hold anything."""
+    """(B, ceil(M / block_k)·WIDTH) int32; places without a run hold anything."""
     batch, num_keys, _ = intervals.shape
     tiles = -(-num_keys // block_k)
-    result = torch.empty(batch, tiles, WIDTH, dtype=torch.int32, device=intervals.device)
+    result = torch.empty(batch, tiles * WIDTH, dtype=torch.int32, device=intervals.device)
     launch(
         key_tiles_kernel, batch * tiles, intervals, result, num_queries, num_keys, tiles,
         BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=1,

@@ -1,7 +1,8 @@
 """`query_tiles`, `key_tiles`: a mask's intervals into the runs of tiles that attention walks, on their own device.
 
 Custom ops, so that a compiled graph holds one node for them. On CUDA the Triton kernels; elsewhere, where only the
-interpreter walks tiles, the reference.
+interpreter walks tiles, the reference. The rows of all tiles lie in one dimension: one of their own, which may be 1,
+would make a graph of its own for sequences of one tile.
 """
 
 from typing import Any
@@ -22,13 +23,13 @@ def _module(intervals: Tensor) -> Any:
 
 
 def _query_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
-    """(B, ceil(N / block_q), WIDTH) int32: for each query tile the runs of masked and of full key tiles."""
+    """(B, ceil(N / block_q)·WIDTH) int32: for each query tile the runs of masked and of full key tiles."""
     result: Tensor = _module(intervals).query_tiles(intervals, num_queries, block_q, block_k)
     return result
 
 
 def _key_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
-    """(B, ceil(M / block_k), WIDTH) int32: for each key tile the runs of masked and of full query tiles."""
+    """(B, ceil(M / block_k)·WIDTH) int32: for each key tile the runs of masked and of full query tiles."""
     result: Tensor = _module(intervals).key_tiles(intervals, num_queries, block_q, block_k)
     return result
 
@@ -40,7 +41,7 @@ query_tiles = define(
     _SCHEMA,
     _query_tiles,
     lambda intervals, num_queries, block_q, block_k: intervals.new_empty(
-        (intervals.shape[0], -(-num_queries // block_q), WIDTH)
+        (intervals.shape[0], -(-num_queries // block_q) * WIDTH)
     ),
 )
 key_tiles = define(
@@ -48,6 +49,6 @@ key_tiles = define(
     _SCHEMA,
     _key_tiles,
     lambda intervals, num_queries, block_q, block_k: intervals.new_empty(
-        (intervals.shape[0], -(-intervals.shape[1] // block_k), WIDTH)
+        (intervals.shape[0], -(-intervals.shape[1] // block_k) * WIDTH)
     ),
 )

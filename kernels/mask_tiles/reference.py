@@ -32,12 +32,12 @@ EMPTY, MASKED, FULL = 0, 1, 2
 
 
 def query_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
-    """(B, ceil(N / block_q), WIDTH) int32: the key tiles of each query tile."""
+    """(B, ceil(N / block_q)·WIDTH) int32: the key tiles of each query tile."""
     return _runs(walked(tile_kinds(intervals, num_queries, block_q, block_k)))
 
 
 def key_tiles(intervals: Tensor, num_queries: int, block_q: int, block_k: int) -> Tensor:
-    """(B, ceil(M / block_k), WIDTH) int32: the query tiles of each key tile; one that is cut by N is never full."""
+    """(B, ceil(M / block_k)·WIDTH) int32: the query tiles of each key tile; one that is cut by N is never full."""
     kinds = tile_kinds(intervals, num_queries, block_q, block_k)
     if num_queries % block_q:
         kinds[:, -1].clamp_(max=MASKED)
@@ -67,7 +67,7 @@ def walked(kinds: Tensor) -> Tensor:
 
 def _runs(kinds: Tensor) -> Tensor:
     rows = [[_row(line) for line in lines] for lines in kinds.tolist()]
-    return torch.tensor(rows, dtype=torch.int32, device=kinds.device).view(*kinds.shape[:2], WIDTH)
+    return torch.tensor(rows, dtype=torch.int32, device=kinds.device).view(kinds.shape[0], kinds.shape[1] * WIDTH)
 
 
 def _row(kinds: list[int]) -> list[int]:

@@ -53,8 +53,8 @@ def decoded(line: list[int], tiles: int) -> list[int]:
 
 def check_lines(lines: Tensor, dense: Tensor, block: int, other: int) -> None:
     """Every visible pair lies in a tile of some run; every full tile is full."""
-    assert lines.shape == (-(-dense.shape[0] // block), WIDTH)
-    for row, line in enumerate(lines.tolist()):
+    assert lines.shape == (-(-dense.shape[0] // block) * WIDTH,)
+    for row, line in enumerate(lines.view(-1, WIDTH).tolist()):
         strip = dense[row * block : (row + 1) * block]
         for tile, kind in enumerate(decoded(line, -(-dense.shape[1] // other))):
             pairs = strip[:, tile * other : (tile + 1) * other]
@@ -72,23 +72,23 @@ def test_runs_hold_the_dense_mask(block_q: int, block_k: int) -> None:
 
 def test_runs_are_not_merely_safe() -> None:
     """Of a causal row and of an image the inner tiles are full; what a hidden image leaves is empty."""
-    causal = IntervalMask.causal(128).query_tiles(16, 16)[0].tolist()
+    causal = IntervalMask.causal(128).query_tiles(16, 16).view(-1, WIDTH).tolist()
     first = [[FULL if t > FEW else MASKED] * t for t in range(8)]  # a few full tiles are masked with the others
     assert [decoded(line, 8) for line in causal] == [first[t] + [MASKED] + [EMPTY] * (7 - t) for t in range(8)]
-    image = IntervalMask.from_spans(128, [(32, 96)]).query_tiles(16, 16)[0].tolist()
+    image = IntervalMask.from_spans(128, [(32, 96)]).query_tiles(16, 16).view(-1, WIDTH).tolist()
     assert decoded(image[2], 8) == [FULL] * 6 + [EMPTY] * 2
-    cut = IntervalMask.full(120, 40).key_tiles(16, 16)[0].tolist()  # the last query tile is not whole
+    cut = IntervalMask.full(120, 40).key_tiles(16, 16).view(-1, WIDTH).tolist()  # the last query tile is not whole
     assert [decoded(line, 8) for line in cut] == [[FULL] * 7 + [MASKED]] * 2 + [[MASKED] * 8]
-    hidden = IntervalMask.from_spans(128, [(32, 96)], hidden_images=[0]).query_tiles(16, 16)[0].tolist()
+    hidden = IntervalMask.from_spans(128, [(32, 96)], hidden_images=[0]).query_tiles(16, 16).view(-1, WIDTH).tolist()
     assert decoded(hidden[7], 8) == [MASKED] * 2 + [EMPTY] * 4 + [MASKED] * 2
-    hidden = IntervalMask.from_spans(256, [(96, 160)], hidden_images=[0]).query_tiles(16, 16)[0].tolist()
+    hidden = IntervalMask.from_spans(256, [(96, 160)], hidden_images=[0]).query_tiles(16, 16).view(-1, WIDTH).tolist()
     assert decoded(hidden[15], 16) == [FULL] * 6 + [EMPTY] * 4 + [FULL] * 5 + [MASKED]
 
 
 def test_what_finds_no_place_is_one_masked_run() -> None:
     stripe = torch.arange(1000)[None] // 16 % 2
     mask = IntervalMask(torch.zeros_like(stripe), torch.where(stripe == 0, 16, 0), 16)
-    (line,) = mask.query_tiles(16, 16)[0].tolist()
+    (line,) = mask.query_tiles(16, 16).view(-1, WIDTH).tolist()
     assert line[:4] == [1, RUNS, RUNS + 63 - 2 * RUNS, 63 - 2 * RUNS]
     assert line[HEADER : HEADER + 2] == [2 * RUNS, 63]
 

@@ -26,6 +26,7 @@ from transfusion.kernels.attention.kernel.blocks import (
 from transfusion.kernels.attention.plan import plan_backward
 from transfusion.kernels.dispatch import new_like
 from transfusion.kernels.launching import launch
+from transfusion.kernels.mask_tiles.reference import WIDTH
 
 
 @triton.jit
@@ -244,7 +245,7 @@ def _backward_key(
         backward_key_kernel, lines * batch * kv_heads,
         q, k, v, grad_out, lse, delta, dk, dv, intervals, tiles,
         *(stride for tensor in (q, k, v, grad_out, dk, dv) for stride in tensor.stride()[:3]),
-        *row_strides(intervals, tiles), tiles.stride(1), kv_heads, heads // kv_heads, num_queries, num_keys, scale,
+        *row_strides(intervals, tiles), WIDTH, kv_heads, heads // kv_heads, num_queries, num_keys, scale,
         **launch_options(chosen, head_dim, q.dtype),
     )  # fmt: skip
 
@@ -265,14 +266,14 @@ def _backward_query(
         backward_query_kernel, lines * batch * heads,
         q, k, v, grad_out, lse, delta, dq, intervals, tiles,
         *(stride for tensor in (q, k, v, grad_out, dq) for stride in tensor.stride()[:3]),
-        *row_strides(intervals, tiles), tiles.stride(1), heads, heads // kv_heads, num_queries, num_keys, scale,
+        *row_strides(intervals, tiles), WIDTH, heads, heads // kv_heads, num_queries, num_keys, scale,
         **launch_options(chosen, head_dim, q.dtype),
     )  # fmt: skip
 
 
 def _lines(length: int, block: int, tiles: Tensor) -> int:
     count = -(-length // block)
-    assert tiles.shape[1] == count, f"{tiles.shape[1]} lines of tiles, the launch has {count}"
+    assert tiles.shape[1] == count * WIDTH, f"{tiles.shape[1] // WIDTH} lines of tiles, the launch has {count}"
     return count
 
 

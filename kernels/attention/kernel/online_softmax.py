@@ -29,6 +29,7 @@ from transfusion.kernels.attention.kernel.blocks import (
 from transfusion.kernels.attention.plan import plan_forward
 from transfusion.kernels.dispatch import new_like
 from transfusion.kernels.launching import launch
+from transfusion.kernels.mask_tiles.reference import WIDTH
 
 _HELD = 8192  # numbers of the parts that `combine_kernel` holds at once: 64 of a thread
 
@@ -188,7 +189,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, tiles: Tensor, s
     chosen, packed, blocks, splits = plan_forward(
         q.device, q.dtype, batch, heads, kv_heads, num_queries, num_keys, head_dim
     )
-    assert tiles.shape[1] == (1 if packed > 1 else blocks), f"{tiles.shape[1]} lines of tiles for {blocks} blocks"
+    lines = tiles.shape[1] // WIDTH
+    assert lines == (1 if packed > 1 else blocks), f"{lines} lines of tiles for {blocks} blocks"
     scale = softmax_scale(scale, q.dtype)
     if chosen.specialised:
         from transfusion.kernels.attention.kernel import warp_specialised  # Gluon: loaded where a table asks for it
@@ -203,7 +205,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, tiles: Tensor, s
         forward_kernel, blocks * batch * heads // packed * splits,
         q, k, v, parts, part_lse, intervals, tiles,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *parts.stride()[:3],
-        *row_strides(intervals, tiles), 0 if packed > 1 else tiles.stride(1),
+        *row_strides(intervals, tiles), 0 if packed > 1 else WIDTH,
         batch, heads, heads // kv_heads, packed, num_queries, num_keys, scale, splits,
         PACKED=packed > 1, SPLIT=splits > 1, **launch_options(chosen, head_dim, q.dtype),
     )  # fmt: skip

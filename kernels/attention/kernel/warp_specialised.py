@@ -47,6 +47,7 @@ from transfusion.kernels.attention.kernel.specialised_blocks import (
     told,
 )
 from transfusion.kernels.launching import launch
+from transfusion.kernels.mask_tiles.reference import WIDTH
 
 
 @gluon.jit
@@ -312,13 +313,13 @@ def forward(
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     heads_of_a_section = SECTION_BYTES * (heads // kv_heads) // (4 * num_keys * head_dim)
-    programs = min(tiles.shape[1] * batch * heads, tuning.processors(q.device))
+    programs = min(tiles.shape[1] // WIDTH * batch * heads, tuning.processors(q.device))
     launch(
         specialised_forward_kernel, programs,
         describe(q, chosen.block_q), *(describe(tensor, chosen.block_k) for tensor in (k, v)),
         describe_numbers(intervals.flatten(1), 2 * chosen.block_k),
         out, lse, tiles, no_items(q.device), *out.stride()[:3], int(intervals.shape[0] > 1),
-        row_strides(intervals, tiles)[1], tiles.stride(1),
+        row_strides(intervals, tiles)[1], WIDTH,
         batch, heads, heads // kv_heads, num_queries, scale, max(1, heads_of_a_section),
         **constexprs(chosen, head_dim), num_warps=4,
     )  # fmt: skip

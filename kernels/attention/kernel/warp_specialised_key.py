@@ -36,6 +36,7 @@ from transfusion.kernels.attention.kernel.specialised_blocks import (
     told,
 )
 from transfusion.kernels.launching import launch
+from transfusion.kernels.mask_tiles.reference import WIDTH
 
 
 @gluon.jit
@@ -170,14 +171,14 @@ def backward_key(
     kv_heads, num_keys = k.shape[1:3]
     group = heads // kv_heads
     heads_of_a_section = SECTION_BYTES // (4 * num_queries * head_dim * group)
-    programs = min(tiles.shape[1] * batch * kv_heads, tuning.processors(q.device))
+    programs = min(tiles.shape[1] // WIDTH * batch * kv_heads, tuning.processors(q.device))
     launch(
         specialised_key_kernel, programs,
         *(describe(tensor, chosen.block_k) for tensor in (k, v)),
         *(describe(tensor, chosen.block_q) for tensor in (q, grad_out)),
         *(describe_numbers(tensor, chosen.block_q) for tensor in (lse, delta)),
         dk, dv, intervals, tiles, no_items(q.device), *dk.stride()[:3], *dv.stride()[:3],
-        *row_strides(intervals, tiles), tiles.stride(1),
+        *row_strides(intervals, tiles), WIDTH,
         batch, kv_heads, group, num_keys, scale, max(1, heads_of_a_section),
         **constexprs(chosen, head_dim), num_warps=4,
     )  # fmt: skip
