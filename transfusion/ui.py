@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from transfusion.data.optional import require
+from transfusion.optional import require
 
 if TYPE_CHECKING:
     from transfusion.generation import TransfusionPipeline

@@ -13,7 +13,7 @@ FOREIGN = re.compile(r"(?<![\w./-])/(?:work|home|root|Users)/|\.\./shared|\bdesi
 # A module may import its own layer and those before it. What is not named here (cli, demo, ...) is the last layer.
 LAYERS = (
     {"kernels"},
-    {"sequence", "diffusion", "data", "config", "files", "presets", "recipes"},
+    {"sequence", "diffusion", "data", "config", "files", "optional", "presets", "recipes"},
     {"model"},
     {"training", "generation", "evaluation"},
 )

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from transfusion.data.optional import require
+from transfusion.optional import require
 
 
 class Autoencoder(Protocol):

@@ -19,8 +19,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from transfusion.data.optional import require
 from transfusion.data.sources import CaptionedImage, Skipped, Split, held_out, in_split
+from transfusion.optional import require
 
 logger = logging.getLogger(__name__)
 

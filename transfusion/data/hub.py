@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from transfusion.data.optional import require
 from transfusion.data.sources import (
     CaptionedImage,
     EmptySplitError,
@@ -26,6 +25,7 @@ from transfusion.data.sources import (
     is_unicode,
 )
 from transfusion.data.streams import SkipLog, belongs, identity_of
+from transfusion.optional import require
 
 _OPTIONS = ("split", "image", "source_image", "caption", "text", "config")
 

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from transfusion.data.optional import require
+from transfusion.optional import require
 
 if TYPE_CHECKING:
     from PIL import Image

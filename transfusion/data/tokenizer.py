@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transfusion.data.optional import require
 from transfusion.data.sources import is_unicode
 from transfusion.files import write_whole
+from transfusion.optional import require
 from transfusion.sequence import SpecialTokens
 
 _SPECIAL = SpecialTokens()

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transfusion.data.optional import require
+from transfusion.optional import require
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 
-from transfusion.data.optional import require
 from transfusion.diffusion.schedule import NoiseSchedule, Path, cosine_path
+from transfusion.optional import require
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 OnStepEnd = Callable[[int, Tensor, Tensor], Tensor]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from transfusion.data.optional import require
 from transfusion.data.sources import decoding, upright_rgb
 from transfusion.data.transforms import to_image, to_tensor, window
+from transfusion.optional import require
 
 if TYPE_CHECKING:
     from PIL import Image

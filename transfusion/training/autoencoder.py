@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from transfusion.config import check_finite
-from transfusion.data.optional import require
 from transfusion.data.packing import seeded
 from transfusion.data.sources import ImageSource, SampleError
 from transfusion.data.transforms import check_image_size, to_tensor
@@ -31,6 +30,7 @@ from transfusion.evaluation.distances import load_features
 from transfusion.evaluation.sheets import contact_sheet
 from transfusion.files import write_whole
 from transfusion.kernels.transfer import moved
+from transfusion.optional import require
 from transfusion.training.checkpoint import Checkpoints
 from transfusion.training.metrics import JsonLines
 from transfusion.training.optimizer import (
