@@ -16,7 +16,7 @@ TILES = sorted({launch[:2] for *_, launch in tuning.launches("sm_90", "attention
 def lines(tiles: Tensor) -> list[list[int]]:
     """What each line says: its header, and the runs that the header counts."""
     result = []
-    for line in tiles.flatten(0, 1).tolist():
+    for line in tiles.view(-1, reference.WIDTH).tolist():
         masked, full = line[:2]
         header, runs = reference.HEADER, 2 * reference.RUNS
         result.append(line[:header] + line[header:][: 2 * masked] + line[header + runs :][: 2 * full])
