@@ -6,8 +6,10 @@ from the start of j's image, to the end of j's document. So the whole mask is tw
 """
 
 import operator
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,10 +79,11 @@ class IntervalMask:
         images = [_span(each) for each in images]
         _check_documents(length, lengths)
         device = torch.get_default_device() if device is None else device
-        ends = torch.tensor(lengths, dtype=torch.int64, device="cpu").cumsum(0)
+        ends = list(accumulate(lengths))
+        _check_spans(length, images, ends)
         start = torch.arange(length, device="cpu")
-        end = torch.repeat_interleave(ends, torch.tensor(lengths, dtype=torch.int64, device="cpu"))
-        _check_spans(length, images, end.tolist())
+        end, each = (torch.tensor(numbers, dtype=torch.int64, device="cpu") for numbers in (ends, lengths))
+        end = torch.repeat_interleave(end, each, output_size=length)
         for first, last in images:
             start[first:last] = first
         for given in hidden_images:
@@ -396,7 +399,7 @@ def _check_documents(length: int, lengths: list[int]) -> None:
         raise ValueError(f"documents of lengths {lengths} add up to {sum(lengths)}, not to the row's length {length}")
 
 
-def _check_spans(length: int, images: Sequence[Span], document_end: list[int]) -> None:
+def _check_spans(length: int, images: Sequence[Span], ends: list[int]) -> None:
     previous = (0, 0)
     for span in sorted(images):
         first, last = span
@@ -406,6 +409,7 @@ def _check_spans(length: int, images: Sequence[Span], document_end: list[int]) -
             raise ValueError(f"image span {span} is out of range for a row of {length} tokens")
         if first < previous[1]:
             raise ValueError(f"image spans {previous} and {span} overlap")
-        if document_end[first] < last:
-            raise ValueError(f"image span {span} crosses the end of its document at {document_end[first]}")
+        end = ends[bisect_right(ends, first)]
+        if end < last:
+            raise ValueError(f"image span {span} crosses the end of its document at {end}")
         previous = span

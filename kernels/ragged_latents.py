@@ -161,8 +161,9 @@ def _layout(sizes: Sequence[tuple[int, int]], channels: int, device: torch.devic
     _, block = tile_shape(channels)
     count = (pixels + block - 1) // block
     first_tile = count.cumsum(0) - count
-    image = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), count)
-    start = (torch.arange(image.numel(), device="cpu") - first_tile[image]) * block
+    total = sum(-(-height * width // block) for height, width in sizes)
+    image = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), count, output_size=total)
+    start = (torch.arange(total, device="cpu") - first_tile[image]) * block
     planes = torch.stack([pixels.cumsum(0) - pixels, pixels, width, first_tile], dim=1)
     tiles = torch.stack([image, start], dim=1).to(torch.int32)
     alignment = math.gcd(16, *(height * width for height, width in sizes))

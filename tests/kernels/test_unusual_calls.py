@@ -71,6 +71,21 @@ def test_fake_and_meta_tensors() -> None:
         assert transfusion_attention(q, q, q, IntervalMask.causal(24, "meta"), impl=impl).is_meta
 
 
+def test_makers_of_fake_tensors() -> None:
+    """The sizes that real ones have, for Python's numbers decide them."""
+
+    def made() -> tuple[torch.Size, ...]:
+        mask = IntervalMask.stack([IntervalMask.from_spans(30, [(2, 5), (9, 20)], [8, 22], hidden_images=[1])] * 2)
+        ragged = RaggedLatents.pack([torch.randn(3, 4, 4), torch.randn(3, 40, 40)])
+        tensors = mask.intervals, mask.to_block_mask(16).kv_indices, *ragged.layout[:2], ragged.values
+        assert all(isinstance(t, FakeTensor) == interval_mask.is_traced() for t in tensors)
+        return tuple(t.shape for t in tensors)
+
+    with FakeTensorMode():
+        stand_ins = made()
+    assert stand_ins == made()
+
+
 def test_a_graph_of_symbolic_sizes() -> None:
     compiled = torch.compile(transfusion_attention, backend="eager", dynamic=True, fullgraph=True)
     for heads, length in ((2, 24), (4, 31)):
