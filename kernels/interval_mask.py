@@ -6,8 +6,10 @@ from the start of j's image, to the end of j's document. So the whole mask is tw
 """
 
 import operator
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,14 +17,14 @@ from torch import Tensor
 
 from transfusion.kernels.mask_tiles.op import key_tiles, query_tiles
 from transfusion.kernels.mask_tiles.reference import FULL, MASKED, tile_kinds
-from transfusion.kernels.registry import check_tensor
+from transfusion.kernels.registry import check_tensor, whole
 from transfusion.kernels.transfer import moved
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Span = tuple[int, int]
-_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class IntervalMask:
@@ -34,7 +36,7 @@ class IntervalMask:
     """
 
     def __init__(self, query_start: Tensor, query_end: Tensor, num_queries: int) -> None:
-        num_queries = _whole("num_queries", num_queries)
+        num_queries = whole("num_queries", num_queries, 0)
         _check_vectors(query_start, query_end, num_queries)
         start, end = query_start.clamp(min=0), query_end.clamp(max=num_queries)
         empty = end <= start
@@ -70,21 +72,20 @@ class IntervalMask:
         Raises `ValueError` naming a span that overlaps, is empty, out of range, or crosses a document's end. Not for
         the inside of a compiled function, where `from_ids` is.
         """
-        length = _whole("length", length)
-        if not length:
-            raise ValueError("length=0: a row holds at least one token")
-        lengths = [length] if documents is None else [_whole("the length of a document", each) for each in documents]
+        length = whole("length", length, 1)
+        lengths = [length] if documents is None else [whole("a document's length", each) for each in documents]
         images = [_span(each) for each in images]
         _check_documents(length, lengths)
         device = torch.get_default_device() if device is None else device
-        ends = torch.tensor(lengths, dtype=torch.int64, device="cpu").cumsum(0)
+        ends = list(accumulate(lengths))
+        _check_spans(length, images, ends)
         start = torch.arange(length, device="cpu")
-        end = torch.repeat_interleave(ends, torch.tensor(lengths, dtype=torch.int64, device="cpu"))
-        _check_spans(length, images, end.tolist())
+        end, each = (torch.tensor(numbers, dtype=torch.int64, device="cpu") for numbers in (ends, lengths))
+        end = torch.repeat_interleave(end, each, output_size=length)
         for first, last in images:
             start[first:last] = first
         for given in hidden_images:
-            index = _whole("an index in hidden_images", given)
+            index = whole("an index in hidden_images", given)
             if isinstance(given, bool) or not 0 <= index < len(images):
                 raise ValueError(f"hidden_images: {index} is no index into the {len(images)} images")
             first, last = images[index]
@@ -99,10 +100,11 @@ class IntervalMask:
         int: equal ids side by side are one document (default: the row). hidden (B, N) bool: tokens of images
         that nothing outside themselves may see.
         """
-        check_tensor("image_ids", image_ids, " (B, N) of integers")
-        for name, tensor in (("image_ids", image_ids), ("document_ids", document_ids)):
-            if tensor is not None and tensor.dtype not in _INTEGERS:
-                raise TypeError(f"{name} must be integers, got {tensor.dtype}")
+        _check_kind("image_ids", image_ids, "(B, N) of integers", _INTEGERS)
+        if document_ids is not None:
+            _check_kind("document_ids", document_ids, "(B, N) of integers", _INTEGERS)
+        if hidden is not None:
+            _check_kind("hidden", hidden, "(B, N) of bools, True for tokens of hidden images", (torch.bool,))
         if image_ids.ndim != 2:
             raise ValueError(f"image_ids must be (B, N), got {tuple(image_ids.shape)}; one row is image_ids[None]")
         for name, tensor in (("document_ids", document_ids), ("hidden", hidden)):
@@ -114,8 +116,6 @@ class IntervalMask:
                 )
         if not image_ids.numel():
             raise ValueError(f"image_ids of shape {tuple(image_ids.shape)} hold no token; give at least one row of one")
-        if hidden is not None and hidden.dtype != torch.bool:
-            raise TypeError(f"hidden must be bool, True for tokens of hidden images, got {hidden.dtype}")
         documents = torch.zeros_like(image_ids) if document_ids is None else document_ids
         new_document = _changes(documents)
         new_run = _changes(image_ids) | new_document
@@ -129,21 +129,21 @@ class IntervalMask:
     @staticmethod
     def causal(length: int, device: torch.device | str | None = None) -> "IntervalMask":
         """Query i sees keys 0..i."""
-        length = _whole("length", length)
+        length = whole("length", length, 0)
         index = torch.arange(length, device=device)[None]
         return IntervalMask(index, torch.full_like(index, length), length)
 
     @staticmethod
     def full(num_queries: int, num_keys: int, device: torch.device | str | None = None) -> "IntervalMask":
         """Every query sees every key."""
-        num_queries, num_keys = _whole("num_queries", num_queries), _whole("num_keys", num_keys)
+        num_queries, num_keys = whole("num_queries", num_queries, 0), whole("num_keys", num_keys, 0)
         zero = torch.zeros(1, num_keys, dtype=torch.int64, device=device)
         return IntervalMask(zero, zero + num_queries, num_queries)
 
     @staticmethod
     def prefix_lm(length: int, prefix: int, device: torch.device | str | None = None) -> "IntervalMask":
         """Bidirectional over the first `prefix` tokens, causal after."""
-        length, prefix = _whole("length", length), _whole("prefix", prefix)
+        length, prefix = whole("length", length, 0), whole("prefix", prefix, 0)
         if not 0 <= prefix <= length:
             raise ValueError(f"prefix must be within 0..{length}, got {prefix}")
         index = torch.arange(length, device=device)[None]
@@ -152,9 +152,7 @@ class IntervalMask:
     @staticmethod
     def sliding_window(length: int, window: int, device: torch.device | str | None = None) -> "IntervalMask":
         """Query i sees keys i - window + 1 .. i."""
-        length, window = _whole("length", length), _whole("window", window)
-        if window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
+        length, window = whole("length", length, 0), whole("window", window, 1)
         index = torch.arange(length, device=device)[None]
         return IntervalMask(index, index + min(window, length), length)
 
@@ -167,9 +165,8 @@ class IntervalMask:
         prefix_lengths[b] + i as new token i, the rest by none. Needs 0 <= prefix_lengths[b] <= M - N, which is not
         looked at: the host would wait for the device.
         """
-        check_tensor("prefix_lengths", prefix_lengths, " (B,) of integers")
-        if prefix_lengths.is_floating_point() or prefix_lengths.dtype == torch.bool:
-            raise TypeError(f"prefix_lengths must be integers, got {prefix_lengths.dtype}")
+        check_mask("new", new)
+        _check_kind("prefix_lengths", prefix_lengths, "(B,) of integers", _INTEGERS)
         if prefix_lengths.ndim != 1:
             raise ValueError(f"prefix_lengths must be (B,), got shape {tuple(prefix_lengths.shape)}")
         if new.batch_size != 1 and new.batch_size != prefix_lengths.shape[0]:  # see attention/op.py
@@ -180,7 +177,7 @@ class IntervalMask:
             raise ValueError(f"prefix_lengths are on {prefix_lengths.device}, the mask on {new.device}; use .to(...)")
         if new.num_queries != new.num_keys:
             raise ValueError(f"new={new} must be a mask of new tokens among themselves, as many keys as queries")
-        num_keys = _whole("num_keys", num_keys)
+        num_keys = whole("num_keys", num_keys, 0)
         if num_keys < new.num_queries:
             raise ValueError(f"a cache of num_keys={num_keys} has no room for {new.num_queries} new tokens")
         key = torch.arange(num_keys, device=new.query_start.device)[None]
@@ -202,6 +199,8 @@ class IntervalMask:
     def stack(masks: Iterable["IntervalMask"]) -> "IntervalMask":
         """The rows of several masks of one size as one batch."""
         masks = list(masks)
+        for mask in masks:
+            check_mask("each of masks", mask)
         if not masks:
             raise ValueError("stack needs at least one mask, got none")
         # compared one by one: a set would fix symbolic sizes in a graph
@@ -266,19 +265,22 @@ class IntervalMask:
         See `transfusion.kernels.mask_tiles.reference`. What is in no run is empty.
         """
         return self.once(
-            ("query_tiles", block_q, block_k), lambda: query_tiles(self.intervals, self.num_queries, block_q, block_k)
+            ("query_tiles", block_q, block_k),
+            lambda: query_tiles(self.intervals, self.num_queries, *_sides(block_q, block_k)),
         )
 
     def key_tiles(self, block_k: int, block_q: int) -> Tensor:
         """(B or 1, ceil(M / block_k)·WIDTH) int32: the same for each key tile, in query tiles."""
         return self.once(
-            ("key_tiles", block_k, block_q), lambda: key_tiles(self.intervals, self.num_queries, block_q, block_k)
+            ("key_tiles", block_k, block_q),
+            lambda: key_tiles(self.intervals, self.num_queries, *_sides(block_q, block_k)),
         )
 
     def to_block_mask(self, block_size: int = 128) -> "BlockMask":
         """The same mask for FlexAttention, from tile extremes: no dense mask, no element evaluated."""
         from torch.nn.attention.flex_attention import BlockMask
 
+        block_size = whole("block_size", block_size, 1)
         kinds = tile_kinds(self.intervals, self.num_queries, block_size, block_size)
         start, end, rows = self.query_start.contiguous(), self.query_end.contiguous(), self.batch_size
 
@@ -350,16 +352,21 @@ def _run_end(begins: Tensor, index: Tensor) -> Tensor:
     return following.flip(1).cummin(1).values.flip(1)
 
 
-def _whole(name: str, number: Any) -> int:
-    """A number of tokens, of a graph's symbolic sizes too, which `operator.index` would fix."""
-    if not isinstance(number, (int, torch.SymInt)):
-        try:
-            number = operator.index(number)
-        except TypeError:
-            raise TypeError(f"{name} must be a whole number, got {number!r}") from None
-    if number < 0:
-        raise ValueError(f"{name} must not be negative, got {number}")
-    return number
+def _check_kind(name: str, value: Tensor, wanted: str, dtypes: Sequence[torch.dtype]) -> None:
+    check_tensor(name, value, f" {wanted}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {wanted}, got {value.dtype}; use .to({dtypes[-1]})")
+
+
+def check_mask(name: str, value: object) -> None:
+    """Raises `TypeError` unless `value` is an `IntervalMask`."""
+    if not isinstance(value, IntervalMask):
+        raise TypeError(f"{name} must be an IntervalMask, got {type(value).__name__}")
+
+
+def _sides(block_q: int, block_k: int) -> tuple[int, int]:
+    """Of a tile."""
+    return whole("block_q", block_q, 1), whole("block_k", block_k, 1)
 
 
 def _span(span: Any) -> Span:
@@ -396,7 +403,7 @@ def _check_documents(length: int, lengths: list[int]) -> None:
         raise ValueError(f"documents of lengths {lengths} add up to {sum(lengths)}, not to the row's length {length}")
 
 
-def _check_spans(length: int, images: Sequence[Span], document_end: list[int]) -> None:
+def _check_spans(length: int, images: Sequence[Span], ends: list[int]) -> None:
     previous = (0, 0)
     for span in sorted(images):
         first, last = span
@@ -406,6 +413,7 @@ def _check_spans(length: int, images: Sequence[Span], document_end: list[int]) -
             raise ValueError(f"image span {span} is out of range for a row of {length} tokens")
         if first < previous[1]:
             raise ValueError(f"image spans {previous} and {span} overlap")
-        if document_end[first] < last:
-            raise ValueError(f"image span {span} crosses the end of its document at {document_end[first]}")
+        end = ends[bisect_right(ends, first)]
+        if end < last:
+            raise ValueError(f"image span {span} crosses the end of its document at {end}")
         previous = span

@@ -6,15 +6,14 @@ tensor, flat; element e has the same noise in both forms.
 """
 
 import math
-import operator
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from transfusion.kernels.registry import check_tensor
+from transfusion.kernels.registry import check_tensor, whole
 from transfusion.kernels.transfer import moved
 
 TILE_ELEMENTS = 2048
@@ -57,14 +56,13 @@ class RaggedLatents:
 
     Raises:
         ValueError: an empty image, or values of another length.
-        TypeError: values that are not floating point.
+        TypeError: values that are not a floating point tensor, sizes that are no pairs.
     """
 
     def __init__(self, values: Tensor, channels: int, sizes: Sequence[tuple[int, int]]) -> None:
-        channels = operator.index(channels)
-        sizes = tuple((operator.index(height), operator.index(width)) for height, width in sizes)
-        if channels < 1:
-            raise ValueError(f"channels={channels} must be at least 1")
+        check_tensor("values", values, " of all elements, one after the other")
+        channels = whole("channels", channels, 1)
+        sizes = tuple(_sides(size) for size in sizes)
         for height, width in sizes:
             if height < 1 or width < 1:
                 raise ValueError(f"an image of {channels} channels and {height}x{width} pixels has no elements")
@@ -150,6 +148,14 @@ class RaggedLatents:
         return other
 
 
+def _sides(size: Any) -> tuple[int, int]:
+    try:
+        height, width = size
+    except (TypeError, ValueError):
+        raise TypeError(f"sizes must be pairs (height, width), one for each image, got {size!r}") from None
+    return whole("height", height), whole("width", width)
+
+
 def _check_floating(values: Tensor) -> None:
     if not values.dtype.is_floating_point:
         raise TypeError(f"values must be floating point, got {values.dtype}")
@@ -161,8 +167,9 @@ def _layout(sizes: Sequence[tuple[int, int]], channels: int, device: torch.devic
     _, block = tile_shape(channels)
     count = (pixels + block - 1) // block
     first_tile = count.cumsum(0) - count
-    image = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), count)
-    start = (torch.arange(image.numel(), device="cpu") - first_tile[image]) * block
+    total = sum(-(-height * width // block) for height, width in sizes)
+    image = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), count, output_size=total)
+    start = (torch.arange(total, device="cpu") - first_tile[image]) * block
     planes = torch.stack([pixels.cumsum(0) - pixels, pixels, width, first_tile], dim=1)
     tiles = torch.stack([image, start], dim=1).to(torch.int32)
     alignment = math.gcd(16, *(height * width for height, width in sizes))

@@ -10,6 +10,7 @@ This module imports neither triton nor a backend; backends load on first use.
 
 import importlib
 import importlib.util
+import operator
 import os
 import warnings
 from collections.abc import Callable
@@ -113,7 +114,7 @@ def choose(op: Op, impl: str, **call: Any) -> str:
     """
     if impl == "auto":
         return _choose_auto(op, **call)
-    if impl not in op.implementations:
+    if not isinstance(impl, str) or impl not in op.implementations:
         names = ", ".join(repr(name) for name in ("auto", *op.implementations))
         raise ValueError(f"{op.name}: impl={impl!r} is unknown; choose one of {names}")
     reasons = why_not(op, impl, **call)
@@ -155,6 +156,21 @@ def check_tensor(name: str, value: object, wanted: str = "") -> None:
     if not isinstance(value, Tensor):
         kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
         raise TypeError(f"{name} must be a tensor{wanted}, got {kind}; make one with torch.as_tensor(...)")
+
+
+def whole(name: str, given: Any, least: int | None = None) -> int:
+    """`given` as an int, or a graph's symbolic size as it is, which `operator.index` would fix.
+
+    Raises `TypeError` for what is no whole number, `ValueError` for one below `least`.
+    """
+    if not isinstance(given, (int, torch.SymInt)):
+        try:
+            given = operator.index(given)
+        except TypeError:
+            raise TypeError(f"{name}={given!r} must be a whole number, got {type(given).__name__}") from None
+    if least is not None and given < least:
+        raise ValueError(f"{name}={given} must be at least {least}")
+    return given
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from transfusion.diffusion.times import TimeSampling
 from transfusion.kernels import IntervalMask, RaggedLatents
@@ -162,7 +163,7 @@ class _Row:
 
 
 def _segments(document: Document) -> Document:
-    """The document. Raises `TypeError` for what is none."""
+    """The document. Raises `TypeError` for what is none, `ValueError` for words without numbers."""
     if isinstance(document, Text | Image | Tensor) or not isinstance(document, Sequence):
         raise TypeError(
             f"a document must be a tuple of Text and Image segments, got {type(document).__name__}; "
@@ -172,6 +173,11 @@ def _segments(document: Document) -> Document:
         held = segment.token_ids if isinstance(segment, Text) else getattr(segment, "latent", None)
         if not isinstance(held, Tensor):
             raise TypeError(f"a segment must be a Text or an Image of a tensor, got {segment!r}")
+        if isinstance(segment, Text) and (held.is_meta or isinstance(held, FakeTensor)):
+            raise ValueError(
+                f"token_ids={held} have no numbers to pack: make them, or the whole batch, before FakeTensorMode is "
+                "entered (with allow_non_fake_inputs=True) or torch.device('meta') is the default"
+            )
     return document
 
 
@@ -187,7 +193,7 @@ def collate(
 
     Times are drawn as `sampling` says, each within its image's limit, from `generator`: the batch is a pure function of
     its arguments and the generator's state. Raises `ValueError` where a row overflows, or where latents differ in
-    their number of channels, `TypeError` for what is no document.
+    their number of channels, or token ids have no numbers (fake, meta), `TypeError` for what is no document.
     """
     packed = []
     for documents in rows:
@@ -210,7 +216,7 @@ def collate(
             [IntervalMask.from_spans(length, row.spans, row.documents, device="cpu") for row in packed]
         ),
         image_rows=torch.tensor(image_rows, dtype=torch.int64, device="cpu"),
-        token_image=torch.repeat_interleave(counts),
+        token_image=torch.repeat_interleave(counts, output_size=len(image_rows)),
         text_rows=text_index,
         text_targets=flat_ids.flatten()[text_index + 1],
         latents=_latents([image.latent for image in images], patch_size),

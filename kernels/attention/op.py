@@ -12,7 +12,7 @@ from torch import Tensor
 from transfusion.kernels.attention import torch_paths
 from transfusion.kernels.attention.plan import launch_backward, launch_forward
 from transfusion.kernels.dispatch import autocast_dtype, define, new_like
-from transfusion.kernels.interval_mask import IntervalMask
+from transfusion.kernels.interval_mask import IntervalMask, check_mask
 from transfusion.kernels.registry import (
     Implementation,
     Op,
@@ -137,10 +137,9 @@ def transfusion_attention(
     name = choose(OP, impl, device=q.device, dtype=q.dtype, **call)
     if name in ("sdpa", "flex"):
         return (torch_paths.sdpa if name == "sdpa" else torch_paths.flex)(q, k, v, mask, scale)
-    if name == "triton":
-        q, k, v = (_readable(t) for t in (q, k, v))
     tiles: tuple[Tensor | None, ...] = (None, None, None)
     if name == "triton":
+        q, k, v = (_readable(t) for t in (q, k, v))
         tiles = _make_tiles(mask, q.dtype, max(q.shape[1] // k.shape[1], 1), q.shape[3], needs_grad)
     out, lse = _attention(q, k, v, mask.intervals, *tiles, scale, name)
     return (out, lse) if return_lse else out
@@ -167,9 +166,11 @@ def prepare_attention(
     The first call makes it anyway, but a layer that is compiled and checkpointed may only read it: torch.compile takes
     no change from inside `torch.utils.checkpoint`; and a compiled function that meets one mask twice is compiled twice,
     once to make it and once to read it. needs_grad: make tiles of the backward too; by default where
-    gradients are enabled. dtype is that of q; under autocast, autocast's. Raises as `transfusion_attention` does where
-    `impl` cannot run.
+    gradients are enabled. dtype is that of q; under autocast, autocast's. Raises as `transfusion_attention` does of
+    such a call.
     """
+    _check_heads(dtype, heads, kv_heads, head_dim)
+    _check_mask(mask, batch)
     if dtype != torch.float64:
         dtype = autocast_dtype(mask.device) or dtype
     needs_grad = torch.is_grad_enabled() if needs_grad is None else needs_grad
@@ -199,38 +200,42 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be (B, H, N, D), got shape {tuple(tensor.shape)}")
-        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
-            raise TypeError(f"{name} must be floating point of 16, 32 or 64 bits, got {tensor.dtype}")
         if tensor.dtype != q.dtype:
             raise TypeError(f"q, k and v must share one dtype, got q {q.dtype} and {name} {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"q is on {q.device}, {name} on {tensor.device}")
     batch, heads, num_queries, head_dim = q.shape
-    if head_dim == 0:
-        raise ValueError(f"q of shape {tuple(q.shape)} has no head dimension; give at least one lane")
+    _check_heads(q.dtype, heads, k.shape[1], head_dim)
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
     if k.shape[0] != batch or k.shape[3] != head_dim:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head dimension")
-    if k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(f"{heads} query heads are not a multiple of {k.shape[1]} key heads")
-    _check_mask(mask, batch, num_queries, k.shape[2], q.device)
-
-
-def _check_mask(mask: IntervalMask, batch: int, num_queries: int, num_keys: int, device: torch.device) -> None:
-    if not isinstance(mask, IntervalMask):
-        raise TypeError(f"mask must be an IntervalMask, got {type(mask).__name__}")
+    _check_mask(mask, batch)
+    num_keys, device = k.shape[2], q.device
     if (mask.num_queries, mask.num_keys) != (num_queries, num_keys):
         raise ValueError(
             f"the mask is {mask.num_queries} queries by {mask.num_keys} keys, q and k are {num_queries} by {num_keys}; "
             "they are (B, H, N, D) and (B, H_kv, M, D): tokens come third"
         )
+    if mask.device != device:
+        raise ValueError(f"q is on {device}, the mask on {mask.device}; move it with mask.to(device)")
+
+
+def _check_heads(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise TypeError(f"q must be floating point of 16, 32 or 64 bits, got {dtype}")
+    if head_dim < 1:
+        raise ValueError(f"q has no head dimension: head_dim={head_dim}; give at least one lane")
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
+
+
+def _check_mask(mask: IntervalMask, batch: int) -> None:
+    check_mask("mask", mask)
     if mask.batch_size != 1 and mask.batch_size != batch:  # `in` is wrong of symbolic sizes
         raise ValueError(
             f"the mask has {mask.batch_size} rows for a batch of {batch}; give one for each, or one for all"
         )
-    if mask.device != device:
-        raise ValueError(f"q is on {device}, the mask on {mask.device}; move it with mask.to(device)")
 
 
 # -------------------------------------------------------------------- registration

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from transfusion.kernels.denoise_step.op import denoise_step
+from transfusion.kernels.image_contract import Latents, unwrap
 from transfusion.kernels.patchify_noise.check import (
     SHAPES,
     Shape,
@@ -23,7 +24,6 @@ from transfusion.kernels.patchify_noise.check import (
     shape_name,
     tokens_shape,
 )
-from transfusion.kernels.patchify_noise.contract import Latents, unwrap
 from transfusion.kernels.testing import Verdict, judge
 
 # guided and clipped with noise given, guided with noise from a seed, neither.

@@ -5,7 +5,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from transfusion.kernels.patchify_noise.contract import (
+from transfusion.kernels.image_contract import (
     Latents,
     check_device,
     check_latents,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from transfusion.kernels.diffusion_loss import reference
 from transfusion.kernels.diffusion_loss.op import diffusion_loss
+from transfusion.kernels.image_contract import Latents, unwrap
 from transfusion.kernels.patchify_noise.check import (
     SHAPES,
     SOURCES,
@@ -26,7 +27,6 @@ from transfusion.kernels.patchify_noise.check import (
     shape_name,
     tokens_shape,
 )
-from transfusion.kernels.patchify_noise.contract import Latents, unwrap
 from transfusion.kernels.patchify_noise.op import patchify_noise
 from transfusion.kernels.ragged_latents import RaggedLatents
 from transfusion.kernels.testing import Verdict, judge

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from transfusion.kernels.image_contract import Latents, unwrap
 from transfusion.kernels.patchify_noise import reference
-from transfusion.kernels.patchify_noise.contract import Latents, unwrap
 from transfusion.kernels.patchify_noise.op import patchify_noise
 from transfusion.kernels.ragged_latents import Layout, RaggedLatents
 from transfusion.kernels.testing import Verdict, judge

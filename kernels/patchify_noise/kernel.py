@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from transfusion.kernels.image_contract import token_shape
 from transfusion.kernels.launching import launch
-from transfusion.kernels.patchify_noise.contract import token_shape
 from transfusion.kernels.ragged_latents import Layout, tile_shape
 
 

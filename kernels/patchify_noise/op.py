@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transfusion.kernels.patchify_noise.contract import (
+from transfusion.kernels.image_contract import (
     Latents,
     check_latents,
     check_noise,

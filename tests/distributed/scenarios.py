@@ -14,6 +14,7 @@ from typing import Any
 
 import tiny
 import torch
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from transfusion.config import ModelConfig, UNetConfig
 from transfusion.kernels import RaggedLatents
@@ -310,6 +311,25 @@ def four(world: World, folder: Path) -> dict[str, Any]:
     each.resume()
     read = weights(each)
     return {"step": each.step, "position": each.loader.state_dict(), "read": read, **steps(each, 1)}
+
+
+def gradients(model: Any) -> torch.Tensor:
+    """Of a step's loss, put together from all ranks."""
+    model(tiny.Batches().batch(0)).total.backward()
+    return torch.cat([whole(parameter.grad).flatten() for parameter in model.parameters()])
+
+
+def apart(world: World, folder: Path) -> dict[str, Any]:
+    """Gradients where head and codec are sharded each by itself, and not by `distribute`; all ranks have one batch."""
+    made = {}
+    for config in (tiny.CONFIG, UNET):
+        model = materialized(config)
+        for part in (model.head, model.codec, model):
+            fully_shard(part, mesh=world.mesh)
+        for name in ("encode", "decode"):  # which no call of the module leads to
+            register_fsdp_forward_method(model.codec, name)
+        made[config.codec] = gradients(model)
+    return made
 
 
 def killed_in_a_step(world: World, folder: Path) -> None:

@@ -175,6 +175,17 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_four_in_two_copies(pair: Any, at_f
         check(rank, one, gold)
 
 
+def test_head_and_codec_may_be_sharded_apart(tmp_path: Path) -> None:
+    configs = (scenarios.tiny.CONFIG, scenarios.UNET)
+    one, gold = (
+        {config.codec: scenarios.gradients(scenarios.materialized(config).to(dtype)) for config in configs}
+        for dtype in (torch.float32, torch.float64)
+    )
+    for rank in launch.run("apart", tmp_path, ranks=2):
+        verdicts = {codec: judge(rank[codec], one[codec], gold[codec]) for codec in one}
+        assert all(verdict.passed for verdict in verdicts.values()), verdicts
+
+
 def test_a_mistake_is_told_by_one_rank_and_no_other_is_accused(tmp_path: Path) -> None:
     _, outputs = launch.end("mistaken", tmp_path, ranks=2, timeout=60)
     assert "ValueError: nothing to train on" in outputs[0]

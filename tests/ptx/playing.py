@@ -15,7 +15,7 @@ TABLES = {90: "sm_90", 80: "default"}
 # Modules that look up what launches: a module's attribute of the same name may be a function.
 attention_op = importlib.import_module("transfusion.kernels.attention.op")
 mask_tiles_op = importlib.import_module("transfusion.kernels.mask_tiles.op")
-contract = importlib.import_module("transfusion.kernels.patchify_noise.contract")
+contract = importlib.import_module("transfusion.kernels.image_contract")
 
 
 @contextmanager

@@ -261,7 +261,10 @@ def test_refuses_what_it_cannot_be() -> None:
         NoiseSchedule("sample")
     with pytest.raises(ValueError, match="num_train_timesteps=0"):
         NoiseSchedule(num_train_timesteps=0)
-    for sigma_data in (0.0, -1.0, math.nan):
+    for steps in (1000.5, math.nan, "1000"):
+        with pytest.raises(TypeError, match=f"num_train_timesteps={steps!r} must be a whole number"):
+            NoiseSchedule(num_train_timesteps=steps)
+    for sigma_data in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="sigma_data="):
             NoiseSchedule("trigflow", sigma_data=sigma_data)
     with pytest.raises(TypeError, match=r"time .*torch\.int64"):

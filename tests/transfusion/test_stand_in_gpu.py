@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from transfusion import Transfusion
 from transfusion.diffusion.schedule import NoiseSchedule
-from transfusion.generation import graphs, rows
+from transfusion.generation import graphs
 from transfusion.generation.rows import Denoiser, Rows
 from transfusion.kernels import (
     IntervalMask,
@@ -73,11 +73,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "STRICT", True)
     monkeypatch.setattr(gpus, "_KNOWN", {})
     monkeypatch.setattr(interval_mask, "is_traced", lambda: False)  # masks keep what is made of them, as on a device
-    monkeypatch.setattr(Transfusion, "initialize", lambda self: None)  # which draws its seed on the host
     monkeypatch.setattr(graphs, "is_replayed", lambda device: False)
-    # what is made on the host has numbers there
-    monkeypatch.setattr(rows, "collate", on_host(collate))
-    monkeypatch.setattr(IntervalMask, "from_spans", staticmethod(from_spans))
     try:
         with mode, warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -95,13 +91,6 @@ def on_host(function: Callable[..., T]) -> Callable[..., T]:
             return function(*arguments, **options)
 
     return call
-
-
-_from_spans = on_host(IntervalMask.from_spans)
-
-
-def from_spans(*arguments: object, device: torch.device | str = "cpu", **options: object) -> IntervalMask:
-    return _from_spans(*arguments, device="cpu", **options).to(device)
 
 
 def model(**changes: object) -> Transfusion:

@@ -10,14 +10,14 @@ transformers or text.
 import copy
 import inspect
 import math
-import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from transfusion.diffusion.schedule import NoiseSchedule, Path, cosine_path
+from transfusion.kernels.registry import whole
 from transfusion.optional import require
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -186,9 +186,7 @@ def timesteps(scheduler: Any, schedule: NoiseSchedule, steps: int) -> Tensor:
     Raises `ValueError` where steps is not in 1 .. T, or does not divide T for a scheduler that goes by T // steps, and
     where the timesteps do not go down within those that the network was trained at; `TypeError` for no whole number.
     """
-    if not isinstance(steps, SupportsIndex):
-        raise TypeError(f"steps={steps!r} must be a whole number, got {type(steps).__name__}")
-    steps = operator.index(steps)
+    steps = whole("steps", steps)
     config = getattr(scheduler, "config", {})
     total = config.get("num_train_timesteps", schedule.num_train_timesteps)
     if not 1 <= steps <= total:

@@ -22,6 +22,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from transfusion.kernels.registry import whole
+
 Prediction = Literal["epsilon", "v_prediction", "flow_prediction", "trigflow"]
 Path = Literal["cosine", "flow", "trigflow"]
 
@@ -48,7 +50,8 @@ class NoiseSchedule:
         sigma_data: standard deviation of the latents, which TrigFlow alone scales the noise by; sCM's 0.5.
 
     Raises:
-        ValueError: an unknown prediction, or a number that is not positive.
+        ValueError: an unknown prediction, or a number that is not positive and finite.
+        TypeError: num_train_timesteps that is no whole number.
     """
 
     prediction: Prediction = "epsilon"
@@ -58,10 +61,9 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         if self.prediction not in get_args(Prediction):
             raise ValueError(f"prediction={self.prediction!r} is not one of {', '.join(get_args(Prediction))}")
-        if self.num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps={self.num_train_timesteps} must be at least 1")
-        if not self.sigma_data > 0:
-            raise ValueError(f"sigma_data={self.sigma_data} must be positive")
+        whole("num_train_timesteps", self.num_train_timesteps, 1)
+        if not 0 < self.sigma_data < math.inf:
+            raise ValueError(f"sigma_data={self.sigma_data} must be positive and finite")
 
     @property
     def path(self) -> Path:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from transfusion.diffusion.schedule import NoiseSchedule, cosine_path
 
@@ -94,8 +95,9 @@ def _ends(schedule: NoiseSchedule, timestep: int, previous: int, name: str) -> t
         raise ValueError(f"{name} is of the cosine path; {schedule.prediction!r} is on the {schedule.path} path")
     if not -1 <= previous < timestep < total:
         raise ValueError(f"a step from timestep {timestep} to {previous} is not within {total - 1} .. -1, downwards")
-    alpha, sigma = cosine_path(torch.tensor([timestep, max(previous, 0)], device="cpu"), total, torch.float64)
-    (alpha_now, alpha_previous), (sigma_now, sigma_previous) = alpha.tolist(), sigma.tolist()
+    with unset_fake_temporarily():  # numbers of the host, whatever tensors are stand-ins
+        alpha, sigma = cosine_path(torch.tensor([timestep, max(previous, 0)], device="cpu"), total, torch.float64)
+        (alpha_now, alpha_previous), (sigma_now, sigma_previous) = alpha.tolist(), sigma.tolist()
     if previous < 0:
         alpha_previous, sigma_previous = 1.0, 0.0
     return alpha_now, sigma_now, alpha_previous, sigma_previous

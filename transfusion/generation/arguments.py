@@ -1,19 +1,12 @@
 """Checks of what a user gives, each naming the argument, its value and what is wanted."""
 
-import operator
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def whole(name: str, given: Any) -> int:
-    """`given` as an int. Raises `TypeError` for what is no whole number."""
-    try:
-        return operator.index(given)
-    except TypeError as error:
-        raise TypeError(f"{name}={given!r} must be a whole number, got {type(given).__name__}") from error
+from transfusion.kernels.registry import whole
 
 
 def real(name: str, given: Any) -> float:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from transfusion.data.packing import seeded
 from transfusion.diffusion.sampler import Known, OnStepEnd, Predict, check_scheduler, sample, timesteps
-from transfusion.generation.arguments import function, of_kind, sides, whole
+from transfusion.generation.arguments import function, of_kind, sides
 from transfusion.generation.graphs import is_replayed
 from transfusion.generation.guidance import Guidance
 from transfusion.generation.requests import Generation, Request, check_requests, listed, one_of_each
 from transfusion.generation.rows import Denoiser, Rows, inference
 from transfusion.generation.text import TextSampling, choose
+from transfusion.kernels.registry import whole
 from transfusion.model import Transfusion
 from transfusion.sequence import Document, Image, Text, document_length, image_tokens
 

@@ -22,7 +22,7 @@ from transfusion import config as configs
 from transfusion.data import Autoencoder, DiffusersAutoencoder, PixelAutoencoder, Tokenizer
 from transfusion.data.transforms import check_image_size
 from transfusion.diffusion.sampler import Known, OnStepEnd, can_clip, default_steps, make_scheduler
-from transfusion.generation.arguments import function, of_kind, sides, whole
+from transfusion.generation.arguments import function, of_kind, sides
 from transfusion.generation.guidance import Guidance
 from transfusion.generation.inputs import PipelineOutput, Row, StopStrings, rows_of, seeds_of
 from transfusion.generation.interleaved import OnToken, check_call, generate
@@ -30,6 +30,7 @@ from transfusion.generation.media import check_output_type, from_pixels, to_pixe
 from transfusion.generation.requests import Generation, Request, check_latent_shape
 from transfusion.generation.score import score
 from transfusion.generation.text import TextSampling
+from transfusion.kernels.registry import whole
 from transfusion.model import Transfusion
 from transfusion.model.pretrained import INDEX, WEIGHTS, local_folder
 from transfusion.sequence import Image, Text, document_length

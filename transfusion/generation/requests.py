@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from transfusion.diffusion.sampler import Known
-from transfusion.generation.arguments import check_token_ids, of_kind, real, seed_of_64_bits, whole
+from transfusion.generation.arguments import check_token_ids, of_kind, real, seed_of_64_bits
+from transfusion.kernels.registry import whole
 from transfusion.model import Transfusion
 from transfusion.sequence import Document, Image, Text, document_length, image_tokens
 

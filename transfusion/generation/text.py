@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from transfusion.generation.arguments import real, whole
+from transfusion.generation.arguments import real
+from transfusion.kernels.registry import whole
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ class TimestepEmbedding(nn.Module):
         self.up = nn.Linear(2 * _FREQUENCIES, dim)
         self.down = nn.Linear(dim, dim)
 
-    def forward(self, timestep: Tensor) -> Tensor:
-        """timestep (I,) in thousandths of the path, any number dtype -> (I, dim) in the weights' dtype."""
+    def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """timestep (I,) in thousandths of the path, any number dtype -> (I, dim); `dtype` is what the weights take."""
         exponent = torch.arange(_FREQUENCIES, dtype=torch.float32, device=timestep.device) / _FREQUENCIES
         angle = timestep.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
         features = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        return self.down(nn.functional.silu(self.up(features.to(self.up.weight.dtype))))
+        return self.down(nn.functional.silu(self.up(features.to(dtype))))
 
 
 class LinearCodec(nn.Module):
@@ -44,7 +44,7 @@ class LinearCodec(nn.Module):
 
         Of images that differ in size, (T, P·P·C) and the image (T,) that each is of -> (T, dim).
         """
-        embedded = self.timestep(timestep)
+        embedded = self.timestep(timestep, patches.dtype)
         return self.input(patches + (embedded[:, None] if token_image is None else embedded[token_image]))
 
     def decode(self, hidden: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from transfusion.config import ModelConfig, RopeScaling
 from transfusion.kernels import RaggedLatents
+from transfusion.kernels.registry import refuse_forward_mode
 from transfusion.sequence import Batch
 
 
@@ -91,6 +92,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         real, imaginary = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
         return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1).to(x.dtype)
+    refuse_forward_mode("the model's rotary embedding", x)  # torch would name a Function, and no cure
     turned: Tensor = _Rotation.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin)
     return turned
 

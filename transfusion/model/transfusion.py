@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional
 
 from transfusion.config import ModelConfig
 from transfusion.kernels import RaggedLatents, diffusion_loss, patchify_noise
+from transfusion.kernels.interval_mask import is_traced
 from transfusion.model import initialization, llama, pretrained
 from transfusion.model.image_codec import LinearCodec
 from transfusion.model.linear import Linear, is_no_more_than_its_weight
@@ -36,7 +38,10 @@ class Losses(NamedTuple):
 
 
 class Transfusion(nn.Module):
-    """One transformer with next-token loss on text and diffusion loss on images. Builds on the meta device too."""
+    """One transformer with next-token loss on text and diffusion loss on images.
+
+    Builds on the meta device too, and under torch's `FakeTensorMode`, where a step tells its memory without numbers.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -54,8 +59,10 @@ class Transfusion(nn.Module):
         After `to_empty(device=...)` this makes a model that was built on the meta device. None draws a seed from
         torch's default generator.
         """
-        drawn = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
-        initialization.initialize(self, self.config, drawn)
+        if seed is None:
+            with unset_fake_temporarily():  # of stand-ins too, which have no numbers
+                seed = int(torch.randint(2**62, (), device="cpu"))
+        initialization.initialize(self, self.config, seed)
 
     def forward(self, batch: Batch, impl: str = "auto") -> Losses:
         """The losses of a batch: a pure function of it and of the weights, for its times and noise are in it.
@@ -103,7 +110,7 @@ class Transfusion(nn.Module):
             )
         latents, config, ids = batch.latents, self.config, batch.token_ids
         # a GPU would have to be waited for; it stops at such a token by an assertion of its own
-        if type(ids) is Tensor and ids.device.type == "cpu" and ids.numel():
+        if type(ids) is Tensor and ids.device.type == "cpu" and ids.numel() and not is_traced():
             least, most = ids.aminmax()
             if least < 0 or most >= config.vocab_size:
                 raise ValueError(

@@ -142,7 +142,7 @@ class UNetCodec(nn.Module):
         height, width = sides
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"latents of {height}x{width} do not divide into patches of {self.patch_size} a side")
-        embedded = self.timestep(timestep)
+        embedded = self.timestep(timestep, pixels.dtype)
         x = self.input(pixels.unflatten(1, sides))
         features = [x]
         for layer in self.down:

@@ -1,4 +1,4 @@
-"""What the image-side ops share: their registration, and checks of arguments that name the value and the fix."""
+"""What the ops on images share: their registration, and checks of arguments that name the value and the fix."""
 
 from collections.abc import Callable
 from typing import Any
