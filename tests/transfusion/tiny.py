@@ -3,12 +3,14 @@
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image as Pictures
 
 from transfusion import ModelConfig, Transfusion, cli
+from transfusion.config import UNetConfig
 from transfusion.diffusion.schedule import NoiseSchedule
 from transfusion.sequence import Batch, Document, Image, SpecialTokens, Text, collate
 
@@ -25,6 +27,9 @@ CONFIG = ModelConfig(
 )
 
 
+UNET = replace(CONFIG, codec="unet", unet=UNetConfig(width=16, deep_width=32, blocks=1, head_dim=16))
+
+
 def model(config: ModelConfig = CONFIG, seed: int = 0) -> Transfusion:
     """A freshly initialised model."""
     torch.manual_seed(seed)
@@ -37,6 +42,19 @@ def document(rng: random.Random, with_image: bool = True) -> Document:
     latent = torch.tensor([rng.gauss(0, 1) for _ in range(48)]).view(3, 4, 4)
     image = (Image(latent),) if with_image else ()
     return (Text(words), *image, Text(torch.tensor([2])))
+
+
+def image_batch(patch_size: int = 2, sides: tuple[int, int] = (4, 4), images: int = 2, seed: int = 0) -> Batch:
+    """One row of captioned images of one size, as the U-Net takes them."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    documents = []
+    for _ in range(images):
+        words = torch.tensor([1, rng.randrange(5, 40), rng.randrange(5, 40)])
+        latent = torch.randn(3, *sides, generator=generator)
+        documents.append((Text(words), Image(latent), Text(torch.tensor([2]))))
+    length = sum(6 + sides[0] * sides[1] // patch_size**2 for _ in documents)
+    return collate([documents], length, patch_size, SpecialTokens(), generator)
 
 
 class Batches:

@@ -5,8 +5,6 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from test_model_unet import CONFIG as UNET
-from test_model_unet import batch_of
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,6 +15,7 @@ from transfusion.model import transfusion as module
 from transfusion.model.flops import attention_flops, block_weights, codec_flops, training_flops
 from transfusion.sequence import Image, SpecialTokens, Text, collate
 
+UNET, batch_of = tiny.UNET, tiny.image_batch
 FULL_WIDTH = {"vocab_size": 300, "dim": 64, "layers": 3}
 
 

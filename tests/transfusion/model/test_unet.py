@@ -1,6 +1,5 @@
 """The U-Net codec: shapes, what a skip connection is worth, that it learns, and what it refuses."""
 
-import random
 from dataclasses import replace
 from typing import Any
 
@@ -9,26 +8,14 @@ import tiny
 import torch
 
 from transfusion import Transfusion
-from transfusion.config import ModelConfig, UNetConfig
+from transfusion.config import ModelConfig
 from transfusion.generation.rows import Denoiser, Rows, inference
 from transfusion.kernels.patchify_noise.reference import patchify, unpatchify
 from transfusion.kernels.testing import judge
 from transfusion.model.unet_codec import UNetCodec
-from transfusion.sequence import Batch, Image, SpecialTokens, Text, collate
+from transfusion.sequence import Image, SpecialTokens, Text, collate
 
-CONFIG = replace(tiny.CONFIG, codec="unet", unet=UNetConfig(width=16, deep_width=32, blocks=1, head_dim=16))
-
-
-def batch_of(patch_size: int = 2, sides: tuple[int, int] = (4, 4), images: int = 2, seed: int = 0) -> Batch:
-    rng = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
-    documents = []
-    for _ in range(images):
-        words = torch.tensor([1, rng.randrange(5, 40), rng.randrange(5, 40)])
-        latent = torch.randn(3, *sides, generator=generator)
-        documents.append((Text(words), Image(latent), Text(torch.tensor([2]))))
-    length = sum(6 + sides[0] * sides[1] // patch_size**2 for _ in documents)
-    return collate([documents], length, patch_size, SpecialTokens(), generator)
+CONFIG, batch_of = tiny.UNET, tiny.image_batch
 
 
 @pytest.mark.parametrize("skips", [True, False])

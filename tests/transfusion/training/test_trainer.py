@@ -145,8 +145,8 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     """kill -9 in the middle: the next run starts from the last checkpoint, drops the log's later lines and .tmp."""
     program = f"""
 import os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import test_training as t
+sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
+import test_trainer as t
 class Killing(t.tiny.Batches):
     def batch(self, step):
         if step == 8:

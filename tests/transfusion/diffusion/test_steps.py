@@ -5,8 +5,8 @@ import random
 
 import pytest
 import torch
+from cosine import alphas_cumprod_gold
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from test_schedule import alphas_cumprod_gold
 from torch import Tensor
 
 from transfusion.diffusion.schedule import NoiseSchedule

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from cosine import alphas_cumprod_gold
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SCMScheduler
 from torch import Tensor
 
@@ -27,18 +28,6 @@ def make_images(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor,
 
 def mix(data_weight: Tensor, data: Tensor, noise_weight: Tensor, noise: Tensor) -> Tensor:
     return data_weight.view(-1, 1, 1, 1) * data + noise_weight.view(-1, 1, 1, 1) * noise
-
-
-def alphas_cumprod_gold(num_train_timesteps: int) -> tuple[Tensor, Tensor]:
-    """beta and ᾱ in float64, from the definition: squaredcos_cap_v2 without its rounding to float32."""
-
-    def alpha_bar(time: float) -> float:
-        return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    steps = range(num_train_timesteps)
-    ratios = [alpha_bar((k + 1) / num_train_timesteps) / alpha_bar(k / num_train_timesteps) for k in steps]
-    betas = torch.tensor([min(1 - ratio, 0.999) for ratio in ratios], dtype=torch.float64)
-    return betas, (1 - betas).cumprod(0)
 
 
 @pytest.mark.parametrize("num_train_timesteps", [1, 2, 10, 1000, 4000])

@@ -1,6 +1,6 @@
 """A loss curve on file: 50 steps of the tiny model, computed once in float64.
 
-    python tests/transfusion/test_training_golden.py      writes it anew, after a change meant to change training
+    python tests/transfusion/training/test_golden.py      writes it anew, after a change meant to change training
 
 The rule: today's float64 curve may differ from the one on file by no more than float32 rounding moves the curve today.
 Another library or processor rounds float64 differently, far below that; another recipe moves the curve far above.
@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `import tiny`
 
 import tiny
 import torch
