@@ -29,7 +29,7 @@ from transfusion.data.drafting import Mixture
 from transfusion.data.latent_cache import LatentCache, encode_images
 from transfusion.data.listing import DrawnImages, JoinedImages, each_image
 from transfusion.data.sources import CaptionedImage
-from transfusion.evaluation import image_figures, read_images
+from transfusion.evaluation import evenly, image_figures, read_images
 from transfusion.evaluation.metrics import Samples
 from transfusion.generation import TransfusionPipeline
 from transfusion.generation.inputs import Row
@@ -329,7 +329,7 @@ def test_a_run_of_edits_trains_evaluates_and_previews(folder, tmp_path, monkeypa
     )
     preview = run._preview(20)(run.model())
     train = image_source(DataConfig(images=str(data)), "train")
-    shown = [train[index] for index in range(0, len(train), max(1, len(train) // 16))][:16]
+    shown = [train[index] for index in evenly(len(train), 16)]
     cells = [picture for sample in shown for picture in sample.pictures]
     assert preview.shape == (-(-len(cells) // 8) * 16, 8 * 16, 3)
     ((captions, before),) = asked

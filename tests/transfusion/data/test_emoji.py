@@ -4,8 +4,8 @@ import unicodedata
 import numpy as np
 import pytest
 
+from transfusion import optional
 from transfusion.data import emoji as module
-from transfusion.data import optional
 from transfusion.data.emoji import DEMO_EMOJI, EmojiSource, base_emoji
 
 pytestmark = pytest.mark.skipif(
