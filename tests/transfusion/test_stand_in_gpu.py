@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 from transfusion import Transfusion
@@ -49,14 +50,13 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An H200 of stand-ins."""
-    guards = None
-    if not torch.backends.cuda.is_built():  # a torch for CPUs knows no such device: another one's guard serves
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-        try:
-            guards = (ctypes.c_void_p * 24).in_dll(library, _GUARDS)
-        except ValueError:
-            pytest.skip("this torch keeps its device guards elsewhere")
-        guards[_CUDA] = guards[_META]
+    # a torch for CPUs has no guard of such a device, one for GPUs a guard that asks the driver: another one's serves
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    try:
+        guards = (ctypes.c_void_p * 24).in_dll(library, _GUARDS)
+    except ValueError:
+        pytest.skip("this torch keeps its device guards elsewhere")
+    own, guards[_CUDA] = guards[_CUDA], guards[_META]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
     for name, answer in (
@@ -67,6 +67,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ):
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     monkeypatch.setattr(FakeTensorMode, "avoid_device_init", True)  # whatever `is_available` says now
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
     for module in (registry, tuning):
         monkeypatch.setattr(module, "TRITON_INTERPRET", False)
@@ -79,8 +80,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             warnings.simplefilter("error")
             yield
     finally:
-        if guards is not None:
-            guards[_CUDA] = None
+        guards[_CUDA] = own
 
 
 def on_host(function: Callable[..., T]) -> Callable[..., T]:
