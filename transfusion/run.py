@@ -86,6 +86,13 @@ def train_tokenizer(config: RunConfig) -> Tokenizer:
     return Tokenizer.train([*corpus, *(images.captions if images else [])], config.model.vocab_size)
 
 
+def _says(file: Path, config: RunConfig) -> bool:
+    try:
+        return configs.load(RunConfig, file) == config
+    except (FileNotFoundError, ValueError):
+        return False
+
+
 class Run:
     """A run's folder and what is in it; `world.device` is where its networks compute."""
 
@@ -117,7 +124,7 @@ class Run:
             run.loader  # noqa: B018 - its mistakes come before anything is written
             directory.mkdir(parents=True, exist_ok=True)
             run.tokenizer.save(directory / TOKENIZER)
-        if not ((directory / CONFIG).is_file() and configs.load(RunConfig, directory / CONFIG) == config):
+        if not _says(directory / CONFIG, config):  # one that does keeps its comments
             configs.save(config, directory / CONFIG)  # last: a folder with a config is a whole run
         return run
 

@@ -49,9 +49,11 @@ class _Writer(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> "TorchFuture[list[WriteResult]]":
         try:
             results = super().write_data(plan, planner)
-        except RuntimeError as error:  # of the archive's writer, where the file could not be written
-            raise _cause(error) from error
-        for name in {result.storage_data.relative_path for result in results.value()}:
+        except RuntimeError as error:  # of the archive's writer, whatever kept the file from being written
+            if cause := _cause(error):
+                raise OSError(cause.errno, cause.strerror) from error
+            raise
+        for name in {result.storage_data.relative_path for result in results.wait()}:
             (self._folder / f"{name}{_CHECKSUM}").write_text(str(_checksum(self._folder / name)), encoding="ascii")
         return results
 
@@ -273,12 +275,12 @@ def _differences(saved: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return ""
 
 
-def _cause(error: BaseException) -> BaseException:
+def _cause(error: BaseException) -> OSError | None:
     """The error of the system that `error` comes from, where there is one."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, OSError):
         found = found.__cause__ or found.__context__
-    return found or error
+    return found
 
 
 def _reason(error: BaseException) -> str:
