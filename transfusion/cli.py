@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 COMMANDS = """usage: transfusion COMMAND [options]      (transfusion COMMAND --help lists them)
 
-  train      train a model, or go on with a run that was stopped
+  train      train a model, or resume a run that was stopped
   train-vae  train an autoencoder on your images
   encode     encode images once, for training
   sample     images from captions, captions from images, text from text
@@ -49,8 +49,8 @@ class EvalOptions:
 
 
 def pick_device(name: str) -> str:
-    """For "auto" the name "cuda" where there is one, else "cpu"; any other name as it is, and the one of a GPU is then
-    the process's "cuda".
+    """The name of the device to use: for "auto", "cuda" where there is one, else "cpu"; any other name as it is. A GPU
+    named by its number becomes the current one.
 
     Raises `ValueError` where torch has no such device here.
     """
@@ -82,12 +82,12 @@ def train(arguments: Sequence[str]) -> int:
 
     @dataclass(frozen=True)
     class Start:
-        """Train a model, or go on with the run in `out`, whose config then needs no repeating.
+        """Train a model, or resume the run in `out`, whose config then needs no repeating.
 
         Args:
             config: a TOML file of a run, or the name of a recipe, such as demo; the options below override its fields.
             preset: model preset in place of the config's model.
-            out: the run's folder; a run that is there already goes on.
+            out: the run's folder; a run that is there already is resumed.
             device: "auto" is CUDA where there is one.
         """
 
@@ -125,7 +125,7 @@ def train(arguments: Sequence[str]) -> int:
         world.main_first(lambda: held.enter_context(alone_in(options.out)) if world.main else None)
         finished = Run.start(options.run, options.out, world).train()
         if world.main:
-            print(f"{options.out}: {'finished' if finished else 'stopped; the same command goes on'}")
+            print(f"{options.out}: {'finished' if finished else 'stopped; the same command resumes it'}")
     return 0
 
 

@@ -97,7 +97,7 @@ class ModelConfig:
         rope_theta: base of the rotary frequencies.
         rope_scaling: Llama 3.1's, where imported weights were trained with it.
         norm_eps: of RMSNorm.
-        qk_norm: RMSNorm over each head's query and key before they are turned. Not in the paper.
+        qk_norm: RMSNorm over each head's query and key before they are rotated. Not in the paper.
         image_positions: "sequence" turns an image token by its place in the document, as the paper does; "grid" by its
             row and column (`transfusion.model.positions.grid_positions`).
         latent_channels: C of an image latent.

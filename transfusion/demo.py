@@ -1,7 +1,7 @@
 """`make demo`: trains a small model on real captioned images and real English, and shows what it generates.
 
 On a CPU it learns 96 emoji of animals and food at 32×32 pixels in a few minutes; on a GPU, all emoji at 64×64 with the
-Triton kernels; `--recipe` names another recipe. Stopped and started again, it goes on where it was. Everything lands in
+Triton kernels; `--recipe` names another recipe. Stopped and started again, it resumes. Everything lands in
 `runs/demo/`.
 """
 
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with alone_in(options.out):
         run, start = Run.start(chosen, options.out, device), time.monotonic()
         print(
-            f"training on {device}; stop it any time, the same command goes on. TensorBoard: {options.out}/tensorboard"
+            f"training on {device}; stop it any time, the same command resumes. TensorBoard: {options.out}/tensorboard"
         )
         if not run.train():
             return 0

@@ -18,7 +18,7 @@ def train_vae(arguments: Sequence[str]) -> int:
 
     @dataclass(frozen=True)
     class Options:
-        """Train a small AutoencoderKL on images, or go on with the one in `out`; `--data.autoencoder OUT` then uses it.
+        """Train a small AutoencoderKL on images, or resume the one in `out`; `--data.autoencoder OUT` then uses it.
 
         Args:
             images: as `transfusion train --data.images` has them: a folder with captions.jsonl, tar shards, emoji, ...
@@ -45,7 +45,7 @@ def train_vae(arguments: Sequence[str]) -> int:
     with alone_in(options.out):
         trainer = AutoencoderTrainer(options.config, images, options.out, device, perceptual)
         finished = trainer.run()
-    print(f"{options.out}: {'finished' if finished else 'stopped; the same command goes on'}")
+    print(f"{options.out}: {'finished' if finished else 'stopped; the same command resumes it'}")
     if trainer.skipped:
         print(f"{len(trainer.skipped)} image(s) could not be read, the first: {next(iter(trainer.skipped))}")
     if finished:

@@ -1,6 +1,6 @@
 """A run is a folder: config.toml, tokenizer.json, checkpoints/, log.jsonl, tensorboard/, and model/ at the end.
 
-Run.start(config, directory, "cuda").train()     starts the run, or goes on with the one that is there
+Run.start(config, directory, "cuda").train()     starts the run, or resumes the one that is there
 Run.open(directory, "cuda")                      what evaluation and sampling work on, finished or not
 
 With a `World` of several processes in the device's place, all of them call both, and rank 0 alone writes.
@@ -104,8 +104,8 @@ class Run:
     def start(config: RunConfig, directory: Path, on: Place = "cpu") -> "Run":
         """The run in `directory`, begun where nothing has been learned there yet; a start that fails leaves nothing.
 
-        One that is there may go on with another cut of its batch (rows, accumulation, ranks), another log and another
-        number of steps, which its config.toml then says; any other change to its config raises `ValueError`.
+        One that is there may be resumed with another cut of its batch (rows, accumulation, ranks), another log and
+        another number of steps, which its config.toml then says; any other change to its config raises `ValueError`.
         """
         world = on if isinstance(on, World) else World(torch.device(on))
         return world.main_first(

@@ -1,4 +1,4 @@
-"""`RunConfig`, everything that determines a run: what it may begin with, and what may change when it goes on."""
+"""`RunConfig`, everything that determines a run: what it may begin with, and what may change when it is resumed."""
 
 import logging
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 CONFIG, TOKENIZER, MODEL = "config.toml", "tokenizer.json", "model"
 _LOSS_WEIGHT = "image_loss_weight"  # the one field of a network that its weights do not depend on
 
-# What may change when a run goes on: how long it is, how a step is cut up and what is told of it, not what is learned
-# from what.
+# What may change when a run is resumed: how long it is, how a step is cut up and what is told of it, not what is
+# learned from what.
 LENGTH = ("steps", "warmup_steps")
 _FREE = (
     *(f"train.{name}" for name in LENGTH),

@@ -127,7 +127,7 @@ def encode_images(
     """Writes the moments of every sample that `cache` lacks. -> how many were encoded, and what cannot be read.
 
     Each image is encoded by itself, as the loader does. `shard_entries` moments, or one more, are in memory; what was
-    written stays when this is stopped, and the next call goes on behind it.
+    written stays when this is stopped, and the next call continues behind it.
     """
     pending: dict[str, Tensor] = {}
     skipped: list[Skipped] = []

@@ -6,7 +6,7 @@
 
 Over map-style sources batch(step) is a pure function of (seed, step, rank, world_size). A stream is read in order. In
 both cases `state_dict()` is a few numbers, the same on every rank, and a loader with another batch size or number of
-ranks goes on from there without losing or repeating a sample; they also tell whether a source or the autoencoder has
+ranks resumes from there without losing or repeating a sample; they also tell whether a source or the autoencoder has
 changed.
 """
 
@@ -162,11 +162,11 @@ class Loader:
         return [(name, reason) for (_, name), reason in list(self._skipped.items())]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the rows go on after the last batch that `iterate` handed out; the same on every rank."""
+        """Where the rows continue after the last batch that `iterate` handed out; the same on every rank."""
         return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """`iterate` goes on where the loader of `state` stood, whatever its batch size and number of ranks were.
+        """`iterate` continues where the loader of `state` stood, whatever its batch size and number of ranks were.
 
         Raises `ValueError` where the sources or the autoencoder are others; warns where a source has other samples than
         it had.

@@ -33,7 +33,7 @@ class Rows(Protocol[T_co]):
         """Row `index` = 0, 1, 2, ..."""
 
     def state(self, index: int) -> list[int]:
-        """Integers from which `restore` goes on at row `index`."""
+        """Integers from which `restore` continues at row `index`."""
 
     def restore(self, state: list[int]) -> None:
         """Goes on where `state` says. Raises `ValueError` for the state of another kind of source."""

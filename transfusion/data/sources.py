@@ -36,7 +36,7 @@ _PNG, _XMP, _TAIL = b"\x89PNG\r\n\x1a\n", b"XML:com.adobe.xmp", 1 << 16  # bytes
 
 
 class SampleError(ValueError):
-    """One sample cannot be read. The loader skips it, counts it and names it; the run goes on."""
+    """One sample cannot be read. The loader skips it, counts it and names it; the run continues."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")

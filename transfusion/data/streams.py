@@ -2,7 +2,7 @@
 
     stream.read(shard, start) -> (cursor, sample), ...     `start` 0, or any cursor that came with a sample
 
-A cursor is an integer that says where the next sample begins, so that a reader goes on there without what came before.
+A cursor is an integer that says where the next sample begins, so that a reader resumes there without what came before.
 Image streams give `CaptionedImage`, text streams `str`. Which samples are held out is told by a hash of each name.
 """
 
@@ -103,7 +103,7 @@ class TarImages(SkipLog):
     An image (.jpg, .png, .webp, ...) beside a .txt or .caption, or a .json with a "caption"; of an edit also the image
     before it (.source.jpg, ...). Only headers and captions are read here; an image's bytes are read where they lie in
     the archive when they are asked for. A truncated shard gives the samples before the damage. Archives must be
-    uncompressed, so that a reader can go on in the middle.
+    uncompressed, so that a reader can start in the middle.
     """
 
     def __init__(self, paths: Sequence[Path], split: Split = "train", test_fraction: float = 0.05) -> None:

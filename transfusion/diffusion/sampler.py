@@ -261,7 +261,7 @@ def sample(
             same on every device.
         known: a part of the images that stays as it is; the rest is painted to fit it. At every step the known part is
             put back, noised as far as the rest is then (RePaint, arXiv 2201.09865, without its resampling).
-        on_step_end: (step from 0, timestep, latents) -> the latents to go on with, called after every step; what it
+        on_step_end: (step from 0, timestep, latents) -> the latents to continue with, called after every step; what it
             gives is taken without its gradient, in float32.
         progress: show a bar.
 

@@ -47,7 +47,7 @@ class Row:
 def rows_of(prompt: Any, image: Any, mask_image: Any, output: Any) -> list[Row]:
     """The arguments of a call, each for all rows or a list with one for each -> rows.
 
-    Raises `ValueError` where the lists differ in length, where a row has nothing to go on from, or an empty prompt.
+    Raises `ValueError` where the lists differ in length, where a row has nothing to continue, or an empty prompt.
     """
     given = {"prompt": prompt, "image": image, "mask_image": mask_image, "output": output}
     lengths = {name: len(value) for name, value in given.items() if _is_column(value)}

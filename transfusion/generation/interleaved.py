@@ -1,4 +1,4 @@
-"""Text until BOI, denoise an image, EOI, text again, until EOS: documents go on by themselves, many at once.
+"""Text until BOI, denoise an image, EOI, text again, until EOS: whole documents, many at once.
 
 The loop of arXiv 2408.11039, section 3.3. Rows that write text write together, rows that draw draw together, and each
 stops by itself. The text after an image sees its clean latent, at timestep 0.
@@ -173,8 +173,8 @@ def generate(
         sampling: of text.
         stop: told the text tokens since the last image after each new one; True ends the document.
         max_length: tokens of the longest document that the model can read; documents end there.
-        on_step_end: (step from 0, timestep, latents (I, C, h, w)) -> the latents to go on with, after every step; what
-            it gives is taken without its gradient, in float32.
+        on_step_end: (step from 0, timestep, latents (I, C, h, w)) -> the latents to continue with, after every step;
+            what it gives is taken without its gradient, in float32.
         on_token: told (index of the request, the text tokens since its last image) after each new one of them. What a
             function that is told something raises ends the call.
         impl: of the kernels.
@@ -196,7 +196,7 @@ def generate(
         drawing = _those(rows, state, [i for i, row in enumerate(rows) if row.wants_image])
         writing = [i for i, row in enumerate(rows) if not row.wants_image]
         text = [(*group, logits[writing]) for group in _those(rows, state, writing)]
-        del state  # whoever goes on has a cache, and each that is done with goes at once: see `KVCache`
+        del state  # whoever continues has a cache, and each that is done with is freed at once: see `KVCache`
         while text or drawing:
             if text:
                 drawing += _write(plan, text)
@@ -266,7 +266,7 @@ def _write(plan: _Plan, text: list[_Following]) -> list[_Group]:
 
 
 def _draw(plan: _Plan, drawing: list[_Group]) -> list[_Following]:
-    """Takes all groups of `drawing`, and draws an image for every row -> those that go on: one group."""
+    """Takes all groups of `drawing`, and draws an image for every row -> those that continue: one group."""
     rows, state = [row for group, _ in drawing for row in group], Rows.stack([each for _, each in drawing])
     drawing.clear()
     state.next(torch.tensor([plan.model.config.special.boi], device="cpu").expand(len(rows)))

@@ -79,8 +79,8 @@ class TransfusionPipeline:
         temperature, top_k, top_p, min_p: as in `TextSampling`; temperature 0 is greedy.
         stop: strings at which a row ends; the text ends before them.
         output_type: "pil", "pt" or "latent".
-        callback_on_step_end: diffusers': (pipeline, step, timestep, {"latents": ...}) -> a dict, whose "latents" are
-            gone on with, or None.
+        callback_on_step_end: diffusers': (pipeline, step, timestep, {"latents": ...}) -> a dict, whose "latents"
+            replace the current ones, or None.
         callback_on_text: told (row, its text since its last image) after each new token. What either callback raises
             ends the call.
         progress: show a bar while denoising; None shows it on a terminal.

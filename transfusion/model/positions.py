@@ -1,4 +1,4 @@
-"""Where tokens stand, and how q and k are turned by it: (q e^{i·a·m})·(k e^{i·a·n}) depends on m - n alone.
+"""Where tokens stand, and how q and k are rotated by it: (q e^{i·a·m})·(k e^{i·a·n}) depends on m - n alone.
 
 Rotary positions (arXiv 2104.09864), along the document or, for image tokens, on the image's grid.
 """
@@ -34,17 +34,17 @@ def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
 
     positions: (B, N), or (B, N, 2), row and column of `grid_positions`: even i turn by the row, odd i by the column.
     """
-    turned = positions.float()[..., None]
+    of_a_lane = positions.float()[..., None]
     if positions.ndim == 3:
-        turned = turned.flatten(-2).repeat(1, 1, config.head_dim // 4)
-    angle = turned * frequencies(config, positions.device)
+        of_a_lane = of_a_lane.flatten(-2).repeat(1, 1, config.head_dim // 4)
+    angle = of_a_lane * frequencies(config, positions.device)
     return angle.cos()[:, :, None], angle.sin()[:, :, None]
 
 
 def grid_positions(positions: Tensor, index: Tensor, columns: Tensor | int) -> Tensor:
     """(s + y, s + x) of the image token in row y, column x of an image whose first token stands at s.
 
-    So an image's tokens are turned by their row and column, text tokens, s + k for both, as ever, and what follows an
+    So an image's tokens are rotated by their row and column; text tokens, s + k for both, as ever; and what follows an
     image keeps its place in the document. These are the two spatial axes of Qwen2-VL's M-RoPE (arXiv 2409.12191,
     section 2.1), interleaved, without its renumbering of the text after an image.
 
@@ -84,7 +84,7 @@ def one_image_on_grid(positions: Tensor, tokens: int, columns: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, N, H, D), its halves the real and imaginary parts, turned by the angle of each position: like x.
+    """x (B, N, H, D), its halves the real and imaginary parts, rotated by the angle of each position: like x.
 
     Computed in float32, of float64 in that, and rounded once.
     """
@@ -93,17 +93,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         real, imaginary = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
         return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1).to(x.dtype)
     refuse_forward_mode("the model's rotary embedding", x)  # torch would name a Function, and no cure
-    turned: Tensor = _Rotation.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin)
-    return turned
+    rotated: Tensor = _Rotation.apply(x, cos, sin) if torch.is_grad_enabled() else _rotated(x, cos, sin)
+    return rotated
 
 
 class _Rotation(torch.autograd.Function):
-    """A gradient is turned back: a rotation again, where autograd's of the formula takes twice as many passes."""
+    """A gradient is rotated back: a rotation again, where autograd's of the formula takes twice as many passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin)
+        return _rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -111,11 +111,11 @@ class _Rotation(torch.autograd.Function):
         return rotate(grad, cos, -sin), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """In four passes over half of x, none of which writes more than it must: 14 bytes an element of 16 bits, not 48."""
-    turned = torch.empty_like(x)
+    rotated = torch.empty_like(x)
     real, imaginary = x.chunk(2, dim=-1)
-    new_real, new_imaginary = turned.chunk(2, dim=-1)
+    new_real, new_imaginary = rotated.chunk(2, dim=-1)
     torch.addcmul(real * cos, imaginary, sin, value=-1, out=new_real)
     torch.addcmul(imaginary * cos, real, sin, out=new_imaginary)
-    return turned
+    return rotated

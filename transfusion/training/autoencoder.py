@@ -122,7 +122,7 @@ def feature_distance(file: Path, device: torch.device | str = "cpu") -> Perceptu
 
 
 class AutoencoderTrainer:
-    """Trains an AutoencoderKL on `images` in `out`; goes on where it stopped. `run()` -> whether it ended.
+    """Trains an AutoencoderKL on `images` in `out`, from where it stopped. `run()` -> whether it ended.
 
     out/checkpoints/ and log.jsonl while it trains, reconstructions.png beside them; config.json and weights at the end.
     perceptual: a distance of images to add. Images that cannot be read are named, and the next one is taken.

@@ -116,7 +116,9 @@ class Checkpoints:
         try:
             writer = _Writer(aside)
             if self.beside:
-                warnings.filterwarnings("ignore", message=_ALONE)  # for the thread that writes, which goes on
+                warnings.filterwarnings(
+                    "ignore", message=_ALONE
+                )  # for the thread that writes, which outlives this call
                 group = self.world.background
                 future = state_dict_saver.async_save(tensors, storage_writer=writer, process_group=group, no_dist=alone)
                 assert isinstance(future, Future)
@@ -234,7 +236,7 @@ def _whole_record(path: Path, world: World) -> dict[str, Any]:
     checksums = record.get("crc32", {})  # which checkpoints before this was kept do not have
     own = sorted(checksums)[world.rank :: world.size]
     changed = [name for name in own if not _has_checksum(path / name, checksums[name])]
-    for names in world.gather(changed):  # all ranks go on, or none
+    for names in world.gather(changed):  # all ranks continue, or none
         if names:
             raise ValueError(f"the bytes of {names[0]} are not those that were written")
     return record

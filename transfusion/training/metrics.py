@@ -103,7 +103,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of `project`, named after the folder; the same folder goes on in the same run."""
+    """A run of `project`, named after the folder; the same folder resumes the same run."""
 
     def __init__(self, project: str, directory: Path) -> None:
         try:

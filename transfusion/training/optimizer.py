@@ -34,11 +34,11 @@ class TrainConfig:
         impl: implementation of every kernel.
         log_every: steps.
         checkpoint_every: steps.
-        async_checkpoint: go on with training while a checkpoint is written; costs host memory for a copy.
+        async_checkpoint: continue training while a checkpoint is written; costs host memory for a copy.
         preview_every: steps between pictures in TensorBoard, drawn for captions of the training set; 0 is none.
         keep_checkpoints: how many.
-        max_bad_steps: give up after so many steps in a row with a loss or gradient that is not finite, or where the
-            last half of them were so.
+        max_bad_steps: end the run after so many steps in a row whose loss or gradient is not finite, or where the
+            last half of all its steps were skipped.
         timestep_bins: parts of the diffusion path whose losses are logged apart.
         peak_tflops: of one device in the precision of training, for the log's MFU; None looks the device up.
         wandb_project: also log to Weights & Biases, where it is installed; "" is off.

@@ -61,7 +61,7 @@ class BatchSource(Protocol):
         """Batches without end, from where the state stands."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream goes on after the last batch handed out: JSON, the same on every rank."""
+        """Where the stream continues after the last batch handed out: JSON, the same on every rank."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state` says, on any number of ranks."""
@@ -72,7 +72,7 @@ class BatchSource(Protocol):
 
 
 class Trainer:
-    """Trains `model` on `loader`'s batches and keeps everything in `directory`; goes on where it stopped.
+    """Trains `model` on `loader`'s batches and keeps everything in `directory`; resumes where it stopped.
 
     model: as `parallel.distribute` left it. preview: draws a picture (height, width, 3) uint8 from the averaged model,
     for TensorBoard. All ranks of `world` must do the same with their trainers.

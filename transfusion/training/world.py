@@ -70,7 +70,7 @@ class World:
             self.total([1])
             raise
         if any(self.total([0])):
-            raise ConnectionError(f"rank {self.rank}: rank 0 cannot go on, and says why")
+            raise ConnectionError(f"rank {self.rank}: rank 0 cannot continue, and says why")
         return cast(T, made) if self.main else make()
 
 
