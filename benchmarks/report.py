@@ -108,24 +108,61 @@ def _pivot(found: list[Row], cell: Callable[[Row], str]) -> str:
     return markdown(["case", "", *baselines], lines)
 
 
+def _quotients(found: list[Row], speed: Callable[[Row], float]) -> Callable[[Row], str]:
+    """-> the end of a row's cell: our speed over this one's, both of one commit; nothing for ours.
+
+    What stands behind a comma in a baseline's name is a condition, in which ours has to be alike.
+    """
+
+    def key(row: Row) -> tuple[str, ...]:
+        return row["case"], row["measure"], row["commit"], row["baseline"].partition(",")[2]
+
+    def is_ours(row: Row) -> bool:
+        return str(row["baseline"]).partition(",")[0] == "ours"
+
+    ours = {key(row): speed(row) for row in found if is_ours(row)}
+    return lambda row: "" if is_ours(row) or key(row) not in ours else f", {ours[key(row)] / speed(row):.2f}×"
+
+
+def _shorter(row: Row) -> float:
+    return 1 / float(row["p50"])
+
+
 def _attention(found: list[Row]) -> str:
     prepare = [row for row in found if row["measure"] == "prepare"]
     timed = [row for row in found if row["measure"] != "prepare"]
     starred = any(not row["same_mask"] for row in timed)
-    text = "TFLOP/s over the area of the mask, median; in brackets the share of the roofline of this run.\n"
+    text = (
+        "TFLOP/s over the area of the mask, median; in brackets the share of the roofline of this run. Last, ours are "
+    )
+    text += "so many times theirs.\n"
     text += "\\* another mask (causal) of the same shape: a speed of light.\n" if starred else ""
-    text += "\n" + _pivot(timed, lambda r: f"{r['tflops']:.3g} ({r['share']:.0%}){'' if r['same_mask'] else ' *'}")
+    times = _quotients(timed, lambda row: row["tflops"])
+    star = {True: "", False: " *"}
+    text += "\n" + _pivot(timed, lambda r: f"{r['tflops']:.3g} ({r['share']:.0%}){star[r['same_mask']]}{times(r)}")
     if prepare:
-        text += "\nMilliseconds to prepare the mask of a new batch, median:\n\n"
-        text += _pivot(prepare, lambda row: f"{row['p50'] * 1e3:.3g}")
+        text += "\nMilliseconds to prepare the mask of a new batch, median; in brackets the share of our "
+        text += "forward and backward of one layer. Last, × our time.\n\n"
+        longer = _quotients(prepare, _shorter)
+        text += _pivot(prepare, lambda row: f"{row['p50'] * 1e3:.3g}{_share_of_a_layer(row, timed)}{longer(row)}")
     return text
 
 
+def _share_of_a_layer(row: Row, timed: list[Row]) -> str:
+    """What preparing the mask, which all layers share, is of one layer's attention, where that has a backward."""
+    layer = {
+        each["measure"]: each["p50"]
+        for each in timed
+        if (each["baseline"], each["case"], each["commit"]) == ("ours", row["case"], row["commit"])
+    }
+    return f" ({row['p50'] / sum(layer.values()):.1%})" if layer.keys() >= {"forward", "backward"} else ""
+
+
 def _ops(found: list[Row]) -> str:
-    text = (
-        "GB/s, each input and output counted once, median; in brackets the share of the copy bandwidth of this run.\n\n"
-    )
-    return text + _pivot(found, lambda row: f"{row['gigabytes_per_second']:.3g} ({row['share']:.0%})")
+    text = "GB/s, each input and output counted once, median; in brackets the share of the copy bandwidth of this run. "
+    text += "Last, × our time.\n\n"
+    times = _quotients(found, _shorter)
+    return text + _pivot(found, lambda row: f"{row['gigabytes_per_second']:.3g} ({row['share']:.0%}){times(row)}")
 
 
 def _tiles(found: list[Row]) -> str:
@@ -172,9 +209,9 @@ def _denoise(found: list[Row]) -> str:
 
 
 def _host(found: list[Row]) -> str:
-    return "Microseconds in which the host has queued a call, median.\n\n" + _pivot(
-        found, lambda row: f"{row['p50'] * 1e6:.3g}"
-    )
+    times = _quotients(found, _shorter)
+    text = "Microseconds in which the host has queued a call, median. Last, × our time.\n\n"
+    return text + _pivot(found, lambda row: f"{row['p50'] * 1e6:.3g}{times(row)}")
 
 
 _TABLES: dict[str, Callable[[list[Row]], str]] = {

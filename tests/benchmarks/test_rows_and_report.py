@@ -89,6 +89,28 @@ def test_tables_are_made_from_rows_and_quick_ones_do_not_count(tmp_path):
     assert filled.endswith("-->\nafter\n")
 
 
+def test_tables_say_how_much_faster_ours_are(tmp_path):
+    """In one commit and under one condition; a baseline of another commit is shown without."""
+    shares = {"suite": "attention", "share": 0.5, "same_mask": True}
+    found = [
+        timed(tflops=400.0, **shares),
+        timed(baseline="flex", tflops=250.0, **shares),
+        timed(baseline="cudnn causal", tflops=500.0, **shares | {"same_mask": False}),
+        timed(baseline="old", tflops=100.0, commit="before", **shares),
+        timed(measure="backward", p50=4e-3, tflops=250.0, **shares),
+        timed(measure="prepare", p50=1e-5, **shares),
+        timed(baseline="flex", measure="prepare", p50=1e-3, **shares),
+    ]
+    rows.append(found, tmp_path / "gpu" / "attention.jsonl")
+    table = report.table("attention", "gpu", tmp_path)
+    assert "| causal | forward | 400 (50%) | 250 (50%), 1.60× | 500 (50%) *, 0.80× | 100 (50%) |" in table
+    assert "| causal | backward | 250 (50%) | – | – | – |" in table
+    assert "| causal | prepare | 0.01 (0.2%) | 1 (20.0%), 100.00× |" in table
+    found = [timed(baseline="ours, given"), timed(baseline="eager, given", p50=2e-3), timed(baseline="eager, seeded")]
+    rows.append(found, tmp_path / "gpu" / "ops.jsonl")
+    assert "| 123 (50%) | 123 (50%), 2.00× | 123 (50%) |" in report.table("ops", "gpu", tmp_path)
+
+
 def test_an_unknown_table_is_refused():
     with pytest.raises(ValueError, match="speed"):
         report.fill("<!-- rows: speed gpu -->\n<!-- end of rows -->")
