@@ -96,7 +96,7 @@ class SpeedOfLight(Baseline):
     def why_not(self, case: AttentionCase) -> str | None:
         if DEVICE != "cuda":
             return "it runs on CUDA only"
-        return None if case.layout != "continuation" else "a causal kernel has no like of queries over a cache"
+        return None if case.layout != "continuation" else "queries over a cache are not a causal square"
 
     def mask(self, case: AttentionCase, mask: IntervalMask) -> IntervalMask:
         return mask if case.layout in ("causal", "full") else IntervalMask.causal(case.queries, mask.device)
