@@ -1,5 +1,5 @@
-"""Every shipped launch compiles within its limits: registers, spills, shared memory, threads, which matrix instruction,
-and nothing in the way of products under way, read from the compiler's output on a machine without a GPU.
+"""Every shipped launch compiles within its limits: registers, spills, shared memory, threads, the right matrix
+instruction, and no hazard with asynchronous products, read from the compiler's output without a GPU.
 
     python -m transfusion.kernels.ahead_of_time                  # a representative part, in seconds
     python -m transfusion.kernels.ahead_of_time --all            # everything that ships, in minutes
@@ -288,8 +288,8 @@ Compiled = tuple[str, str, Resources | None, list[str]]
 
 
 def _compile(number: tuple[str, int]) -> Compiled:
-    """Target, name, resources and broken limits of a target's case of that number: what a worker process can send. Of
-    a case that does not compile no resources, and why."""
+    """Target, name, resources and broken limits of a target's case of that number, as a worker process can send them.
+    For a case that does not compile: no resources, and why."""
     target, index = number
     case = list(all_cases(target))[index]
     try:
@@ -309,8 +309,8 @@ def compile_all(numbers: Sequence[tuple[str, int]], jobs: int) -> Iterator[Compi
 
 
 def _keep(lines: Sequence[str], failed: Container[tuple[str, str]] = ()) -> None:
-    """Writes lines into the table, in the place of those of the same launches; those that ship no more, or compile no
-    more, are left out."""
+    """Writes lines into the table in place of those of the same launches; launches that no longer ship, or no longer
+    compile, are dropped."""
     before = GOLDEN.read_text().splitlines()[3:] if GOLDEN.exists() else []
     kept = {_launch_of(line): line for line in (*before, *lines) if _launch_of(line) not in failed}
     shipped = [(target, case.name) for target in TARGETS for case in all_cases(target)]
@@ -362,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines += [line] if resources else []
             if as_table:
                 print(line + "".join(f"\n    FAIL: {reason}" for reason in broken), flush=True)
-    finally:  # what is stopped in the middle has compiled for minutes
+    finally:  # a run that is stopped in the middle has compiled for minutes
         if options.write:
             _keep(lines, {(row["target"], row["case"]) for row in rows if "registers" not in row})
     print(f"\n{len(rows) - failed} passed, {failed} failed" if as_table else json.dumps(rows, indent=1))

@@ -1,8 +1,8 @@
 """`define(...)` -> an op in torch's dispatcher: what autograd, fake tensors, `torch.compile` and checkpointing see.
 
-It is `torch.library.custom_op` without what that does in Python at each call (defaults filled in from the schema,
-outputs compared with inputs), and where nothing but autograd looks at a call, autograd is asked at once instead of
-through the dispatcher: small calls wait for the host.
+It is `torch.library.custom_op` without the work that one does in Python at each call (filling in defaults from the
+schema, comparing outputs with inputs). Where nothing but autograd looks at a call, autograd is entered directly instead
+of through the dispatcher. Both matter for small calls, which wait for the host.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._compile import _disable_dynamo as disable_dynamo  # torch.compiler.disable would import dynamo here
+from torch._compile import _disable_dynamo as disable_dynamo  # torch.compiler.disable would import all of dynamo here
 
 _LIBRARY = torch.library.Library("transfusion", "FRAGMENT")
 
@@ -19,7 +19,7 @@ _LIBRARY = torch.library.Library("transfusion", "FRAGMENT")
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts to on `device`; None where it is off."""
     kind = device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch refuses to say it of meta
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch refuses to answer for meta
         return None
     return torch.get_autocast_dtype(kind)
 
@@ -58,7 +58,7 @@ def define(
 
 
 def _out_of_sight(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` where dynamo does not look: after a break in a graph it would into what the dispatcher calls."""
+    """`run`, hidden from dynamo, which after a graph break would trace into what the dispatcher calls."""
     hidden = disable_dynamo(run)
 
     def call(*inputs: Any) -> Any:
@@ -101,9 +101,9 @@ def _autograd(
 
 
 def new_like(tensor: Tensor) -> Tensor:
-    """What an op and its fake give for a result like `tensor` (B, H, N, D): empty, with its strides where they can be.
+    """An empty result like `tensor` (B, H, N, D), for an op and its fake kernel alike; with its strides where possible.
 
-    The last stride is 1, by which kernels write; `torch.empty_like` gives another where elements of `tensor` overlap.
+    The last stride is 1, because the kernels write with it; `torch.empty_like` gives another where elements overlap.
     """
     result = torch.empty_like(tensor)
     return result if result.stride(3) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)

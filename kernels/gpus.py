@@ -20,7 +20,7 @@ class Gpu(NamedTuple):
 
 
 def gpu(device: torch.device) -> Gpu:
-    """Of a CUDA or ROCm device. Not kept of "cuda" alone, which may be another GPU the next time."""
+    """What is known of a CUDA or ROCm device. Not cached for "cuda" alone, which may mean another GPU the next time."""
     if not torch.compiler.is_compiling() and device in _KNOWN:
         return _KNOWN[device]
     properties = torch.cuda.get_device_properties(device)

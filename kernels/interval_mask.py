@@ -68,9 +68,9 @@ class IntervalMask:
         """One row of `length` tokens from Python lists.
 
         `images`: half-open spans; `documents`: their lengths, which add up to `length` (default: one document);
-        `hidden_images`: indices into `images` of those that nothing outside themselves may see (noised copies).
-        Raises `ValueError` naming a span that overlaps, is empty, out of range, or crosses a document's end. Not for
-        the inside of a compiled function, where `from_ids` is.
+        `hidden_images`: indices into `images` of those that only their own tokens may see (noised copies). Raises
+        `ValueError` naming a span that overlaps, is empty, out of range, or crosses a document's end. Inside a compiled
+        function use `from_ids`.
         """
         length = whole("length", length, 1)
         lengths = [length] if documents is None else [whole("a document's length", each) for each in documents]
@@ -97,8 +97,8 @@ class IntervalMask:
         """B rows from ids on the device, without a host sync.
 
         image_ids (B, N) int: equal non-negative ids side by side are one image, -1 is text. document_ids (B, N)
-        int: equal ids side by side are one document (default: the row). hidden (B, N) bool: tokens of images
-        that nothing outside themselves may see.
+        int: equal ids side by side are one document (default: the row). hidden (B, N) bool: tokens of images that only
+        their own tokens may see.
         """
         _check_kind("image_ids", image_ids, "(B, N) of integers", _INTEGERS)
         if document_ids is not None:
@@ -163,7 +163,7 @@ class IntervalMask:
         `new`: the mask among the N new tokens themselves; `prefix_lengths` (B,) int on the device of `new`;
         `num_keys`: the cache's capacity M. Key j < prefix_lengths[b] is seen by every new query, key
         prefix_lengths[b] + i as new token i, the rest by none. Needs 0 <= prefix_lengths[b] <= M - N, which is not
-        looked at: the host would wait for the device.
+        checked: the host would have to wait for the device.
         """
         check_mask("new", new)
         _check_kind("prefix_lengths", prefix_lengths, "(B,) of integers", _INTEGERS)
@@ -181,7 +181,7 @@ class IntervalMask:
         if num_keys < new.num_queries:
             raise ValueError(f"a cache of num_keys={num_keys} has no room for {new.num_queries} new tokens")
         key = torch.arange(num_keys, device=new.query_start.device)[None]
-        if new.num_queries == 1:  # a step of decoding: few launches, for it waits for them
+        if new.num_queries == 1:  # few launches: a decoding step waits for them
             hidden = key > prefix_lengths[:, None] - new.query_start
             mask = object.__new__(IntervalMask)
             mask._hold(torch.stack([hidden, torch.ones_like(hidden)], -1).to(torch.int32), 1)
@@ -297,8 +297,8 @@ class IntervalMask:
         )
 
     def once(self, key: object, make: Callable[[], Any]) -> Any:
-        """`make()` at the first call with `key`, kept with the mask; not kept where others could not use it: stand-ins
-        of a trace, and what a CUDA graph that is being captured will compute.
+        """`make()` at the first call with `key`, kept with the mask. Not kept where later calls could not use it: fake
+        tensors of a trace, and what a CUDA graph under capture will compute.
         """
         if key in self._derived:
             return self._derived[key]
@@ -317,7 +317,7 @@ class IntervalMask:
 
 
 def is_traced() -> bool:
-    """Whether tensors are stand-ins without numbers: in a FakeTensorMode, an export, `make_fx` of fake ones."""
+    """Whether tensors have no numbers: under a FakeTensorMode, an export, or `make_fx` of fake tensors."""
     return torch._guards.detect_fake_mode() is not None
 
 

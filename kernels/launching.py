@@ -1,8 +1,8 @@
 """`launch(kernel, programs, *arguments, **constants)`: a Triton kernel's launch, looked up instead of bound again.
 
-At each launch Triton's JIT binds names, asks of every argument what it would specialise on and prints the options into
-a key. Here a launch is known by its arguments as they are, whole numbers by their values and tensors by dtype and
-alignment, which is finer than what the JIT tells apart: what it compiled for a key once is right for all its launches.
+At each launch Triton's JIT binds names, works out what every argument is specialised on and formats the options into a
+key. Here the key is the arguments themselves: integers by value, tensors by dtype and alignment. That is finer than the
+JIT's own key, so what it compiled once for a key is right for every launch with that key.
 """
 
 from typing import Any
@@ -13,9 +13,10 @@ from triton import knobs
 
 from transfusion.kernels.registry import TRITON_INTERPRET
 
-# What was compiled for a key of a kernel, and the constants in the kernel's order. The kernel is kept for its id.
+# For each key of a kernel: what was compiled, and the constants in the kernel's order. The kernel is kept alive for its
+# id.
 _KNOWN: dict[int, tuple[Any, dict[Any, tuple[Any, tuple[Any, ...]]]]] = {}
-_LIMIT = 4096  # keys of a kernel: lengths that never repeat do not fill the memory
+_LIMIT = 4096  # keys kept for a kernel, so that lengths that never repeat do not fill the memory
 # For AMD the JIT also looks at how large tensors are; an interpreted kernel is not compiled.
 _DIRECT = not TRITON_INTERPRET and torch.version.hip is None
 
@@ -48,7 +49,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
             compiled[(programs, 1, 1)](*arguments, *rest)
             return
         compiled = kernel[(programs,)](*arguments, **constants)
-        if compiled is None:  # a hook of Triton's had it not compiled
+        if compiled is None:  # one of Triton's hooks kept it from compiling
             return
         if len(known) >= _LIMIT:
             known.clear()
@@ -56,8 +57,8 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
 
 
 def _kind(argument: Any) -> Any:
-    """What a kernel is specialised on of a tensor, or of a descriptor, whose layout is that of its place in the kernel;
-    of a float only that it is one."""
+    """What a kernel is specialised on: dtype and alignment of a tensor, shape and element type of a descriptor (its
+    layout is fixed by its place in the kernel), of a float only that it is one."""
     if type(argument) is float:
         return float
     if isinstance(argument, Tensor):

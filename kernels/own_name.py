@@ -1,7 +1,8 @@
 """Keeps the folder `kernels` of a checkout from being found as Hugging Face's package of that name.
 
-Started in the repository root (`python -m ...`), Python has that root on `sys.path`. transformers and diffusers look
-there for a package `kernels`, would find this folder, and end with the ImportError by which it refuses its bare name.
+Python started in the repository root (`python -m ...`) has that root on `sys.path`. transformers and diffusers, which
+look for a package `kernels`, would find this folder there and end with the ImportError that it raises under its bare
+name.
 """
 
 import os
@@ -13,7 +14,7 @@ from types import ModuleType
 
 
 def keep() -> None:
-    """From here on `import kernels` passes the repository root by: it finds the other package, or none."""
+    """Makes `import kernels` skip the repository root from now on: it finds the other package, or none."""
     root = Path(__file__).resolve().parents[1]
     for entry in {str(root), *(entry or os.getcwd() for entry in sys.path)}:
         if Path(entry).resolve() == root:

@@ -23,7 +23,7 @@ MAX_TILE_CHANNELS = 16
 def tile_shape(channels: int) -> tuple[int, int]:
     """Channels × consecutive pixels of one image that a program of the kernels takes.
 
-    The channels are the next power of two of C, at most 16: as long a run as the memory of tokens wants.
+    The channels are the next power of two of C, at most 16: enough for writes of tokens to fill whole runs of memory.
     """
     block_c = min(1 << (channels - 1).bit_length(), MAX_TILE_CHANNELS)
     return block_c, TILE_ELEMENTS // block_c

@@ -61,7 +61,7 @@ def triton_reasons(*, device: torch.device, dtype: torch.dtype, **call: Any) -> 
 
 
 def _is_too_old(device: torch.device) -> bool:
-    """Whether the GPU lacks the kernels' instructions. Of none, as stand-in tensors are of, nothing is known."""
+    """Whether the GPU lacks the kernels' instructions. False where there is none, as for fake tensors."""
     try:
         return not gpu(device).has_kernels
     except (AssertionError, RuntimeError):
@@ -78,7 +78,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Op:
-    """An equation's name, its implementations, and the order in which `auto` tries them on CUDA and elsewhere."""
+    """An equation's name, its implementations, and the order in which `auto` tries them, on CUDA and elsewhere."""
 
     name: str
     implementations: dict[str, Implementation]
@@ -151,15 +151,15 @@ def backend(op: Op, impl: str) -> ModuleType:
 
 
 def check_tensor(name: str, value: object, wanted: str = "") -> None:
-    """Raises `TypeError` unless `value` is a tensor; `wanted` says of what kind, in words that no size is part of, for
-    a graph of any size."""
+    """Raises `TypeError` unless `value` is a tensor; `wanted` says of what kind, in words without sizes, so that it
+    fits a graph of any size."""
     if not isinstance(value, Tensor):
         kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
         raise TypeError(f"{name} must be a tensor{wanted}, got {kind}; make one with torch.as_tensor(...)")
 
 
 def whole(name: str, given: Any, least: int | None = None) -> int:
-    """`given` as an int, or a graph's symbolic size as it is, which `operator.index` would fix.
+    """`given` as an int; a graph's symbolic size is left as it is, since `operator.index` would fix it.
 
     Raises `TypeError` for what is no whole number, `ValueError` for one below `least`.
     """

@@ -1,4 +1,4 @@
-"""What ptxas made of a kernel, read from its listing: loops, spills, and registers that a product still has.
+"""What ptxas made of a kernel, read from its listing: loops, spills, and registers that a product still uses.
 
 A wgmma is asynchronous: until a wait covers its group, the tensor cores read the registers of its left operand and
 write those of its accumulators (PTX ISA, wgmma.wait_group). Every other instruction has to keep away from them. Triton
@@ -60,8 +60,8 @@ def _target(each: Instruction) -> int | None:
 
 
 class _State(NamedTuple):
-    """Products under way, by their place in the code: those of no group yet, then group by group; and how many
-    registers a thread has, where it has asked for a number of them."""
+    """Products under way, by their place in the code: first those not yet in a group, then group by group; and how many
+    registers a thread has, where it has requested a number."""
 
     ungrouped: tuple[int, ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
@@ -69,8 +69,9 @@ class _State(NamedTuple):
 
 
 def hazards(code: list[Instruction]) -> list[str]:
-    """Instructions that some path reaches while a product still has a register of theirs, or that have a register more
-    than a warp-specialised thread was granted; in words. Raises `ValueError` for a product of an unknown kind.
+    """Descriptions of instructions that some path reaches while a product still uses one of their registers, or that
+    use a register beyond those granted to a warp-specialised thread. Raises `ValueError` for a product of an unknown
+    kind.
     """
     place = {each.at: index for index, each in enumerate(code)}
     targets = {place[to] for each in code if (to := _target(each)) in place}

@@ -4,8 +4,8 @@ gold is the reference in float64 on the same (already rounded) inputs; eager is 
 inputs' own precision. One order of summation may be exact by luck, so eager may be given in several orders and the
 worst of them counts. No tolerance is set by hand.
 
-And what every tool that runs kernels (verify, tune, benchmarks) asks of an error: what it says in a line, and whether
-the GPU is lost.
+Also here, for every tool that runs kernels (verify, tune, benchmarks): an error in one line, and whether the GPU is
+lost after it.
 """
 
 import math
@@ -27,7 +27,8 @@ class Verdict(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """NaN fails, and so does a bound that is not finite: an eager computation that overflows judges nothing."""
+        """Whether the bound holds. NaN fails, and so does a bound that is not finite: an eager result that overflowed
+        bounds nothing."""
         return self.error <= self.bound < math.inf
 
 
@@ -59,7 +60,7 @@ def judge(actual: Tensor, eager: Tensor | Sequence[Tensor], gold: Tensor, factor
 
 
 def in_a_line(error: BaseException) -> str:
-    """Its type and the first line of what it says, of which a compiler's has hundreds."""
+    """An error's type and the first line of its message, which from a compiler has hundreds."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 

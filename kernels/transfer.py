@@ -5,10 +5,10 @@ from torch import Tensor
 
 
 def moved(tensor: Tensor, device: torch.device | str, non_blocking: bool) -> Tensor:
-    """`tensor` on `device`; where it is not to block, through pinned memory to a GPU.
+    """`tensor` on `device`; with non_blocking, a copy to a GPU goes through pinned memory.
 
-    A copy from pageable memory waits for the stream whatever it is told; one from a GPU that nothing waits for would
-    be read before it is there.
+    A copy from pageable memory waits for the stream whatever `non_blocking` says. A copy to the CPU always blocks:
+    without a wait it would be read before it has arrived.
     """
     if not isinstance(device, torch.device | str | int):
         raise TypeError(f"to() takes a device, got {device!r}; what it moves keeps its dtype")

@@ -21,7 +21,7 @@ from transfusion.kernels.registry import TRITON_INTERPRET
 class Launch(NamedTuple):
     """Tile of queries by tile of keys, warps of a program, stages of its software pipeline.
 
-    A launch of 12 warps is of a warp-specialised kernel: 4 copy, 4 and 4 compute; its stages are places for tiles.
+    12 warps stand for a warp-specialised kernel, in which 4 copy and twice 4 compute; its stages are places for tiles.
     """
 
     block_q: int
@@ -31,17 +31,18 @@ class Launch(NamedTuple):
 
     @property
     def specialised(self) -> bool:
-        """Whether it is of a warp-specialised kernel."""
+        """Whether it launches a warp-specialised kernel."""
         return self.num_warps == 12
 
     @property
     def plain(self) -> "Launch":
-        """Itself; of a warp-specialised one the same tile for 8 warps of one kind, for the calls that do not fit it."""
+        """Itself, or the same tile with 8 warps of one kind, for calls that a warp-specialised launch does not fit."""
         return self._replace(num_warps=8, num_stages=3) if self.specialised else self
 
 
-# Warp-specialised launches by stage and head dimension, for Hopper in 16 bits: `tune` tries them, a table ships what
-# was faster. Two groups of warps take 64 rows each of the 128 that a program owns: queries, or keys for backward_key.
+# Warp-specialised launches by stage and head dimension, for Hopper in 16 bits: `tune` tries them, and a table ships one
+# where it was faster. Two groups of warps take 64 rows each of the 128 that a program owns: queries, or keys for
+# backward_key.
 SPECIALISED: dict[str, dict[int, tuple[Launch, ...]]] = {
     "forward": {
         64: (Launch(128, 128, 12, 2), Launch(128, 128, 12, 3)),
@@ -116,7 +117,7 @@ def launches(table: str, op: str) -> list[tuple[str, int, int, Launch]]:
 
 
 def add_table(name: str) -> None:
-    """A table of that name, a copy of the default, unless there is one."""
+    """Adds a table of that name, a copy of the default, unless there is one."""
     _TABLES.setdefault(name, copy.deepcopy(_TABLES["default"]))
 
 
@@ -129,7 +130,7 @@ def save(table: str) -> Path:
     """Writes a table, one launch a line, and returns its file."""
     path = FOLDER / f"{table}.json"
     text = json.dumps(_TABLES[table], indent=1)
-    aside = path.with_suffix(".tmp")  # where the disk is full, the table of before stays
+    aside = path.with_suffix(".tmp")  # on a full disk the old table stays
     aside.write_text(re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3, \4]", text) + "\n")
     os.replace(aside, path)
     return path

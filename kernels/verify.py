@@ -77,7 +77,7 @@ def verify(
     error has failed, and the next follows, unless the GPU is lost to the process. Off a GPU the process must have been
     started with TRITON_INTERPRET=1, else every row has a `RuntimeError`. jobs: processes that share ops and
     dtypes; the rows are the same, but those of one op and dtype come at once, in the order in which parts are done. A
-    process that ends, killed say, is a failed row of each part that is lost with it.
+    process that dies makes a failed row for each part that is lost with it.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtypes = [torch.float32, torch.float16] + ([] if registry.TRITON_INTERPRET else [torch.bfloat16])
@@ -123,7 +123,7 @@ def _part(device: torch.device, op: str, dtype: torch.dtype, seed: int) -> Itera
             name, check = next(cases)
         except StopIteration:
             return
-        except Exception as error:  # of making inputs, on a GPU that an earlier part has lost
+        except Exception as error:  # inputs could not be made, on a GPU that an earlier part has lost
             yield Row(op, dtype, "the inputs of the rest", {}, in_a_line(error))
             return
         row = Row(op, dtype, name, *_checked(check))
@@ -137,12 +137,13 @@ def _whole_part(device: torch.device, op: str, dtype: torch.dtype, seed: int) ->
 
 
 def _checked(check: Check) -> tuple[dict[str, Verdict], str]:
-    """Its verdicts, with torch's empty tensors full of NaN while it runs and only then, or what it ended in."""
+    """The case's verdicts, or the error that it ended in; while it runs, and only then, torch's empty tensors are full
+    of NaN."""
     with ExitStack() as patches:
         poison_empty(lambda owner, name, value: patches.enter_context(mock.patch.object(owner, name, value)))
         try:
             return check(), ""
-        except Exception as error:  # a compiler's, a launch's, an op's own
+        except Exception as error:  # from the compiler, the launch or the op itself
             return {}, in_a_line(error)
 
 
@@ -191,7 +192,7 @@ def write_junit(rows: Sequence[Row], file: Path) -> None:
 
 
 def _check_report(parser: argparse.ArgumentParser, file: Path) -> None:
-    """Ends the command, with status 2, where no report can be written; one that is there stays till then."""
+    """Ends the command with status 2 where no report could be written; an existing one is not touched yet."""
     there = file.exists()
     try:
         with open(file, "ab"):
@@ -227,7 +228,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "transfusion.kernels.verify", *arguments]
         sys.stdout.flush()
-        os.execve(sys.executable, command, environment)  # in this process's place: who ends it ends the checks
+        os.execve(
+            sys.executable, command, environment
+        )  # replaces this process, so that whoever ends it ends the checks
     if options.junit:  # before the checks: they take minutes
         _check_report(parser, Path(options.junit))
     try:

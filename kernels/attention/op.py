@@ -104,15 +104,15 @@ def transfusion_attention(
         v: like k. Any strides; a last stride other than 1 costs a copy.
         mask: N queries by M keys, of B rows or of one row for the whole batch. Keys that no query sees (the free
             room of a cache) must be finite.
-        scale: a number, by default 1/√D. What is learned multiplies q: it would get no gradient here.
+        scale: a number, by default 1/√D. Multiply q by a learned scale instead: it would get no gradient here.
         return_lse: also return lse (B, H, N) float32 (of float64, float64), the natural log of each query's sum of
             exponentials.
         impl: "auto", "triton", "reference", "sdpa" or "flex"; an explicit request is honoured or raises.
 
     Returns:
         out like q, or (out, lse). A query that sees no key gives 0 and lse -inf. Differentiable in q, k, v, through
-        lse too; the backward is bitwise deterministic for "triton". Under autocast q, k, v are cast to its dtype, but
-        for float64.
+        lse too; the backward is bitwise deterministic for "triton". Under autocast q, k, v are cast to its dtype,
+        unless they are float64.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, with the offending value.
@@ -163,11 +163,11 @@ def prepare_attention(
 ) -> None:
     """Makes what attention of q (batch, heads, N, head_dim) over k (batch, kv_heads, M, head_dim) keeps with `mask`.
 
-    The first call makes it anyway, but a layer that is compiled and checkpointed may only read it: torch.compile takes
-    no change from inside `torch.utils.checkpoint`; and a compiled function that meets one mask twice is compiled twice,
-    once to make it and once to read it. needs_grad: make tiles of the backward too; by default where
-    gradients are enabled. dtype is that of q; under autocast, autocast's. Raises as `transfusion_attention` does of
-    such a call.
+    The first call would make it, but a layer that is both compiled and checkpointed may only read it, because
+    torch.compile allows no mutation inside `torch.utils.checkpoint`; and a compiled function that meets one mask twice
+    is compiled twice, once to make it and once to read it. needs_grad: also make the tiles of the backward; by default
+    where gradients are enabled. dtype is that of q; under autocast, autocast's. Raises what `transfusion_attention`
+    would for such a call.
     """
     _check_heads(dtype, heads, kv_heads, head_dim)
     _check_mask(mask, batch)
@@ -187,7 +187,7 @@ def prepare_attention(
 def _make_tiles(
     mask: IntervalMask, dtype: torch.dtype, group: int, dim: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Tiles of the three kernels, made at the first layer and kept with the mask; those of backward where it comes."""
+    """Tiles of the three kernels, made at the first layer and kept with the mask; the backward's if there is one."""
     forward, _ = launch_forward(mask.device, dtype, group, mask.num_queries, dim)
     tiles = mask.query_tiles(forward.block_q, forward.block_k)
     if not needs_grad:
@@ -232,7 +232,7 @@ def _check_heads(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -
 
 def _check_mask(mask: IntervalMask, batch: int) -> None:
     check_mask("mask", mask)
-    if mask.batch_size != 1 and mask.batch_size != batch:  # `in` is wrong of symbolic sizes
+    if mask.batch_size != 1 and mask.batch_size != batch:  # `in` is wrong for symbolic sizes
         raise ValueError(
             f"the mask has {mask.batch_size} rows for a batch of {batch}; give one for each, or one for all"
         )
@@ -269,7 +269,7 @@ def _run_backward(grad_out: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _is_cast(tensor: Tensor) -> bool:
-    """Whether autocast would, of torch's own operations' inputs."""
+    """Whether autocast would cast it as an input of torch's own operations."""
     return tensor.dtype.is_floating_point and tensor.dtype != torch.float64
 
 
@@ -287,7 +287,7 @@ def _new_lse(q: Tensor) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, intervals, _, query_tiles, key_tiles, ctx.scale, ctx.impl = inputs
     ctx.save_for_backward(q, k, v, *output, intervals, query_tiles, key_tiles)
-    ctx.set_materialize_grads(False)  # lse seldom has a gradient: zeros would be filled and read for nothing
+    ctx.set_materialize_grads(False)  # lse seldom has a gradient: zeros would be written and read for nothing
 
 
 def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""Which launch a call takes, from its sizes alone: tile, packed heads, splits, and whether warps have roles."""
+"""Which launch a call takes, from its sizes alone: tile, packed heads, splits, and whether warps are specialised."""
 
 from typing import NamedTuple
 
@@ -26,8 +26,8 @@ def plan_forward(
 ) -> Plan:
     """The plan for q (batch, heads, queries, dim) over k (batch, kv_heads, keys, dim).
 
-    A call of few rows for each key head reads keys and computes little: small tiles, and as many programs as keep the
-    memory busy. Its workspace is bounded by the device: programs × rows of a tile × dim × 4 bytes.
+    A call with few query rows for each key head reads keys and computes little, so it takes small tiles and as many
+    programs as keep the memory busy. Its workspace is bounded by the device: programs × rows of a tile × dim × 4 bytes.
     """
     group = max(heads // kv_heads, 1)
     launch, is_few = launch_forward(device, dtype, group, queries, dim)
@@ -45,9 +45,10 @@ def plan_forward(
 
 
 def launch_forward(device: torch.device, dtype: torch.dtype, group: int, queries: int, dim: int) -> tuple[Launch, bool]:
-    """The launch, specialised where the table's is, and whether it is that of few rows: all that its tile depends on.
+    """The launch, specialised where the table's is, and whether it is the one for few rows: all that the tile depends
+    on.
 
-    Nothing more is asked of the sizes here, for each question would guard a compiled graph.
+    No other question is asked about the sizes here, because each would become a guard of a compiled graph.
     """
     table = tuning.table_name(device)
     few = tuning.launch("attention", "decode", table, dtype, dim)
@@ -57,14 +58,15 @@ def launch_forward(device: torch.device, dtype: torch.dtype, group: int, queries
 
 
 def launch_backward(device: torch.device, dtype: torch.dtype, stage: str, dim: int) -> Launch:
-    """The launch of "query" or "key", the kernel that makes dq, or dk and dv; specialised where the table's is."""
+    """The launch of the kernel that makes dq ("query") or dk and dv ("key"); specialised where the table's is."""
     return tuning.launch("attention", f"backward_{stage}", tuning.table_name(device), dtype, dim)
 
 
 def _even_splits(programs: int, places: int, most: int) -> int:
-    """Up to 4, that leave the least of the device's last turn empty.
+    """The number of splits, at most 4, that leaves the least of the device idle in its last turn.
 
-    320 programs in 264 places take two turns, split by 4 five of a quarter each. Less than 5 % is not worth a part.
+    320 programs in 264 places take two turns; split by 4, they take five quarter turns. A gain below 5 % is not worth
+    another split.
     """
     best = 1
     for splits in range(2, min(most, 4) + 1):
@@ -74,7 +76,7 @@ def _even_splits(programs: int, places: int, most: int) -> int:
 
 
 def plan_backward(device: torch.device, dtype: torch.dtype, stage: str, queries: int, keys: int, dim: int) -> Launch:
-    """`launch_backward` as it runs for these sizes: the same tile."""
+    """`launch_backward` for these sizes: the same tile, plain where the specialised kernel does not fit."""
     launch = launch_backward(device, dtype, stage, dim)
     if launch.specialised and not _specialised_fits(dtype, queries, keys, dim):
         launch = launch.plain
@@ -82,5 +84,5 @@ def plan_backward(device: torch.device, dtype: torch.dtype, stage: str, queries:
 
 
 def _specialised_fits(dtype: torch.dtype, queries: int, keys: int, dim: int) -> bool:
-    """Whether warp-specialised kernels take it: some rows, of multiples of 16 bytes, of lanes that have a swizzle."""
+    """Whether warp-specialised kernels take it: not empty, rows of a multiple of 16 bytes, widths with a swizzle."""
     return dtype.itemsize == 2 and dim % 8 == 0 and 32 < dim <= 128 and queries > 0 and keys > 0

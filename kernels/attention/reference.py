@@ -24,7 +24,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """q (B, H, N, D), k, v (B, H_kv, M, D), intervals (B or 1, M, 2) -> out like q, lse (B, H, N).
 
-    lse is float32, of float64 inputs float64.
+    lse is float32, for float64 inputs float64.
     """
     dtype = compute_dtype or _wide(q.dtype)
     scores, visible = _scores(q, k, intervals, scale, dtype)
@@ -51,7 +51,7 @@ def backward(
     query, d_out, result = (t.to(dtype).unflatten(1, heads) for t in (q, grad_out, out))
     key, value = k[:, :, None].to(dtype), v[:, :, None].to(dtype)
     scores, visible = _scores(q, k, intervals, scale, dtype)
-    logarithm = lse.unflatten(1, heads)[..., None]  # never in 16 bits, as the forward keeps it
+    logarithm = lse.unflatten(1, heads)[..., None]  # never in 16 bits, just as the forward keeps it
     probabilities = (scores - logarithm).exp().masked_fill(~visible, 0).to(dtype)
     delta = (d_out * result).sum(-1)
     if grad_lse is not None:

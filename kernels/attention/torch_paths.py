@@ -19,13 +19,13 @@ _LENGTHS = 8  # in which pieces come
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> Tensor:
-    """`dense_sdpa`; on a CPU, packed rows are cut where no interval crosses, between documents, and pieces of about one
-    length go through together, where that leaves far fewer pairs.
+    """`dense_sdpa`; on a CPU, where that leaves far fewer pairs, packed rows are first cut between documents, where no
+    interval crosses, and pieces of about one length go through together.
     """
     pieces = prepare(mask)
-    if pieces is None or not q.shape[0]:  # heads there are none then, at which torch 2.11 dies
+    if pieces is None or not q.shape[0]:  # no heads then, which crashes torch 2.11
         return dense_sdpa(q, k, v, mask, scale)
-    # (B·N, H, D); of a mask of one row (N, B·H, D), for all that is cut alike goes through as heads do
+    # (B·N, H, D); for a mask of one row (N, B·H, D), since rows that are cut alike can go through as heads
     broadcast = mask.batch_size == 1
     rows = [t.permute(2, 0, 1, 3).flatten(1, 2) if broadcast else t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
     parts = []
@@ -48,7 +48,7 @@ def dense_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float
 def prepare_dense(mask: IntervalMask) -> Tensor | None:
     """(B or 1, 1, N, M) bool, kept with the mask; on a CPU, which can look, None where every query sees every key.
 
-    In a graph it is made anew: what is kept or not would be another graph, and under checkpointing nothing may be kept.
+    In a graph it is made each time: kept and not kept would be two graphs, and under checkpointing nothing may be kept.
     """
     return _dense(mask) if torch.compiler.is_dynamo_compiling() else mask.once("dense", lambda: _dense(mask))
 
@@ -59,8 +59,8 @@ def _dense(mask: IntervalMask) -> Tensor | None:
 
 
 def _can_look(mask: IntervalMask) -> bool:
-    """Whether the host may read the mask, for which a GPU would have to wait, a graph to break, and of which a trace
-    or torch.func may have no numbers."""
+    """Whether the host may read the mask. Not on a GPU, which the host would wait for, nor in a graph, which would
+    break, nor under a trace or torch.func, where there may be no numbers."""
     if mask.device.type != "cpu" or torch.compiler.is_compiling() or is_traced():
         return False
     proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
@@ -131,7 +131,7 @@ def _group(
     visible = torch.eye(length, dtype=torch.bool, device="cpu").expand(len(pieces), 1, -1, -1).clone()
     for number, (b, first, last) in enumerate(pieces):
         size, query = last - first, torch.arange(first, last, device="cpu")
-        places[number] = b * mask.num_queries + first  # not another piece's: what is no number there would spread
+        places[number] = b * mask.num_queries + first  # not from another piece: a NaN there would spread
         places[number, :size] = b * mask.num_queries + query
         origin[b, first:last] = before + number * length + torch.arange(size, device="cpu")
         start, end = mask.query_start[b, first:last], mask.query_end[b, first:last]

@@ -58,7 +58,7 @@ def query_tiles_kernel(
         full_tiles += tl.sum((kind == 2).to(tl.int32), 0)
     most = tl.where((full_tiles <= _FEW) & (masked_tiles > 0), 1, 2)  # a few full tiles are masked ones
     masked_begun, full_begun, masked_runs, full_runs, masked_count, count, end = 0, 0, 0, 0, 0, 0, 0
-    tail = tiles  # where the run begins that finds no place
+    tail = tiles  # where the first run begins that finds no place
     for chunk in range(0, tiles, CHUNK):
         index = chunk + tl.arange(0, CHUNK)
         kind = tl.minimum(_kinds(p_extremes, index, first_query, past_query, tiles), most)

@@ -1,8 +1,8 @@
 """`query_tiles`, `key_tiles`: a mask's intervals into the runs of tiles that attention walks, on their own device.
 
 Custom ops, so that a compiled graph holds one node for them. On CUDA the Triton kernels; elsewhere, where only the
-interpreter walks tiles, the reference. The rows of all tiles lie in one dimension: one of their own, which may be 1,
-would make a graph of its own for sequences of one tile.
+interpreter walks tiles, the reference. The rows of all tiles share one dimension: a separate one would have size 1 for
+sequences of one tile, and torch.compile would make a graph of their own for these.
 """
 
 from typing import Any
