@@ -29,8 +29,8 @@ class EvalOptions:
     """Figures of a run, printed and written to its metrics.json.
 
     Args:
-        run: folder of a run; of one that has not finished, the averaged weights of its last checkpoint are judged.
-        draws: timesteps that each image is judged at, one in each of so many parts of the path.
+        run: folder of a run; if it has not finished, the averaged weights of its last checkpoint are evaluated.
+        draws: timesteps at which each image is evaluated, one in each of so many equal parts of the path.
         features: also draw images, and measure their distance to the real ones in these features: "inception" (FID and
             KID), or a TorchScript file from images (I, 3, h, w) in [0, 1] to features (I, F).
         samples: images to draw for that.
@@ -166,7 +166,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     from transfusion.training.metrics import to_json
 
     options = tyro.cli(EvalOptions, args=list(arguments), prog="transfusion eval")
-    if options.draws < 1:  # before the distances, which take long
+    if options.draws < 1:  # before the distances, which take a long time
         raise ValueError(f"--draws {options.draws}: there must be one at least; 8 is the usual number")
     run = Run.open(options.run, pick_device(options.device))
     model = run.model()
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. A user's mistake ends with its message and status 2, without a traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a caption that its encoding cannot say is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):  # a caption that its encoding lacks is no reason to stop
             stream.reconfigure(errors="backslashreplace")
     if not given or given[0] in ("-h", "--help"):
         print(COMMANDS)

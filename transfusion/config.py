@@ -31,13 +31,14 @@ T = TypeVar("T")
 class RopeScaling:
     """Llama 3.1's slowing of the low rotary frequencies, for contexts longer than the weights were first trained on.
 
-    A frequency is told by how often it turns within the first training's context. Names are those of Llama's config.
+    A frequency is characterised by its number of turns within the original training context. Names are those of Llama's
+    config.
 
     Args:
-        factor: by which frequencies that turn `low_freq_factor` times or less are divided.
-        low_freq_factor: turns, see above; between the two, a linear blend.
-        high_freq_factor: turns, from which on a frequency stays as it is.
-        original_max_position_embeddings: the first training's context, tokens.
+        factor: divides the frequencies that turn at most `low_freq_factor` times.
+        low_freq_factor: turns, see above; between this and `high_freq_factor`, a linear blend.
+        high_freq_factor: turns; frequencies with at least so many stay as they are.
+        original_max_position_embeddings: context of the original training, in tokens.
     """
 
     factor: float = 8.0
@@ -57,7 +58,7 @@ class RopeScaling:
 class UNetConfig:
     """The U-Net codec: down blocks before the transformer, up blocks after it (arXiv 2408.11039, section 3.2).
 
-    Level l works at 1/2^l of the latent's sides, l = 0 .. log2(patch_size). The paper says neither widths nor depth.
+    Level l works at 1/2^l of the latent's sides, l = 0 .. log2(patch_size). The paper gives neither widths nor depth.
 
     Args:
         width: channels of level 0.
@@ -95,10 +96,10 @@ class ModelConfig:
         kv_heads: key heads; None is as many as query heads.
         ffn_width: of SwiGLU; None is 2/3·4·dim rounded up to a multiple of 256.
         rope_theta: base of the rotary frequencies.
-        rope_scaling: Llama 3.1's, where imported weights were trained with it.
+        rope_scaling: Llama 3.1's, for imported weights that were trained with it.
         norm_eps: of RMSNorm.
         qk_norm: RMSNorm over each head's query and key before they are rotated. Not in the paper.
-        image_positions: "sequence" turns an image token by its place in the document, as the paper does; "grid" by its
+        image_positions: "sequence" rotates an image token by its place in the document, as in the paper; "grid" by its
             row and column (`transfusion.model.positions.grid_positions`).
         latent_channels: C of an image latent.
         patch_size: P; a P×P window of latents is one token.
@@ -177,7 +178,7 @@ class ModelConfig:
 
 
 def check_types(config: Any) -> None:
-    """Raises `ValueError` naming the first field of a dataclass whose value is not of its type."""
+    """Raises `ValueError` naming the first field of a dataclass whose value has the wrong type."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if not any(_is_of(option, value) for option in _options(hint)):
@@ -207,7 +208,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], data: dict[str, Any], where: str = "", default: T | None = None) -> T:
-    """The dataclass `cls` from a nested dict; what it does not name is that of `default`, or the fields' own.
+    """The dataclass `cls` from a nested dict; fields that it does not name are taken from `default`, or are the class's
+    own defaults.
 
     A table starts from what its field holds by default. Raises `ValueError` that names the key at fault.
     """
@@ -225,7 +227,7 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "", default: T | 
 
 
 def _default(field: "dataclasses.Field[Any]", owner: Any) -> Any:
-    """What `field` holds in `owner`, or where there is none by itself; None where that is nothing."""
+    """What `field` holds in `owner`, or by default where there is no owner; None if it has no default."""
     if owner is not None:
         return getattr(owner, field.name)
     if field.default_factory is not dataclasses.MISSING:
@@ -290,7 +292,7 @@ def save(config: Any, path: Path) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """A TOML file's tables."""
-    return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
+    return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
 
 
 def load(cls: type[T], path: Path) -> T:

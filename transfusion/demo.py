@@ -42,7 +42,7 @@ def pictures(source: ImageSource, count: int, size: int) -> tuple[list[str], Ten
 
 
 def show(run: Run) -> list[Path]:
-    """Figures and pictures of a trained run. -> the files, in the order to look at them."""
+    """Writes figures and pictures of a trained run. -> the files, in the order to look at them."""
     directory, size = run.directory, run.config.data.loader.image_size
     model = run.model()
     pipeline = run.pipeline(model)
@@ -67,7 +67,7 @@ def show(run: Run) -> list[Path]:
 
 
 def summary(metrics: dict[str, dict[str, float]]) -> str:
-    """The figures that say whether it worked, in words."""
+    """The figures that show whether it worked, in words."""
     text = metrics["text_held_out"]
     lines = [
         "",

@@ -10,7 +10,7 @@ import torch
 import transfusion.kernels  # noqa: F401 - registers every op
 from transfusion.kernels import registry
 
-# The distributions that decide what runs; what is missing is said, not raised.
+# The distributions that decide what runs; a missing one is reported, not raised.
 DISTRIBUTIONS = ("transfusion-kernels", "triton", "diffusers", "tokenizers", "numpy")
 VARIABLES = {
     "TRITON_INTERPRET": "1 runs Triton kernels in Python, without a GPU (read at import)",
@@ -19,7 +19,7 @@ VARIABLES = {
     "CUDA_VISIBLE_DEVICES": "which GPUs this process sees",
     "OMP_NUM_THREADS": "CPU threads of torch",
 }
-# A typical call of each device, whatever the op: an op takes from it what its choice depends on.
+# A typical call on each device, for any op: an op takes from it what its choice depends on.
 _CALL = {"head_dim": 64, "return_lse": False, "needs_grad": False}
 
 
@@ -36,7 +36,7 @@ def report() -> str:
 
 def _versions() -> Iterator[str]:
     yield f"python {platform.python_version()} on {platform.platform()}"
-    yield f"torch {torch.__version__}"  # says which CUDA it was built for, which the distribution does not
+    yield f"torch {torch.__version__}"  # names the CUDA it was built for, which the distribution's version does not
     for name in DISTRIBUTIONS:
         try:
             yield f"{name} {importlib.metadata.version(name)}"
@@ -64,7 +64,7 @@ def _environment() -> Iterator[str]:
 
 
 def _ops(device_type: str) -> Iterator[str]:
-    """Of each op: what `auto` does, then every implementation with its reasons to refuse."""
+    """For each op: what `auto` does, then every implementation with its reasons to refuse."""
     device = torch.device(device_type)
     dtype = torch.bfloat16 if device_type == "cuda" else torch.float32
     for op in registry.OPS.values():
@@ -75,7 +75,7 @@ def _ops(device_type: str) -> Iterator[str]:
 
 
 def _auto(op: registry.Op, device: torch.device, dtype: torch.dtype) -> str:
-    """As `registry.choose` would decide, without its warning, which is given once in a process."""
+    """What `registry.choose` would decide, without its warning, which is given only once in a process."""
     order = op.order(device)
     able = [name for name in order if not registry.why_not(op, name, device=device, dtype=dtype, **_CALL)]
     if not able:

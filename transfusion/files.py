@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and folders that one process has to itself."""
+"""Files that are written whole or not at all, and folders that one process has to itself."""
 
 import contextlib
 import errno
@@ -14,15 +14,16 @@ from typing import IO
 logger = logging.getLogger(__name__)
 
 LOCK = "in-use.lock"
-_HELD: set[str] = set()  # by this process, of which the system asks nothing
+_HELD: set[str] = set()  # held by this process, which the system's locks do not stop
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes aside, then renames: where the disk is full, or the process killed, what was there still is.
+    """Writes under another name, then renames: on a full disk, or if the process is killed, the old file is still
+    there.
 
-    Text is UTF-8. Half of a surrogate pair, of a file's name that is no Unicode, is written as JSON escapes it.
+    Text is UTF-8. An unpaired surrogate, from a file name that is not Unicode, is written in JSON's escaped form.
     """
-    path = Path(os.path.realpath(path))  # a link goes on to point at it
+    path = Path(os.path.realpath(path))  # a link keeps pointing at it
     aside = path.with_name(f"{path.name}.tmp")
     try:
         aside.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
@@ -36,10 +37,10 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Nobody else enters `folder`, made where there is none, as long as this lasts; one that stays empty is removed.
+    """Holds `folder`, made if need be, so that no other process enters it; a folder that stays empty is removed.
 
-    The system lets go of it when the process dies, however that is. Raises `ValueError` where another process is in it.
-    Where the system has no such locks nothing is held: a warning says so of a file system, Windows never has them.
+    The system releases it when the process dies, however it dies. Raises `ValueError` where another process is in it.
+    Without file locks nothing is held: a file system without them is warned about, and Windows never has them.
     """
     there = next(path for path in (folder, *folder.parents) if path.exists())
     place = os.path.realpath(folder)
@@ -67,10 +68,10 @@ def _locked(path: Path) -> Iterator[None]:
     while True:
         with open(path, "a+", encoding="utf-8") as file:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a forked child would go on holding
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a forked child would keep holding
             except OSError as error:
                 _refuse(path.parent, file, error)
-            if not _is_at(file, path):  # who had it has just removed it
+            if not _is_at(file, path):  # its holder has just removed it
                 continue
             file.truncate(0)
             file.write(f"{os.getpid()} on {socket.gethostname()}")
@@ -83,7 +84,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _refuse(folder: Path, file: IO[str], error: OSError) -> None:
-    """Raises `ValueError` where the lock is another's; warns where there are none."""
+    """Raises `ValueError` if another process holds the lock; warns where there are no locks."""
     if error.errno not in (errno.EACCES, errno.EAGAIN):
         logger.warning("%s cannot be locked (%s): see that no other process writes there", folder, error.strerror)
         return

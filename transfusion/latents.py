@@ -1,4 +1,4 @@
-"""transfusion train-vae | encode: an autoencoder of one's own images, and their latents, kept for training."""
+"""transfusion train-vae | encode: train an autoencoder on your own images, and keep their latents for training."""
 
 import sys
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ def train_vae(arguments: Sequence[str]) -> int:
         """Train a small AutoencoderKL on images, or resume the one in `out`; `--data.autoencoder OUT` then uses it.
 
         Args:
-            images: as `transfusion train --data.images` has them: a folder with captions.jsonl, tar shards, emoji, ...
-                Of edits it sees what images become, not what they were.
+            images: as for `transfusion train --data.images`: a folder with captions.jsonl, tar shards, emoji, ... Of an
+                edit, only the edited image is used.
             out: the autoencoder's folder.
-            perceptual: a TorchScript file of a network that makes features of images (I, 3, H, W) in [0, 1]; the
-                squared distance of features then joins the loss.
+            perceptual: a TorchScript file of a network from images (I, 3, H, W) in [0, 1] to features; the squared
+                distance of features is then added to the loss.
             device: "auto" is CUDA where there is one.
         """
 
@@ -70,12 +70,12 @@ def encode(arguments: Sequence[str]) -> int:
 
     @dataclass(frozen=True)
     class Start:
-        """Encode every training image once, into `data.latent_cache`; what is there already stays.
+        """Encode every training image once, into `data.latent_cache`; entries that are there already are kept.
 
         Args:
             config: a TOML file of a run, or the name of a recipe, whose [data] is read; the options below override its
                 fields.
-            shard_entries: images of one file of the cache; so many latents are held in memory.
+            shard_entries: images in one file of the cache; so many latents are held in memory.
             device: "auto" is CUDA where there is one.
         """
 

@@ -1,9 +1,9 @@
 """A run is a folder: config.toml, tokenizer.json, checkpoints/, log.jsonl, tensorboard/, and model/ at the end.
 
 Run.start(config, directory, "cuda").train()     starts the run, or resumes the one that is there
-Run.open(directory, "cuda")                      what evaluation and sampling work on, finished or not
+Run.open(directory, "cuda") what evaluation and sampling work on, finished or not
 
-With a `World` of several processes in the device's place, all of them call both, and rank 0 alone writes.
+With several processes, give a `World` in place of the device; all of them make the call, and only rank 0 writes.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ _PREVIEWED = 16  # captions
 
 
 class _Sample(NamedTuple):
-    """A caption and its pictures (3, H, W) in [-1, 1], the last of which is the one that it describes or asks for."""
+    """A caption and its pictures (3, H, W) in [-1, 1]; the last is the one that it describes or asks for."""
 
     caption: str
     pictures: tuple[torch.Tensor, ...]
@@ -124,12 +124,13 @@ class Run:
             run.loader  # noqa: B018 - its mistakes come before anything is written
             directory.mkdir(parents=True, exist_ok=True)
             run.tokenizer.save(directory / TOKENIZER)
-        if not _says(directory / CONFIG, config):  # one that does keeps its comments
+        if not _says(directory / CONFIG, config):  # a file that says the same keeps its comments
             configs.save(config, directory / CONFIG)  # last: a folder with a config is a whole run
         return run
 
     def _check_changes(self) -> None:
-        """Raises `ValueError` where the folder's run cannot go on with this config; says what another length does."""
+        """Raises `ValueError` if the folder's run cannot be resumed with this config; prints what another length
+        does."""
         before, last = Run.open(self.directory).config, last_step(self.directory / CHECKPOINTS)
         if last is None and (self.directory / MODEL / PIPELINE).is_file():
             raise ValueError(
@@ -186,20 +187,20 @@ class Run:
 
     @property
     def sizes(self) -> list[Size]:
-        """(height, width) in pixels of the images: one, or one of each of the aspect ratios."""
+        """(height, width) in pixels of the images: one, or one for each aspect ratio."""
         loader = self.config.data.loader
         return bucket_sizes(loader.aspect_ratios, loader.image_size, self.autoencoder.downscale * loader.patch_size)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of one image; where they differ in shape, of those nearest to square, the first of equal ones."""
+        """(C, h, w) of one image; if shapes differ, the one nearest to square, the first of equals."""
         height, width = nearest_size(1, 1, self.sizes)
         downscale = self.autoencoder.downscale
         return (self.config.model.latent_channels, height // downscale, width // downscale)
 
     @functools.cached_property
     def loader(self) -> Loader:
-        """The training batches of this rank, from the first on."""
+        """The training batches of this rank, starting with the first."""
         if self.tokenizer.special != self.config.model.special:
             raise ValueError(
                 f"model.special {self.config.model.special} is not what the tokenizer has, {self.tokenizer.special}: "
@@ -208,7 +209,8 @@ class Run:
         return make_loader(self.config.data, self.tokenizer, self.autoencoder, self.world.rank, self.world.size)
 
     def train(self) -> bool:
-        """Trains to the last step, then writes model/, a pipeline with the averaged weights. -> False where stopped."""
+        """Trains to the last step, then writes model/, a pipeline with the averaged weights. -> False if stopped
+        before."""
         with torch.device("meta"):
             model = Transfusion(self.config.model)
         distribute(model, self.config.train.parallel, self.config.train.precision, self.world)
@@ -232,7 +234,7 @@ class Run:
         if not samples:
             return None
         steps = default_steps(self.config.model.schedule, about=20)
-        make_scheduler(self.config.model.schedule)  # raises now, not at the first picture, where diffusers is missing
+        make_scheduler(self.config.model.schedule)  # raises now, not at the first picture, if diffusers is missing
 
         def preview(model: Transfusion) -> np.ndarray:
             pairs = zip(samples, self._drawn(model, samples, steps=steps), strict=True)
@@ -241,12 +243,13 @@ class Run:
         return preview
 
     def _step_of_model(self) -> int:
-        """Of model/: another than the last where a longer run was stopped before it could write it."""
+        """The step of model/, which is not the last step if a longer run was stopped before it could write it anew."""
         file = self.directory / MODEL / STEP
         return int(file.read_text()) if file.is_file() else self.config.train.steps
 
     def model(self) -> Transfusion:
-        """The trained model; of a run that has not finished, and says so, the averaged weights of its last checkpoint.
+        """The trained model; for a run that has not finished, after a message, the averaged weights of its last
+        checkpoint.
 
         Raises `FileNotFoundError` where there is neither.
         """
@@ -327,7 +330,7 @@ class Run:
         return {"split": split, **distances}
 
     def _readable(self, source: ImageSource, indices: Iterable[int], longest: int) -> list[_Sample]:
-        """Samples `indices` of `source` that are of use. longest: tokens of a caption that fits beside one image."""
+        """Samples `indices` of `source` that can be used. longest: tokens of a caption that fits beside one image."""
         samples, sizes = [], self.sizes
         for index in indices:
             with contextlib.suppress(ValueError):  # a SampleError is one

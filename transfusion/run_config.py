@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 CONFIG, TOKENIZER, MODEL = "config.toml", "tokenizer.json", "model"
 _LOSS_WEIGHT = "image_loss_weight"  # the one field of a network that its weights do not depend on
 
-# What may change when a run is resumed: how long it is, how a step is cut up and what is told of it, not what is
-# learned from what.
+# What may change when a run is resumed: its length, how a step is divided and what is logged, but not what is learned,
+# or from what data.
 LENGTH = ("steps", "warmup_steps")
 _FREE = (
     *(f"train.{name}" for name in LENGTH),
@@ -76,8 +76,8 @@ class RunConfig:
 def with_saved_model(config: RunConfig, said: Mapping[str, Any] | None = None) -> RunConfig:
     """`config` with the network and the autoencoder of `config.init`.
 
-    said: what the user's TOML names. Its autoencoder and its image_loss_weight stand; where it names another network,
-    a warning says so.
+    said: what the user's TOML names. Its autoencoder and image_loss_weight are kept; if it names another network, a
+    warning says so.
     """
     folder, data, said = saved_pipeline(config.init), config.data, said or {}
     model, named = configs.load(ModelConfig, folder / CONFIG), said.get("model", {})
@@ -93,7 +93,7 @@ def with_saved_model(config: RunConfig, said: Mapping[str, Any] | None = None) -
 
 
 def saved_pipeline(init: str) -> Path:
-    """The folder that `RunConfig.init` names. Raises `FileNotFoundError` where it is none."""
+    """The folder that `RunConfig.init` names. Raises `FileNotFoundError` if there is none."""
     folder = local_folder(init)
     if not (folder / PIPELINE).is_file():
         raise FileNotFoundError(
@@ -104,7 +104,7 @@ def saved_pipeline(init: str) -> Path:
 
 
 def from_anywhere(config: RunConfig) -> RunConfig:
-    """The same run from any directory."""
+    """The same config with absolute paths, so that it means the same from any directory."""
     init = str(Path(config.init).absolute()) if config.init and Path(config.init).exists() else config.init
     return replace(config, data=absolute(config.data), init=init)
 

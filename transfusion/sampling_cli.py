@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transfusion.generation import TransfusionPipeline
     from transfusion.generation.inputs import PipelineOutput
 
-DEFAULT_MODEL = Path("emoji-32")  # this very object: a user's own is looked for among folders first
+DEFAULT_MODEL = Path("emoji-32")  # this very object: a name that the user gives is first looked for among folders
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,16 @@ class SampleOptions:
         model: a saved pipeline in place of a run: its folder, or the name of one that comes with the package. Without
             a run or a model, emoji-32, which does.
         prompt: captions to draw, or what to change in --edit.
-        edit: an image to change as each prompt says; its largest centred part of the shape that is drawn is taken.
-        mask: with --edit: a picture of the same size, white where the image is to be painted anew; the rest of it
-            stays. It is cropped as the image is.
+        edit: an image to change as each prompt says; it is cropped around its centre to the shape that is drawn.
+        mask: with --edit: a picture of the same size, white where the image is to be repainted; the rest is kept. It is
+            cropped like the image.
         image: files to caption.
         text: texts to continue.
         story: texts to continue with text and images.
         height: of every image, in pixels; None is the model's usual side.
         width: of every image, in pixels; None is the model's usual side.
-        out: folder for PNGs, sheet.html and settings.json, made where there is none. PNGs of an earlier call stay, but
-            for those of the same name, and are told of: sheet and settings are of this call alone.
+        out: folder for PNGs, sheet.html and settings.json, made if need be. PNGs of an earlier call stay, except those
+            of the same name, and are reported; sheet and settings are of this call alone.
         steps: denoising steps of an image; None is the scheduler's usual number.
         guidance_scale: classifier-free guidance scale; 1 is none.
         guidance_interval: times, 0 the clean image and 1 pure noise, between which guidance is on.
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check_folder(out: Path) -> None:
-    """Raises `ValueError` where no folder `out` can be made or written to, while nothing is lost yet; leaves none."""
+    """Raises `ValueError` if `out` cannot be made or written to, before any work is done; leaves no folder behind."""
     there = next(path for path in (out, *out.parents) if path.exists())
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def _numbered(out: Path) -> list[str]:
 
 
 def _tell_of(out: Path, earlier: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    """One line where `out` had images: how many this call has replaced, and which it has left."""
+    """Prints one line if `out` already had images: how many this call has replaced, and which are left."""
     new = {name for row in rows for name in (*row.get("files", ()), *row.get("document", ()))}
     left = [name for name in earlier if name not in new]
     if earlier:
@@ -154,9 +154,8 @@ def with_model(options: SampleOptions) -> SampleOptions:
 
 
 def open_pipeline(options: SampleOptions) -> "TransfusionPipeline":
-    """What `run` or `model` names, on the device; a model's weights in float32 on a CPU.
-
-    Raises `FileNotFoundError` or `ValueError` where it is none.
+    """What `run` or `model` names, on the device; on a CPU a model's weights are float32. Raises `FileNotFoundError` or
+    `ValueError` if it is neither.
     """
     import torch
 
@@ -177,7 +176,7 @@ def open_pipeline(options: SampleOptions) -> "TransfusionPipeline":
 
 @dataclass(frozen=True)
 class _Job:
-    """One row: what kind it is, and what it is given."""
+    """One row of the batch: its kind and its inputs."""
 
     kind: str
     prompt: str | None
@@ -198,8 +197,8 @@ def _jobs(options: SampleOptions) -> list[_Job]:
 def write_samples(options: SampleOptions, pipeline: "TransfusionPipeline") -> list[dict[str, Any]]:
     """Samples everything in one batch; writes NNN-prompt.png for each image, sheet.html and settings.json.
 
-    -> the rows, as settings.json has them beside the options: of each its kind, what it was given and its seed, and
-    the files of its images, its text, or as document, of a story, texts and files in turn.
+    -> the rows, as settings.json has them beside the options: each with its kind, inputs and seed, and with the files
+    of its images, its text or, for a story, a document of texts and files in turn.
     """
     from transfusion.generation.inputs import PipelineOutput
 
@@ -243,7 +242,7 @@ def write_samples(options: SampleOptions, pipeline: "TransfusionPipeline") -> li
 
 
 def _names(jobs: Sequence[_Job], done: "PipelineOutput") -> list[str]:
-    """NNN-prompt.png of each image, NNN its number: of the prompt the letters and digits of any script."""
+    """NNN-prompt.png for each image: its number, and the letters and digits, in any script, of its prompt."""
     owners = [
         job for job, document in zip(jobs, done.documents, strict=True) for part in document if isinstance(part, int)
     ]
@@ -252,7 +251,7 @@ def _names(jobs: Sequence[_Job], done: "PipelineOutput") -> list[str]:
 
 
 def _row(job: _Job, seed: int, document: list[str]) -> dict[str, Any]:
-    """What settings.json says of a row; in `document` a file stands for each image."""
+    """What settings.json says about a row; in `document` each image is named by its file."""
     given = {"prompt": job.prompt, "image": None if job.image is None else str(job.image)}
     row: dict[str, Any] = {"kind": job.kind, **{name: value for name, value in given.items() if value is not None}}
     row["seed"] = seed

@@ -3,8 +3,8 @@
     Document = tuple[Text | Image, ...]
     rows: list[list[Document]]  --collate-->  Batch(token_ids, mask, images, index tensors)
 
-A batch is described once, here. Which rows are text and which are image is known where the batch is
-made, so it travels as index tensors, and no later step asks the device for a count.
+A batch is described once, here. Which tokens are text and which are image is known where the batch is made, on the
+host; it travels as index tensors, so no later step has to ask the device for a count.
 """
 
 from collections.abc import Iterable, Sequence
@@ -41,7 +41,8 @@ class Text(NamedTuple):
 
 
 class Image(NamedTuple):
-    """One image: `latent` (C, h, w) float32, clean, and the largest diffusion time it may be noised to, in (0, 1]."""
+    """One image: `latent` (C, h, w) float32, clean, and the largest diffusion time to which it may be noised, in (0,
+    1]."""
 
     latent: Tensor
     max_time: float = 1.0
@@ -95,7 +96,7 @@ class Batch:
     noise_seed: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        """The same batch on `device`; on its way to a GPU nothing waits, see `kernels.transfer`."""
+        """The same batch on `device`; a copy to a GPU makes nothing wait, see `kernels.transfer`."""
 
         def there(part: Any) -> Any:
             return moved(part, device, non_blocking) if isinstance(part, Tensor) else part.to(device, non_blocking)
@@ -146,7 +147,7 @@ class _Row:
         if missing < 0:
             raise ValueError(f"a row holds {len(self.token_ids)} tokens, more than the row length {length}")
         self._tokens([self.special.pad] * missing, is_image=False)
-        self.documents.extend([1] * missing)  # each pad is a document of its own: nothing sees it, it sees itself
+        self.documents.extend([1] * missing)  # each pad is a document of its own: only it sees itself
         self.positions.extend([0] * missing)
 
     def text_rows(self) -> list[int]:
@@ -163,7 +164,7 @@ class _Row:
 
 
 def _segments(document: Document) -> Document:
-    """The document. Raises `TypeError` for what is none, `ValueError` for words without numbers."""
+    """The document, checked. Raises `TypeError` if it is none, `ValueError` for text without token ids (fake, meta)."""
     if isinstance(document, Text | Image | Tensor) or not isinstance(document, Sequence):
         raise TypeError(
             f"a document must be a tuple of Text and Image segments, got {type(document).__name__}; "
@@ -193,7 +194,7 @@ def collate(
 
     Times are drawn as `sampling` says, each within its image's limit, from `generator`: the batch is a pure function of
     its arguments and the generator's state. Raises `ValueError` where a row overflows, or where latents differ in
-    their number of channels, or token ids have no numbers (fake, meta), `TypeError` for what is no document.
+    their number of channels, or token ids have no values (fake, meta); `TypeError` for what is not a document.
     """
     packed = []
     for documents in rows:

@@ -1,10 +1,10 @@
 """transfusion demo-ui: a page to talk to a model on: text and images in, text and images out. Needs the extra `ui`.
 
-    page(pipeline).queue().launch()     what `main` does, with nothing that leaves the machine
+    page(pipeline).launch() what `main` does, with nothing that leaves the machine
 
-`answer` is what a message comes to, and knows nothing of the page; `converse` runs it in a thread, shows the text as it
-comes, and stops it when nobody waits any more; `page` puts that behind a queue of one, so that users who come at once
-wait for each other and the model runs for one of them at a time.
+`answer` computes the reply to a message and knows nothing of the page; `converse` runs it in a thread, shows the text
+as it comes, and stops it when nobody is waiting any more; `page` puts that behind a queue of one, so that users who
+come at the same time wait for each other and the model runs for one of them at a time.
 """
 
 import contextvars
@@ -32,7 +32,7 @@ MODES = {
     "text": "Goes on with the prompt, or says something about the image that you add.",
     "story": "Text and images in turn, going on from the prompt and from the image that you add, if any.",
 }
-_QUEUE = 64  # users who wait at once; those after them are told that the queue is full
+_QUEUE = 64  # users waiting at once; further ones are told that the queue is full
 _UPLOAD = "20mb"
 _KEPT = (3600, 86400)  # look every hour for pictures of the page that are older than a day, and delete them
 
@@ -56,7 +56,7 @@ class UiOptions:
     """A page to talk to a model on.
 
     Args:
-        run: folder of a run; of one that has not finished, its last checkpoint's averaged weights.
+        run: folder of a run; if it has not finished, its last checkpoint's averaged weights are used.
         model: a saved pipeline in place of a run, as for `transfusion sample`; emoji-32 without either.
         host: address to listen on; 0.0.0.0 lets other machines in.
         port: to listen on.
@@ -100,9 +100,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def serve(pipeline: "TransfusionPipeline", options: UiOptions, block: bool = True) -> Any:
-    """Serves the page, until it is interrupted where `block` -> the page, which `close()` ends.
+    """Serves the page, with `block` until it is interrupted -> the page, whose `close()` ends it.
 
-    Raises `OSError` where the port is taken.
+    Raises `OSError` if the port is taken.
     """
     if not 0 < options.port < 2**16:
         raise ValueError(f"--port {options.port} is no port; give one of 1 to 65535")
@@ -137,7 +137,7 @@ def answer(
     on_step: OnStep | None = None,
     on_text: OnText | None = None,
 ) -> list[Any]:
-    """What the model makes of a message -> strings and PIL images, in turn.
+    """The model's reply to a message -> strings and PIL images, in turn.
 
     on_text: told the text since the last image after each token of it. What it or on_step raises ends the answer.
 
@@ -176,7 +176,7 @@ def answer(
 
 
 def _asked(text: str, files: Sequence[str], mode: str) -> tuple[str | None, str | None, str]:
-    """-> prompt, image and output, as the pipeline takes them. Raises `ValueError` where the message does not fit."""
+    """-> prompt, image and output, as the pipeline takes them. Raises `ValueError` for a message that does not fit."""
     prompt = text.strip() or None
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
@@ -197,7 +197,7 @@ def _steps(pipeline: "TransfusionPipeline", scheduler: str) -> int:
 
 
 def schedulers(pipeline: "TransfusionPipeline") -> list[str]:
-    """Names of those that step along the path that the model was trained on."""
+    """Names of the schedulers that step along the path on which the model was trained."""
     from transfusion.diffusion.sampler import SCHEDULERS
 
     path = pipeline.model.config.schedule.path
@@ -205,7 +205,7 @@ def schedulers(pipeline: "TransfusionPipeline") -> list[str]:
 
 
 def explain(error: Exception, files: Sequence[str]) -> str:
-    """What the page says of a failed message; one that is not the user's doing is logged with its traceback."""
+    """What the page says about a failed message; an error that is not the user's is logged with its traceback."""
     if not isinstance(error, ValueError | TypeError | OSError | FloatingPointError):
         logging.getLogger(__name__).error("a message of the page failed", exc_info=error)
     said = str(error) or type(error).__name__
@@ -229,8 +229,8 @@ def converse(
     settings: Callable[[], Settings],
     on_step: OnStep | None = None,
 ) -> Generator[Turn, None, None]:
-    """The conversation with the user's message, with text as it comes, and with the answer or what is wrong. Closed
-    before its end, it stops the model at the next token or step.
+    """The conversation with the user's message, then with text as it comes, then with the answer or the error. Closing
+    the generator early stops the model at the next token or step.
 
     keep: writes a PIL image where the page can show it -> the file. settings: may raise, as `answer` may.
     """
@@ -252,12 +252,12 @@ def converse(
         told = [part if isinstance(part, str) else {"path": keep(part)} for part in parts]
         note = f"seed {chosen.seed} · {time.monotonic() - began:.1f} s"
         yield Turn([*history, *(_said("assistant", part) for part in [*told, note])], "answered")
-    except Exception as error:  # whatever it is, the page and the other users go on
+    except Exception as error:  # whatever it is, the page keeps serving the other users
         yield Turn([*history, _said("assistant", explain(error, files))], "failed")
 
 
 class _StoppedError(Exception):
-    """Nobody waits for the answer any more."""
+    """Nobody is waiting for the answer any more."""
 
 
 class _Answering:
@@ -268,7 +268,7 @@ class _Answering:
         self._told: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # a text, or None for a step
         self._done: Future[list[Any]] = Future()
         self._stopped = threading.Event()
-        # with the variables by which Gradio knows whose progress it is told
+        # with the context variables that tell Gradio whose progress this is
         threading.Thread(target=contextvars.copy_context().run, args=(self._run,), daemon=True).start()
 
     def _run(self) -> None:
@@ -289,7 +289,7 @@ class _Answering:
         self._told.put(what)
 
     def texts(self) -> Iterator[list[str]]:
-        """What it has written, after each token and step, until its end."""
+        """The text written so far, after each token and step, until its end."""
         texts = [""]
         while not (self._done.done() and self._told.empty()):
             told = self._told.get()
@@ -300,7 +300,7 @@ class _Answering:
             yield [text for text in texts if text.strip()]
 
     def result(self) -> list[Any]:
-        """The answer, or what it ended with."""
+        """The answer; raises what `ask` raised."""
         return self._done.result()
 
     def stop(self) -> None:
