@@ -58,7 +58,7 @@ class DiffusersAutoencoder:
     def __init__(
         self, name_or_path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        # low_cpu_mem_usage would need another package, accelerate, and says so at length
+        # low_cpu_mem_usage would need the package accelerate, and says so at length
         options: dict[str, Any] = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
         try:
             vae: Any = require("diffusers").AutoencoderKL.from_pretrained(str(name_or_path), **options)
@@ -81,7 +81,8 @@ class DiffusersAutoencoder:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of the encoder's weights and their dtype: two autoencoders with one fingerprint give one moments."""
+        """sha256 of the encoder's weights and their dtype: autoencoders with the same fingerprint give the same
+        moments."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self._vae.state_dict().items()):
             if not name.startswith(("decoder.", "post_quant_conv.")):

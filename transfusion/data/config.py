@@ -1,4 +1,4 @@
-"""Which samples a run reads: `DataConfig` as its TOML says it, and what its words name."""
+"""Which samples a run reads: `DataConfig`, and the sources that its words name."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,7 +48,7 @@ class DataConfig:
         loader: how samples become batches.
         image_weights: the share of each of `images`; none is equal shares.
         text_weights: the share of each of `texts`; none is equal shares.
-        latent_cache: folder that `transfusion encode` wrote, which spares the encoding; "" encodes each time.
+        latent_cache: folder of latents that `transfusion encode` wrote; "" encodes images each time.
     """
 
     images: str | tuple[str, ...] = "none"
@@ -76,7 +76,7 @@ def specs(value: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def absolute(data: DataConfig) -> DataConfig:
-    """The same data from any directory: its paths made absolute, and what is no path left as it is."""
+    """The same config with absolute paths, so that it means the same from any directory."""
 
     def place(spec: str) -> str:
         where = spec.removeprefix(_STREAM)
@@ -139,7 +139,7 @@ def make_loader(
 ) -> Loader:
     """The training batches of this rank. Raises `ValueError` naming what is missing.
 
-    `loader.text_fraction` is of images and texts; of images alone it is 0, of texts alone 1.
+    `loader.text_fraction` counts where there are images and texts; with images alone it is 0, with texts alone 1.
     """
     check_sources(data)
     images = [open_images(spec, "train", data.loader.image_size) for spec in specs(data.images)]
@@ -159,7 +159,7 @@ def make_loader(
 
 
 def open_cache(data: DataConfig, autoencoder: Autoencoder, repair: bool = False) -> LatentCache:
-    """The cache in `data.latent_cache`. Raises `ValueError` where it is empty and not to be filled, or damaged."""
+    """The cache in `data.latent_cache`. Raises `ValueError` if it is damaged, or empty and not to be filled."""
     if not isinstance(autoencoder, DiffusersAutoencoder):
         given = f"latent_cache={data.latent_cache!r}, autoencoder={data.autoencoder!r}"
         raise ValueError(f"{given}: a cache keeps the latents of an AutoencoderKL; pixels need none")
@@ -170,10 +170,9 @@ def open_cache(data: DataConfig, autoencoder: Autoencoder, repair: bool = False)
 
 
 def image_source(data: DataConfig, split: Split, limit: int = 4096) -> ImageSource | None:
-    """The captioned images of `split` as one list, of each stream the first `limit`.
+    """The captioned images of `split` as one list; of each stream, the first `limit`.
 
-    None where `images` names none, or where its streams hold none of them out. Raises `ValueError` where there should
-    be some.
+    None if `images` names none, or if its streams hold none out. Raises `ValueError` where there should be some.
     """
     opened = [_opened(open_images, spec, split, data.loader.image_size) for spec in specs(data.images)]
     listed = [listed_images(source, limit) for source in opened if source is not None]
@@ -185,7 +184,7 @@ def image_source(data: DataConfig, split: Split, limit: int = 4096) -> ImageSour
 
 
 def text_source(data: DataConfig, split: Split, limit: int = 4096) -> TextSource | None:
-    """The texts of `split` as one list, of each stream the first `limit`; None as for images."""
+    """The texts of `split` as one list; of each stream, the first `limit`; None as for images."""
     opened = [(spec, _opened(open_texts, spec, split)) for spec in specs(data.texts)]
     named = [(spec, source) for spec, source in opened if source is not None]
     sources = [source for _, source in named]
@@ -201,7 +200,7 @@ def text_source(data: DataConfig, split: Split, limit: int = 4096) -> TextSource
 
 
 def _opened(opener: Callable[..., T], spec: str, split: Split, *options: Any) -> T | None:
-    """The source, or None where it holds nothing out: one text, or one image, is all for training."""
+    """The source, or None if it holds nothing out: a single text or image is kept for training."""
     try:
         return opener(spec, split, *options)
     except EmptySplitError:
@@ -211,7 +210,7 @@ def _opened(opener: Callable[..., T], spec: str, split: Split, *options: Any) ->
 
 
 def all_images(data: DataConfig, split: Split) -> Iterator[CaptionedImage | SampleError]:
-    """Every captioned image of `split`, in order, streams once through; or why there is none in its place."""
+    """Every captioned image of `split`, in order, each stream once; in place of an unreadable one, the reason."""
     for spec in specs(data.images):
         source = open_images(spec, split, data.loader.image_size)
         yield from in_order(source) if isinstance(source, Stream) else each_image(source)

@@ -22,14 +22,14 @@ _SPECIAL = SpecialTokens()
 
 
 def _text(*parts: Tensor | int) -> Text:
-    ids: list[int] = []  # one tensor of a list is made sooner than a few tensors are joined
+    ids: list[int] = []  # one tensor of a list is made faster than a few tensors are joined
     for part in parts:
         ids += [part] if isinstance(part, int) else part.tolist()
     return Text(torch.tensor(ids, dtype=torch.int64, device="cpu"))
 
 
 def caption_image_length(caption_tokens: int, tokens_per_image: int, images: int = 1) -> int:
-    """caption + (image + 2)·images + 2: a caption with its image, or of an edit two; with BOS, BOI, EOI and EOS."""
+    """caption + (image + 2)·images + 2: a caption with its image (an edit has two), with BOS, BOI, EOI and EOS."""
     return caption_tokens + images * (tokens_per_image + 2) + 2
 
 
@@ -44,11 +44,11 @@ def caption_image_document(
 ) -> Document:
     """One document of a caption (n,) int64 and a clean latent (C, h, w), in one of the orders above.
 
-    A dropped caption leaves nothing that the image could come before, so `image_first` does not limit it; and no EOS
-    follows, which would teach that an image without a caption before it has none after it either.
+    With the caption dropped there is nothing for the image to come before, so `image_first` does not limit its noise.
+    No EOS follows then, since it would teach that an image without a caption before it has none after it either.
 
-    before: the latent that the caption tells how to change. It stands first whatever `image_first` says, and is left
-    out with a dropped caption: guidance compares with an image that nothing is known of.
+    before: the latent that the caption says how to change. It comes first whatever `image_first` says, and is dropped
+    with the caption: guidance compares with an image about which nothing is known.
     """
     if drop_caption:
         return (_text(special.bos), Image(latent))
@@ -63,7 +63,7 @@ def caption_image_document(
 def text_documents(token_ids: Tensor, length: int, special: SpecialTokens = _SPECIAL) -> list[Document]:
     """Cuts a text (n,) int64 into documents of at most `length` tokens; each token is a target exactly once.
 
-    Each window starts with BOS; EOS follows the last one only, where the text does end.
+    Each window starts with BOS; EOS follows only the last one, where the text really ends.
     """
     if length < 2:
         raise ValueError(f"a window of {length} token(s) cannot hold BOS and a token")
@@ -74,7 +74,7 @@ def text_documents(token_ids: Tensor, length: int, special: SpecialTokens = _SPE
 def mismatched(captions: Sequence[Tensor], generator: torch.Generator) -> list[int]:
     """-> a random permutation with captions[permutation[i]] != captions[i] for every i.
 
-    Raises `ValueError` where more than half of the captions are the same: no such permutation exists.
+    Raises `ValueError` if more than half of the captions are the same: then no such permutation exists.
     """
     keys = [tuple(caption.tolist()) for caption in captions]
     counts = Counter(keys)
@@ -100,13 +100,14 @@ def evaluation_batch(
     special: SpecialTokens = _SPECIAL,
     before: Sequence[Tensor | None] | None = None,
 ) -> tuple[Batch, Tensor]:
-    """A batch of given pairs, times and noise, and which of its images are those, (I,) int64: row i is caption i, then
-    image i at times[i]; an edit's row begins with before[i], at time 0 as where one is asked for.
+    """A batch of given pairs, times and noise, and the numbers (I,) int64 of these images in it: row i is caption i,
+    then image i at times[i]; an edit's row begins with before[i], at time 0, as when sampling.
 
     captions: I tensors (n_i,) int64; latents: I of (C, h_i, w_i); times (I,) in [0, 1); before: I like the latents, or
-    None for what is no edit. Rows hold the longest caption beside the most images, or the largest, so that the captions
-    in another order (`mismatched`) give the same images, noise, times and shapes: the difference of the two diffusion
-    losses is what the captions are worth. Raises `ValueError` where there is nothing, or not one of each.
+    None for what is no edit. Rows have room for the longest caption beside the most, or the largest, images, so that
+    the captions in another order (`mismatched`) give the same images, noise, times and shapes: the difference of the
+    two diffusion losses is what the captions are worth. Raises `ValueError` for an empty batch, or lists of different
+    lengths.
     """
     firsts = [None] * len(captions) if before is None else before
     if not len(captions) == len(latents) == len(times) == len(firsts):
@@ -118,7 +119,7 @@ def evaluation_batch(
         raise ValueError("an evaluation batch needs at least one caption and latent")
     given = zip(captions, latents, firsts, strict=True)
     rows = [[caption_image_document(c, latent, special=special, before=first)] for c, latent, first in given]
-    # the longest caption beside the most images, for it may come there in another order
+    # the longest caption beside the most images: another order may bring them together
     beside = max(document_length(d, patch_size) - len(c) for (d,), c in zip(rows, captions, strict=True))
     length = max(map(len, captions)) + beside
     batch = collate(rows, length, patch_size, special, torch.Generator())

@@ -19,7 +19,7 @@ from transfusion.sequence import Document, document_length
 
 T = TypeVar("T")
 
-_QUOTED = 60  # letters of a caption in a message
+_QUOTED = 60  # characters of a caption in a message
 
 Images = ImageSource | Stream[CaptionedImage]
 Texts = TextSource | Sequence[str] | Stream[str]
@@ -27,7 +27,7 @@ Texts = TextSource | Sequence[str] | Stream[str]
 
 @dataclass(frozen=True)
 class Mixture(Generic[T]):
-    """Several sources in one; each gives the share of the rows that its weight says."""
+    """Several sources in one; each gives its weight's share of the rows."""
 
     sources: tuple[T, ...]
     weights: tuple[float, ...]
@@ -60,7 +60,7 @@ class Drafter:
     """How samples are measured and packed.
 
     sizes: what an image may be cropped to; step: pixels a side of one token; images_per_row: exactly so many, or None;
-    shuffle_block: of a stream; skip(source, name, reason) is told of what cannot be used.
+    shuffle_block: of a stream; skip(source, name, reason) is called for what cannot be used.
     """
 
     tokenizer: Tokenizer
@@ -79,7 +79,7 @@ class Drafter:
         return self.row_length // (self.images_per_row or 1) - caption_image_length(0, largest)
 
     def image_rows(self, images: Images, name: str) -> Rows[Draft]:
-        """Rows of `images`; `name` tells its shuffle from the others'. Raises `ValueError` where none fits."""
+        """Rows of `images`; `name` distinguishes its shuffle from the others'. Raises `ValueError` if nothing fits."""
         if self.max_caption_tokens < 1:
             raise ValueError(
                 f"row_length={self.row_length} holds no caption beside {self.images_per_row or 1} "
@@ -118,7 +118,8 @@ class Drafter:
         return PlannedRows(windows, plan, contents)
 
     def _known(self, images: ImageSource, source: str, reasons: list[str]) -> Iterator[tuple[int, Tensor, Size]]:
-        """(index in the source, caption, size) of each sample that fits a row; why others do not, into `reasons`."""
+        """(index in the source, caption, size) of each sample that fits a row; the reasons of the others go into
+        `reasons`."""
         edits = edits_of(images)
         for index, caption in enumerate(images.captions):
             try:
@@ -163,7 +164,7 @@ class Drafter:
 
 
 def _told(images: ImageSource, index: int, error: ValueError) -> tuple[str, str]:
-    """Sample `index` as messages name it, and why it cannot be used."""
+    """Sample `index` as messages name it, and the reason why it cannot be used."""
     try:
         name = images[index].name
     except SampleError as unreadable:

@@ -83,7 +83,7 @@ class EmojiSource:
 
 @functools.lru_cache(maxsize=1)
 def _captions() -> dict[str, str]:
-    """{emoji: English name}: those of the demo first, then by age, so that France comes before Clipperton Island."""
+    """{emoji: English name}, those of the demo first, then by age, so that France comes before Clipperton Island."""
     data = {e: d for e, d in require("emoji").EMOJI_DATA.items() if d["status"] == _FULLY_QUALIFIED}
     by_age = sorted(data, key=lambda emoji: (data[emoji]["E"], emoji))
     ordered = dict.fromkeys([*DEMO_EMOJI, *by_age])
@@ -134,7 +134,7 @@ def _draw_selection(size: int, selection: str) -> tuple[dict[str, np.ndarray], t
 
 
 def _draw(size: int, selection: str) -> tuple[dict[str, np.ndarray], tuple[Skipped, ...]]:
-    """Identical drawings are looked for before the split, so that none is on both sides."""
+    """Identical drawings are dropped before the split, so that none is on both sides."""
     pen = _Pen(size)
     drawn: dict[str, np.ndarray] = {}
     left_out: list[Skipped] = []

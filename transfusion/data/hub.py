@@ -40,7 +40,7 @@ class HubColumns:
         if unknown:
             raise ValueError(f"{spec!r}: unknown option {unknown[0]!r}; known: {', '.join(_OPTIONS)}")
         self.data = _load(self.name, options, streaming)
-        columns = list(self.data.column_names or next(iter(self.data.take(1)), ()))  # a stream may not know them
+        columns = list(self.data.column_names or next(iter(self.data.take(1)), ()))  # a stream may not know its columns
         self.image, self.before = "", options.get("source_image", "")
         if self.before and not wants_images:
             raise ValueError(f"{spec!r}: source_image is of images, and these are texts")

@@ -1,4 +1,4 @@
-"""What an autoencoder's encoder says of each image, kept on disk, so that training encodes nothing twice.
+"""The output of an autoencoder's encoder for each image, kept on disk, so that training encodes nothing twice.
 
     DIR/<fingerprint of the encoder>/latents-00000.safetensors, ...      one tensor per image, with its checksum
 
@@ -43,7 +43,7 @@ class LatentCache:
         self.folder = Path(folder) / fingerprint[:16]
         self._files: dict[str, Path] = {}
         self._open: dict[Path, tuple[Any, dict[str, int]]] = {}
-        for leftover in self.folder.glob("*.tmp") if repair else ():  # of a process that was killed while it wrote
+        for leftover in self.folder.glob("*.tmp") if repair else ():  # left by a process that was killed while writing
             leftover.unlink()
         for path in sorted(self.folder.glob("latents-*.safetensors")):
             try:
@@ -73,7 +73,7 @@ class LatentCache:
         return moments
 
     def write(self, entries: dict[str, Tensor]) -> Path:
-        """One more shard with `entries`, written aside and then renamed. Raises `OSError` naming it."""
+        """Adds a shard with `entries`, written under another name and then renamed. Raises `OSError` naming it."""
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -126,8 +126,8 @@ def encode_images(
 ) -> tuple[int, list[Skipped]]:
     """Writes the moments of every sample that `cache` lacks. -> how many were encoded, and what cannot be read.
 
-    Each image is encoded by itself, as the loader does. `shard_entries` moments, or one more, are in memory; what was
-    written stays when this is stopped, and the next call continues behind it.
+    Each image is encoded by itself, as in the loader. `shard_entries` moments, or one more, are in memory; if this is
+    stopped, what was written stays, and the next call continues from there.
     """
     pending: dict[str, Tensor] = {}
     skipped: list[Skipped] = []

@@ -1,4 +1,4 @@
-"""Lists of samples where a list is wanted: of the first of a stream, or of several sources one after the other."""
+"""Samples as a list: the first of a stream, or several sources one after the other."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -19,7 +19,7 @@ def in_order(stream: Stream[T]) -> Iterator[T]:
 
 
 def each_image(source: ImageSource) -> Iterator[CaptionedImage | SampleError]:
-    """The samples of a source, or why there is none, one after the other."""
+    """The samples of a source, one after the other; in place of an unreadable one, the reason."""
     for index in range(len(source)):
         try:
             yield source[index]
@@ -63,5 +63,5 @@ class JoinedImages:
 
 
 def listed_images(images: Images, limit: int) -> ImageSource:
-    """A map-style source as it is; of a stream the first `limit` samples."""
+    """A map-style source as it is; of a stream, the first `limit` samples."""
     return DrawnImages(list(islice(in_order(images), limit)), images.skipped) if isinstance(images, Stream) else images

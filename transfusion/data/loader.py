@@ -53,9 +53,9 @@ class LoaderConfig:
             packs as many as fit.
         text_fraction: fraction of the rows that are text; with full rows that is 1:1 text to image tokens. In a run
             without texts it is 0, without images 1.
-        caption_first: probability that the caption comes before its image; of an edit it always does.
-        caption_dropout: probability that a caption, and of an edit the image before it, is left out, for guidance (the
-            paper is silent).
+        caption_first: probability that the caption comes before its image; an edit's always does.
+        caption_dropout: probability that a caption (and with it an edit's source image) is left out, for guidance; the
+            paper is silent.
         max_time_image_first: largest diffusion time of an image that comes before its caption.
         sample_latents: draw a latent from the autoencoder's posterior each time, rather than take its mode.
         shuffle_block: samples of a stream that are shuffled and packed together; a block is held in memory.
@@ -99,7 +99,7 @@ class _Prepared(NamedTuple):
 
 
 class Loader:
-    """Batches without end: `iterate()` prepares them ahead, from where the state stands.
+    """Endless batches: `iterate()` prepares them ahead, starting from the loader's state.
 
     images, texts: a source, a stream, or a `Mixture` of them; give both, or the one that `text_fraction` asks for.
     cache: latents that were encoded before. Captions that do not fit and images that cannot be decoded are skipped,
@@ -124,7 +124,7 @@ class Loader:
         self.config, self.rank, self.world_size = config, rank, world_size
         self._special = tokenizer.special
         encoder: Autoencoder = PixelAutoencoder() if autoencoder is None else autoencoder
-        self._encoder = str(getattr(encoder, "fingerprint", ""))  # of one whose weights can change
+        self._encoder = str(getattr(encoder, "fingerprint", ""))  # only of an autoencoder whose weights can change
         self._reader = ImageReader(encoder, cache, config.workers, config.sample_latents)
         self._skipped: dict[tuple[str, str], str] = {}
         self._unreadable: dict[tuple[str, str | int], str] = {}  # not the errors: these hold what was being decoded
@@ -168,10 +168,9 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """`iterate` continues where the loader of `state` stood, whatever its batch size and number of ranks were.
 
-        Raises `ValueError` where the sources or the autoencoder are others; warns where a source has other samples than
-        it had.
+        Raises `ValueError` if the sources or the autoencoder are different; warns if a source's samples have changed.
         """
-        before = state.get("encoder")  # which checkpoints before this was kept do not say
+        before = state.get("encoder")  # older checkpoints lack it
         if before and before != self._encoder:
             raise ValueError(
                 f"the autoencoder is another than at the checkpoint (sha256 of its encoder "
@@ -205,7 +204,7 @@ class Loader:
         """The batches after `state_dict()`, without end, `prefetch` of them prepared in a thread."""
         if prefetch < 1:
             raise ValueError(f"prefetch must be at least 1, got {prefetch}")
-        self._restore(self._state)  # a stream may be ahead, from an earlier call
+        self._restore(self._state)  # a stream may be ahead, after an earlier call
         pool = ThreadPoolExecutor(1, "loader", torch.set_num_threads, (1,))
         row = int(self._state["row"])
         try:
@@ -233,7 +232,7 @@ class Loader:
         return {"row": row, "sources": [rows.state(index) for rows, index in places], "encoder": self._encoder}
 
     def _prepare(self, row: int) -> _Prepared:
-        """This rank's batch of the rows from `row` on, and the state behind the batches of all ranks."""
+        """This rank's batch of the rows from `row` on, and the state after the batches of all ranks."""
         first, config = row + self.rank * self.config.rows, self.config
         rows = self._rows(range(first, first + config.rows))
         generator = seeded(config.seed, "batch", first)
@@ -282,7 +281,7 @@ class Loader:
     def _substituted(
         self, read: list[tuple[Draft, Contents | None]], deck: Sequence[Draft], places: list[int]
     ) -> list[tuple[Draft, Contents]]:
-        """In place of a draft that cannot be read, the next of the deck that fits; where none does, nothing."""
+        """In place of a draft that cannot be read, the next one of the deck that fits; if none does, nothing."""
         free = self.config.row_length - sum(draft.length for draft, _ in read)
         whole = []
         for place, (draft, contents) in zip(places, read, strict=True):
@@ -311,7 +310,7 @@ class Loader:
         return [None if isinstance(contents, SampleError) else contents for contents in found]
 
     def _skip_planned(self, source: str, name: str, reason: str) -> None:
-        """Every rank plans the same rows: one tells of what fits in none."""
+        """Every rank plans the same rows, so one rank reports what fits in none."""
         if self.rank == 0:
             self._skip(source, name, reason)
 
@@ -322,7 +321,7 @@ class Loader:
 
 
 def _mixture(sources: Any, fraction: float, config: LoaderConfig, kind: str) -> Mixture[Any]:
-    """The sources with weights that sum to `fraction`; none at all where that is 0."""
+    """The sources with weights that sum to `fraction`; none if that is 0."""
     if fraction == 0:
         return Mixture((), ())
     if sources is None or (not isinstance(sources, Mixture | Stream) and not sources):

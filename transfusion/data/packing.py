@@ -1,4 +1,4 @@
-"""Documents into rows of one length: each document whole, in one row, and the rows as full as best fit makes them."""
+"""Packs documents into rows of one length: each document whole, in one row, the rows as full as best fit makes them."""
 
 import operator
 from bisect import bisect_left, insort
@@ -13,7 +13,7 @@ from torch import Tensor
 
 def seeded(*key: int | str) -> torch.Generator:
     """A generator whose state is a hash of `key`, the same on every machine and independent of any other key."""
-    # of whole numbers of any kind, whose repr may say which: numpy's, or a tensor
+    # for integers of any kind, numpy's or a tensor's, whose repr would differ
     plain = tuple(each if isinstance(each, str) else operator.index(each) for each in key)
     digest = sha256(repr(plain).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -26,8 +26,8 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class Draft:
-    """A captioned image before it is read: what tells it from others, its source first; caption (n,), size in pixels,
-    and tokens in a row. The image before an edit is cropped to the same size."""
+    """A captioned image before it is read: its identity, source first; caption (n,), size in pixels, and tokens in a
+    row. The image before an edit is cropped to the same size."""
 
     key: tuple[str, str | int]
     caption: Tensor
@@ -37,7 +37,7 @@ class Draft:
 
 
 class MapDeck(Sequence[Draft]):
-    """The drafts of a map-style source, made when they are asked for."""
+    """The drafts of a map-style source, made on demand."""
 
     def __init__(
         self, source: ImageSource, label: str, known: list[tuple[int, Tensor, Size]], lengths: list[int]
@@ -56,7 +56,7 @@ class ImageReader:
     """`read` decodes drafts side by side; `latent` is what the autoencoder makes of one of them.
 
     workers: decoding processes; 0 is threads, which is enough where the decoder releases the interpreter lock. The
-    result does not depend on it. cache: moments are read from there, and pixels are not decoded at all.
+    result does not depend on it. cache: where it has the moments, pixels are not decoded at all.
     """
 
     def __init__(self, autoencoder: Autoencoder, cache: LatentCache | None, workers: int, sample: bool) -> None:
@@ -72,14 +72,14 @@ class ImageReader:
         )
 
     def read(self, drafts: Sequence[Draft]) -> list[tuple[Content, ...] | SampleError]:
-        """What each draft shows, one picture or two, or why there is nothing."""
+        """The pictures of each draft, one or two; or the reason why there are none."""
         opened = [_opened(draft) for draft in drafts]
         found = [(each, draft.size) for pictures, draft in zip(opened, drafts, strict=True) for each in pictures]
         samples = [each for each, _ in found if not isinstance(each, SampleError)]
         sizes = [size for each, size in found if not isinstance(each, SampleError)]
         read: Iterator[Content | SampleError]
         if self._cache is None:
-            # pixels in memory are ready sooner than another thread is
+            # pixels in memory are ready sooner than another thread would be
             in_memory = all(not isinstance(sample.content, bytes | FileSlice) for sample in samples)
             read = iter(list((map if in_memory else self._pool.map)(_pixels, samples, sizes)))
         else:
@@ -96,7 +96,7 @@ class ImageReader:
         return self._autoencoder.latents(content[None], draws)[0]
 
     def _beside_training(self) -> AbstractContextManager[None]:
-        """A stream of its own on a GPU: on the training step's, every image would wait for all that is queued there."""
+        """A separate CUDA stream: on the training step's, every image would wait for everything queued there."""
         if not isinstance(self._autoencoder, DiffusersAutoencoder) or self._autoencoder.device.type != "cuda":
             return nullcontext()
         if self._stream is None:
@@ -112,15 +112,15 @@ class ImageReader:
         if (entry := entry_key(key, size)) in self._cache:
             return self._cache.read(entry)
         pixels = _pixels(sample, size)
-        if isinstance(pixels, SampleError):  # what cannot be read was never encoded
+        if isinstance(pixels, SampleError):  # an unreadable image was never encoded
             return pixels
         where = self._cache.folder
         raise ValueError(f"{sample.name} is not in the latent cache {where}: run `transfusion encode` first")
 
 
 def _start_worker() -> None:
-    """One thread, and no interrupt: Ctrl-C reaches every process of a terminal's group, and the one that trains still
-    needs a batch to end its step and save."""
+    """Sets a worker to one thread and to ignore Ctrl-C, which reaches every process of the terminal: the one that
+    trains still needs a batch to end its step and save."""
     torch.set_num_threads(1)
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
@@ -141,7 +141,7 @@ def _opened(draft: Draft) -> tuple[CaptionedImage | SampleError, ...]:
 
 
 def _whole(pictures: list[Content | SampleError]) -> tuple[Content, ...] | SampleError:
-    """All of a draft, or why there is not all of it."""
+    """All pictures of a draft, or the reason why one is missing."""
     wrong = next((each for each in pictures if isinstance(each, SampleError)), None)
     return tuple(each for each in pictures if not isinstance(each, SampleError)) if wrong is None else wrong
 

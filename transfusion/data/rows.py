@@ -1,10 +1,10 @@
-"""Endless sequences of packed rows, and how several of them share one stream of rows.
+"""Endless sequences of packed rows, and how several of them are interleaved into one.
 
     PlannedRows    of a map-style source: row n is a pure function of the seed
     StreamRows     of a stream: blocks of samples, each packed and shuffled on its own; six integers tell its place
     Mix            row g of the whole belongs to one of them, by weight
 
-All are functions of the row's number alone: a run reads the same rows in the same order on any number of ranks.
+All depend on the row's number alone: a run reads the same rows in the same order on any number of ranks.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Rows(Protocol[T_co]):
         """Integers from which `restore` continues at row `index`."""
 
     def restore(self, state: list[int]) -> None:
-        """Goes on where `state` says. Raises `ValueError` for the state of another kind of source."""
+        """Continues from `state`. Raises `ValueError` for the state of another kind of source."""
 
     def change(self, state: list[int]) -> str:
         """How the samples differ from those of `state`, in words; empty where they do not."""
@@ -53,7 +53,7 @@ class PlannedRows(Generic[T]):
         return self.deck, self.plan.row(index)
 
     def state(self, index: int) -> list[int]:
-        """What the samples were: a row is known by its number."""
+        """What the samples were; a row itself is known by its number."""
         return self.contents.state
 
     def restore(self, state: list[int]) -> None:
@@ -70,7 +70,7 @@ class PlannedRows(Generic[T]):
 
 
 class Contents:
-    """What tells one list of samples from another: their number, and a hash of what they are called or say."""
+    """What identifies a list of samples: their number, and a hash of their names or contents."""
 
     def __init__(self, samples: Iterable[tuple[str, ...]] = ()) -> None:
         self._number, self._hash = 0, hashlib.sha256()
@@ -94,9 +94,9 @@ class StreamRows(Generic[S, T]):
     """The rows of a stream, in order: `block` samples are read, packed best fit, and their rows shuffled.
 
     expand: one sample -> the documents of it (none where it is skipped); length: tokens of a document.
-    Shards come in another order each epoch. Memory holds one block. State: [first row of the block, its number,
-    epoch, place among the epoch's shards, cursor, the stream's identity]; the block is read again from there, and where
-    the shards are others by then, the next epoch begins.
+    Shards come in another order each epoch. Memory holds one block. State: [first row of the block, its number, epoch,
+    place among the epoch's shards, cursor, the stream's identity]; the block is read again from there, or, if the
+    shards have changed since, the next epoch begins.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class StreamRows(Generic[S, T]):
         self._rows: list[list[int]] = []
 
     def row(self, index: int) -> tuple[Sequence[T], list[int]]:
-        """Row `index`, at or after the block that was asked for last."""
+        """Row `index`, in or after the block that was read last."""
         self._read_up_to(index)
         return self._deck, self._rows[index - self._start[0]]
 
@@ -135,8 +135,8 @@ class StreamRows(Generic[S, T]):
         self._deck, self._rows = [], []
 
     def change(self, state: list[int]) -> str:
-        """A cursor into a shard is worth nothing in another one, or in one that was written anew."""
-        known = state[_STREAM_STATE - 1 :]  # which checkpoints before this was kept do not say
+        """A cursor into a shard means nothing in another shard, or after the shard was rewritten."""
+        known = state[_STREAM_STATE - 1 :]  # older checkpoints lack it
         return "" if known in ([], [self._stream.identity]) else "its shards are others; its next epoch begins"
 
     def _read_up_to(self, index: int) -> None:
@@ -156,8 +156,8 @@ class StreamRows(Generic[S, T]):
                 raise ValueError(f"none of the samples in {self._stream.num_shards} shard(s) can be used")
 
     def _samples(self, epoch: int, place: int, cursor: int) -> Iterator[tuple[list[int], S]]:
-        """Samples without end, each with (epoch, place, cursor) after it."""
-        found = place > 0 or cursor > 0  # an epoch joined in its middle proves nothing
+        """Endless samples, each with the (epoch, place, cursor) that follows it."""
+        found = place > 0 or cursor > 0  # an epoch joined in the middle proves nothing
         while True:
             order = torch.randperm(
                 self._stream.num_shards, generator=seeded(*self._key, "shards", epoch), device="cpu"
@@ -182,7 +182,8 @@ class Mix:
     def __init__(self, weights: Sequence[float]) -> None:
         if not weights or min(weights) < 0 or not sum(weights) > 0:
             raise ValueError(f"weights must not be negative, and not all zero, got {list(weights)}")
-        # as exact as a float is, and one third is one third; by the largest, so that a small one keeps its digits
+        # exact for floats, and one third stays one third; divided by the largest, so that small weights keep their
+        # digits
         exact = [Fraction(weight / max(weights)).limit_denominator(10**12) for weight in weights]
         rest = [sum(exact[k:], Fraction(0)) for k in range(len(exact))]
         self._shares = [weight / total if total else Fraction(0) for weight, total in zip(exact, rest, strict=True)]

@@ -3,8 +3,8 @@
     image source   source[i] -> CaptionedImage     FolderSource, EmojiSource (emoji.py), HubImages (hub.py)
     text source    source[i] -> str                PydocTextSource, TextFolderSource (texts.py), HubTexts (hub.py)
 
-Train and test are told apart by a hash of each sample's name, or of what a text says, so that a sample stays where it
-is when others come or go, on every machine. What is too large to list is a stream (streams.py).
+The split is decided by a hash of each sample's name, or of a text's content, so that a sample stays on its side when
+others are added or removed, on every machine. What is too large to list is a stream (streams.py).
 """
 
 import functools
@@ -42,13 +42,13 @@ class SampleError(ValueError):
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason
 
-    def __reduce__(self) -> tuple[type["SampleError"], Skipped]:  # it travels from worker processes
+    def __reduce__(self) -> tuple[type["SampleError"], Skipped]:  # so that it can be pickled, by worker processes
         return SampleError, (self.name, self.reason)
 
 
 @functools.cache
 def warn_skipped(place: Path, name: str, reason: str) -> None:
-    """Warns once in a process of what is no sample in `place`, which each split of it reads anew."""
+    """Warns once per process about what is not a sample in `place`, although each split reads it again."""
     logger.warning("skipped %s: %s", name, reason)
 
 
@@ -74,8 +74,8 @@ class FileSlice:
 class CaptionedImage:
     """One sample: a caption, an image as a file's bytes or as pixels, and the name that messages use for it.
 
-    Of an edit also the image `before`, which the caption tells how to change. Nothing is read or decoded before it is
-    asked for; a file that cannot be is a `SampleError` then.
+    An edit also has the image `before`, which the caption says how to change. Nothing is read or decoded until it is
+    asked for; a file that cannot be read is a `SampleError` then.
     """
 
     caption: str
@@ -85,7 +85,7 @@ class CaptionedImage:
 
     @property
     def pictures(self) -> "tuple[CaptionedImage, ...]":
-        """What it shows, in the order of its document."""
+        """Its pictures, in the order of the document."""
         return (self,) if self.before is None else (self.before, self)
 
     @property
@@ -118,9 +118,9 @@ class CaptionedImage:
 
 
 class ImageSource(Protocol):
-    """Captioned images. What is listed is known without reading an image; reading one may `SampleError`.
+    """Captioned images. The list is known without reading an image; reading one may raise `SampleError`.
 
-    One that has edits lists them too, as `edits`: {index: what the image `before` is called}.
+    A source with edits also lists them, as `edits`: {index: name of the image `before`}.
     """
 
     names: list[str]
@@ -135,20 +135,20 @@ class ImageSource(Protocol):
 
 
 def edits_of(source: ImageSource) -> Mapping[int, str]:
-    """`source.edits`, none where it lists none."""
+    """`source.edits`, empty if it lists none."""
     edits: Mapping[int, str] = getattr(source, "edits", {})
     return edits
 
 
 def held_out(keys: Iterable[str], fraction: float) -> set[str]:
-    """{key : sha256(key) / 2^256 < fraction}, but of two or more keys one at least, and never all of them.
+    """{key : sha256(key) / 2^256 < fraction}, but at least one of two or more keys, and never all of them.
 
-    So a small set has both splits, and a single key is for training. In a set so small that the hashes alone give none,
-    it is the key of the smallest, which may be another one when keys come.
+    So a small set has both splits, and a single key is for training. Where the hashes alone would hold none out, the
+    key with the smallest hash is held out; that may become another one when keys are added.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the held-out fraction must be in [0, 1), got {fraction}")
-    # a file's name may be no Unicode
+    # a file's name may not be Unicode
     hashes = {key: hashlib.sha256(key.encode(errors="surrogatepass")).digest() for key in keys}
     chosen = {key for key, digest in hashes.items() if int.from_bytes(digest[:8], "big") < fraction * 2**64}
     by_hash = sorted(hashes, key=lambda key: hashes[key])
@@ -165,7 +165,7 @@ def in_split(key: str, split: Split, test_keys: set[str]) -> bool:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether there is no half of a surrogate pair in it: a cut emoji, as JSON can say it."""
+    """Whether it has no unpaired surrogate (half an emoji, which JSON can contain)."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -176,7 +176,7 @@ def is_unicode(text: str) -> bool:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # too long a name, a NUL in it
+    except (OSError, ValueError):  # a name that is too long, or contains NUL
         return False
 
 
@@ -189,7 +189,8 @@ class _Entry(NamedTuple):
 
 
 def _families(entries: Iterable[_Entry]) -> dict[str, str]:
-    """{file: the first, by name, of all that edits join it with}: no picture may be on both sides of a split."""
+    """{file: the first, by name, of the files that edits connect it with}, so that no picture is on both sides of a
+    split."""
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:
@@ -204,18 +205,18 @@ def _families(entries: Iterable[_Entry]) -> dict[str, str]:
 
 
 class EmptySplitError(ValueError):
-    """A source has samples, but none in the split that is asked for."""
+    """A source has samples, but none in the split that was asked for."""
 
 
 class FolderSource:
     """Captioned images of a folder: each line of `captions.jsonl` is {"image": "a/b.jpg", "caption": "..."}.
 
-    Of an edit it is {"source_image": "a/b.jpg", "caption": "make it red", "image": "a/c.jpg"}.
+    An edit is {"source_image": "a/b.jpg", "caption": "make it red", "image": "a/c.jpg"}.
 
     An entry that is malformed, or whose image is missing or is no image by its header, is skipped: warned about,
     and kept with its reason in `skipped`. A file whose pixels turn out to be corrupt raises `SampleError` when they
-    are decoded. `test_fraction` of the image files are held out; all captions of a file stay together, and all files
-    that edits join. Raises `ValueError` where there is no captions file, or where nothing valid is left.
+    are decoded. `test_fraction` of the image files are held out; all captions of a file stay together, and so do all
+    files that edits connect. Raises `ValueError` if there is no captions file, or nothing valid is left.
     """
 
     def __init__(self, path: str | Path, split: Split = "train", test_fraction: float = 0.05) -> None:
@@ -299,13 +300,13 @@ def open_rgb(file: Path, name: str) -> "Image.Image":
 
 
 def decode_rgb(content: bytes, name: str) -> "Image.Image":
-    """The image upright and on white where it is transparent; any way in which a decoder fails is a `SampleError`."""
+    """The image, upright, and on white where it is transparent; any failure of a decoder is a `SampleError`."""
     with decoding(name), require("PIL.Image").open(io.BytesIO(content)) as image:
         return upright_rgb(image)
 
 
 def upright_rgb(image: "Image.Image") -> "Image.Image":
-    """RGB, turned as its EXIF data say, on white where it is transparent: how training and sampling see an image."""
+    """RGB, upright by its EXIF data, on white where it is transparent: how training and sampling see an image."""
     image_module = require("PIL.Image")
     upright: Image.Image = require("PIL.ImageOps").exif_transpose(image)
     if upright.mode == "F" or (upright.mode == "I" and image.format != "PPM"):
@@ -332,10 +333,10 @@ def upright_size(content: "FileSlice | Image.Image", name: str) -> tuple[int, in
         header = file if content.size is None else io.BytesIO(file.read(content.size))
         behind = _is_told_behind(header)
         with require("PIL.Image").open(header) as image:
-            # any other PNG would be decoded to look for them behind the pixels
+            # others would have to be decoded, to find EXIF behind the pixels
             says = image.format != "PNG" or behind or {"exif", "xmp", _XMP.decode()} & image.info.keys()
             turned = says and image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
-            # of a TIFF Pillow has the size turned already, in some versions
+            # some versions of Pillow give a TIFF's size already rotated
             size = (image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]) if image.format == "TIFF" else image.size
             return size[::-1] if turned else size
 
@@ -352,7 +353,7 @@ def _is_told_behind(file: IO[bytes]) -> bool:
 
 @contextmanager
 def decoding(name: str) -> Iterator[None]:
-    """Any way in which a decoder fails on the image `name` is a `SampleError`."""
+    """Turns any failure of a decoder on the image `name` into a `SampleError`."""
     image_module = require("PIL.Image")
     try:
         yield
@@ -360,14 +361,14 @@ def decoding(name: str) -> Iterator[None]:
         raise SampleError(name, f"image too large ({error})") from error
     except MemoryError:
         raise
-    except Exception as error:  # on bad bytes Pillow's decoders raise whatever they stumble over
+    except Exception as error:  # on bad bytes, Pillow's decoders raise almost anything
         raise SampleError(name, f"unreadable image ({error})") from error
 
 
 class TextSource:
     """Named texts: `source[i]` is the text `source.names[i]`; about `test_fraction` of them are held out.
 
-    keys: {name: what tells whether it is held out}, by default the name itself.
+    keys: {name: the key that decides whether it is held out}, by default the name itself.
     """
 
     def __init__(

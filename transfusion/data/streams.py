@@ -2,8 +2,9 @@
 
     stream.read(shard, start) -> (cursor, sample), ...     `start` 0, or any cursor that came with a sample
 
-A cursor is an integer that says where the next sample begins, so that a reader resumes there without what came before.
-Image streams give `CaptionedImage`, text streams `str`. Which samples are held out is told by a hash of each name.
+A cursor is an integer that says where the next sample begins, so that a reader can resume there without reading what
+came before. Image streams give `CaptionedImage`, text streams `str`. A hash of each name decides which samples are held
+out.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ class Stream(Protocol[T_co]):
 
     num_shards: int
     skipped: list[Skipped]
-    identity: int  # a hash that tells its shards from others: a cursor into one of them is none into another
+    identity: int  # a hash that identifies its shards: a cursor into one of them means nothing in another
 
     def read(self, shard: int, start: int = 0) -> Iterator[tuple[int, T_co]]:
         """The samples of one shard from the cursor `start` on, each with the cursor after it."""
@@ -48,7 +49,7 @@ class SkipLog:
         self._known: set[str] = set()
 
     def skip(self, name: str, reason: str) -> None:
-        """Warns about `name`, unless it was met before."""
+        """Warns about `name`, unless it has already done so."""
         if name not in self._known:
             self._known.add(name)
             self.skipped.append((name, reason))
@@ -69,14 +70,14 @@ def belongs(name: str, split: Split, test_fraction: float) -> bool:
     """Whether the sample `name` is in `split`: held out where sha256(name) / 2^256 < test_fraction."""
     if split not in ("train", "test", "all"):
         raise ValueError(f"split must be 'train', 'test' or 'all', got {split!r}")
-    digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()  # a member's name may be no Unicode
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()  # a member's name may not be Unicode
     return split == "all" or (int.from_bytes(digest[:8], "big") < test_fraction * 2**64) == (split == "test")
 
 
 def shard_paths(pattern: str) -> list[Path]:
     """The files that `pattern` names, sorted: a path, `*` and `?`, a range {000..120} or a choice {a,b}.
 
-    Raises `ValueError` where a file is missing, or nothing matches.
+    Raises `ValueError` if a file is missing, or nothing matches.
     """
     if Path(pattern).is_file():  # whatever its name holds
         return [Path(pattern)]
@@ -100,9 +101,9 @@ def shard_paths(pattern: str) -> list[Path]:
 class TarImages(SkipLog):
     """Captioned images in tar shards laid out as WebDataset's: members that share a name up to its first dot.
 
-    An image (.jpg, .png, .webp, ...) beside a .txt or .caption, or a .json with a "caption"; of an edit also the image
-    before it (.source.jpg, ...). Only headers and captions are read here; an image's bytes are read where they lie in
-    the archive when they are asked for. A truncated shard gives the samples before the damage. Archives must be
+    An image (.jpg, .png, .webp, ...) beside a .txt or .caption, or a .json with a "caption"; for an edit also its
+    source image (.source.jpg, ...). Only headers and captions are read here; an image's bytes are read where they lie
+    in the archive when they are asked for. A truncated shard yields the samples before the damage. Archives must be
     uncompressed, so that a reader can start in the middle.
     """
 
@@ -118,7 +119,7 @@ class TarImages(SkipLog):
         self._test_fraction = test_fraction
 
     def read(self, shard: int, start: int = 0) -> Iterator[tuple[int, CaptionedImage]]:
-        """Whole samples from the byte `start` on, where a member's header must be."""
+        """Complete samples from the byte `start` on, where a member's header must be."""
         path = self.paths[shard]
         for cursor, key, members in self._groups(path, start):
             try:
@@ -153,7 +154,7 @@ class TarImages(SkipLog):
                         members[suffix.lower()] = FileSlice(path, member.offset_data, member.size)
                     end = tar.offset
                 file.seek(end)
-                if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a header it cannot read for the end
+                if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes an unreadable header for the end
                     raise tarfile.ReadError(f"no header at byte {end}")
             if members:
                 yield end, key, members
@@ -193,7 +194,7 @@ def _caption(texts: dict[str, bytes]) -> str:
 class JsonlTexts(SkipLog):
     """Texts of .jsonl files, one {"text": "..."} a line; a file is a shard, a cursor the offset of a line.
 
-    What is held out is told by what a text says: one that is there twice is on one side.
+    A hash of the text decides whether it is held out, so a duplicate is on the same side.
     """
 
     def __init__(self, paths: Sequence[Path], split: Split = "train", test_fraction: float = 0.01) -> None:
