@@ -189,7 +189,7 @@ def test_head_and_codec_may_be_sharded_apart(tmp_path: Path) -> None:
 def test_a_mistake_is_told_by_one_rank_and_no_other_is_accused(tmp_path: Path) -> None:
     _, outputs = launch.end("mistaken", tmp_path, ranks=2, timeout=60)
     assert "ValueError: nothing to train on" in outputs[0]
-    assert "rank 1: rank 0 cannot go on, and says why" in outputs[1] and "another rank died" not in outputs[1]
+    assert "rank 1: rank 0 cannot continue, and says why" in outputs[1] and "another rank died" not in outputs[1]
 
 
 def test_the_others_end_when_a_rank_dies(tmp_path: Path) -> None:
