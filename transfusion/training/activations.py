@@ -14,13 +14,13 @@ def checkpointed(forward: Callable[..., Any], mode: Checkpointing) -> Callable[.
     """`forward`, keeping all its activations ("none"), its inputs alone ("full"), or also `_kept_ops` ("selective")."""
     if mode == "none":
         return forward
-    # The model draws no random numbers, so there is no state of a generator to keep.
+    # The model draws no random numbers, so no generator state needs saving.
     wrapped = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
     return partial(wrapped, context_fn=_selective_contexts) if mode == "selective" else wrapped
 
 
 def _kept_ops() -> set[Any]:
-    """What costs most to compute again for the memory it takes: attention in all its forms, and matrix products."""
+    """The ops whose results are worth their memory: attention in all its forms, and matrix products."""
     names = (
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu",

@@ -1,7 +1,7 @@
-"""A small AutoencoderKL of one's own images: loss = |x - x̂| + kl_weight·KL + perceptual_weight·d(x, x̂).
+"""A small AutoencoderKL trained on your own images: loss = |x - x̂| + kl_weight·KL + perceptual_weight·d(x, x̂).
 
 KL is summed over the latents and divided by the pixels' numbers, which gives the weights of latent diffusion
-(arXiv 2112.10752) and of arXiv 2408.11039, section 4.1, their meaning. The folder that comes out is what
+(arXiv 2112.10752) and of arXiv 2408.11039, section 4.1, their meaning. The resulting folder is what
 `--data.autoencoder` reads: diffusers' config and weights, with the scaling and shift that give the latents of the
 training images mean 0 and deviation 1.
 """
@@ -112,7 +112,7 @@ class AutoencoderConfig:
 def feature_distance(file: Path, device: torch.device | str = "cpu") -> Perceptual:
     """|f(x) - f(x̂)|², averaged, of a TorchScript network f that reads images (I, 3, H, W) in [0, 1].
 
-    Raises `FileNotFoundError` or `ValueError` naming a file that is none.
+    Raises `FileNotFoundError` or `ValueError` naming a file that is not a TorchScript network.
     """
     network = load_features(file, device)
     assert isinstance(network, torch.nn.Module)
@@ -122,10 +122,12 @@ def feature_distance(file: Path, device: torch.device | str = "cpu") -> Perceptu
 
 
 class AutoencoderTrainer:
-    """Trains an AutoencoderKL on `images` in `out`, from where it stopped. `run()` -> whether it ended.
+    """Trains an AutoencoderKL on `images`, in the folder `out`; resumes one that stopped. `run()` -> whether it
+    finished.
 
     out/checkpoints/ and log.jsonl while it trains, reconstructions.png beside them; config.json and weights at the end.
-    perceptual: a distance of images to add. Images that cannot be read are named, and the next one is taken.
+    perceptual: a distance between images to add to the loss. An image that cannot be read is named in the log and
+    replaced by the next.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class AutoencoderTrainer:
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=self.device)  # in a row, not finite
 
     def run(self) -> bool:
-        """Trains to the last step, then writes the autoencoder. -> False where a signal ended it, saved first."""
+        """Trains to the last step, then writes the autoencoder. -> False if a signal ended it, after a checkpoint."""
         self._resume()
         tqdm = require("tqdm").tqdm
         terminal = sys.stderr.isatty()
@@ -205,7 +207,7 @@ class AutoencoderTrainer:
         return {name: value.detach() for name, value in losses.items()}
 
     def _report(self, losses: dict[str, Tensor]) -> dict[str, float]:
-        """Waits for the device. Raises `FloatingPointError` where too many steps were skipped."""
+        """Waits for the device. Raises `FloatingPointError` if too many steps were skipped."""
         bad = int(self.bad_steps)
         if bad:
             logger.warning("step %d: loss or gradient is not finite; %d step(s) in a row were skipped", self.step, bad)
@@ -265,11 +267,11 @@ class AutoencoderTrainer:
 
     @property
     def kept(self) -> Any:
-        """The network that is written in the end: the average, or the last weights where there is none."""
+        """The network to write at the end: the average, or the last weights without one."""
         return self.ema if self.config.ema_decay else self.vae
 
     def _write(self) -> None:
-        """Measures the latents, then writes config and weights, the config last: with it the folder is whole."""
+        """Measures the latents, then writes weights and config, the config last: a folder that has it is complete."""
         count = min(_MEASURED, len(self.images))
         latents = torch.cat([_mode(self.kept, self._image(place)[None].to(self.device)) for place in range(count)])
         self.kept.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
@@ -315,7 +317,7 @@ def write_sheet(path: Path, originals: Tensor, vae: Any, device: torch.device | 
 
 
 def _same_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Keeps the settings in `out`. Raises `ValueError` where a training with others lies there; images may change."""
+    """Keeps the settings in `out`. Raises `ValueError` if it holds a training with others; images may change."""
     out.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(settings))
     file = out / _SETTINGS

@@ -40,7 +40,7 @@ _ALONE = "torch.distributed is disabled"  # torch's remark that one process save
 
 
 class _Writer(FileSystemWriter):
-    """Each rank's files, on the disk when it is done, and the checksum of each beside it until all ranks are."""
+    """Writes this rank's files and syncs them to disk, each with its checksum beside it until all ranks are done."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, sync_files=True)
@@ -60,7 +60,7 @@ class _Writer(FileSystemWriter):
 
 @dataclass
 class _Writing:
-    """A checkpoint that is being written beside the training."""
+    """A checkpoint being written while training continues."""
 
     path: Path
     record: dict[str, Any]
@@ -80,7 +80,7 @@ def last_step(folder: Path) -> int | None:
 class Checkpoints:
     """The checkpoints `step-00001000`, ... in one folder, of which the last `keep` are kept.
 
-    A context, at whose end nothing is being written any more, whatever ended it.
+    A context manager: on exit, normal or by an error, any write in progress is finished first.
     """
 
     def __init__(self, folder: Path, keep: int, world: World, beside: bool = False) -> None:
@@ -97,11 +97,11 @@ class Checkpoints:
         return written(self.folder)
 
     def save(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> Path:
-        """Writes tensors and `record` (JSON), once for a step; every rank calls this. With `beside`, returns once they
-        are copied.
+        """Writes tensors and `record` (JSON), once per step; every rank must call this. With `beside`, returns once
+        they are copied.
 
-        Raises `OSError` saying which checkpoint survives where a disk is full or broken: on every rank, and with
-        `beside` at the next call of `save` or `wait`.
+        Raises `OSError` if a disk is full or broken, saying which checkpoint survives: on every rank, and with `beside`
+        at the next call of `save` or `wait`.
         """
         self.wait()
         path = self.folder / f"step-{step:08d}"
@@ -134,12 +134,12 @@ class Checkpoints:
         return path
 
     def poll(self) -> None:
-        """Gives a checkpoint that is written by now its name, and drops the oldest; no rank waits for another."""
+        """Gives a checkpoint that has been written by now its name and drops the oldest; no rank waits for another."""
         if self._writing and self.world.main and self._writing.future.done():
             self._complete()
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises what `save` would have."""
+        """Waits until nothing is being written. Raises what `save` would have."""
         if self._writing:
             self._complete()
         self.world.total([0])
@@ -148,7 +148,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits; after an error of this rank without the others, and what fails then is told of beside that error."""
+        """Waits for the write; after an error, for this rank alone, and prints what fails then: that error goes on."""
         if kind is None:
             return self.wait()
         try:
@@ -200,11 +200,11 @@ class Checkpoints:
 
 
 def read(path: Path, tensors: dict[str, Tensor], world: World, partly: bool = False) -> dict[str, Any]:
-    """Reads the checkpoint `path` into `tensors`, in place. -> its record.
+    """Reads the checkpoint `path` into `tensors`, in place. -> its record (the JSON that `save` was given).
 
     Raises `ValueError` naming the path where a file is missing, cut short or not what was written, or where names and
-    shapes differ; `partly` lets the checkpoint hold more than `tensors`. Metadata is a pickle: load no checkpoint that
-    you would not run.
+    shapes differ; `partly` lets the checkpoint hold more than `tensors`. The metadata is a pickle: load only
+    checkpoints you trust as code.
     """
     try:
         record = _whole_record(path, world)
@@ -226,7 +226,7 @@ def read(path: Path, tensors: dict[str, Tensor], world: World, partly: bool = Fa
 
 
 def _whole_record(path: Path, world: World) -> dict[str, Any]:
-    """The record of a checkpoint whose files are what was written; each rank reads its part of them."""
+    """The record of a checkpoint, all of whose files were found unchanged; each rank verifies its share."""
     record: dict[str, Any] = json.loads((path / _RECORD).read_text(encoding="utf-8"))
     if not isinstance(record, dict):
         raise ValueError(f"{_RECORD} holds {type(record).__name__}")
@@ -265,7 +265,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _differences(saved: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """What keeps `tensors` from being loaded from `saved`, in words; empty where nothing does."""
+    """Why `tensors` cannot be loaded from `saved`, in words; empty if they can."""
     for name in sorted({*saved, *tensors}):
         if name not in saved:
             return f"it has no {name}"
@@ -278,7 +278,7 @@ def _differences(saved: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def _cause(error: BaseException) -> OSError | None:
-    """The error of the system that `error` comes from, where there is one."""
+    """The operating system's error that caused `error`, if any."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, OSError):
         found = found.__cause__ or found.__context__

@@ -1,11 +1,11 @@
-"""What a step was worth: losses over all ranks without a host sync, and how fast it went.
+"""Losses over all ranks without a host sync, and the speed of training.
 
     text_loss   Σ nats / Σ text targets          over every rank, batch and step since the last line of the log
     image_loss  Σ of each image's error / images  likewise, and apart for each part of the diffusion path
     mfu         floating point operations of the model's formula / seconds / (ranks · peak of one device)
 
-Steps that were skipped count in none of the losses. A checkpoint keeps what was summed since the last line, so that
-the lines of a run that was stopped or killed are those of one that was not.
+Steps that were skipped count in none of the losses. A checkpoint keeps what was summed since the last line, so a run
+that was stopped or killed and resumed logs the same lines as one that was not.
 """
 
 import logging
@@ -40,12 +40,12 @@ _PEAK_BFLOAT16 = (
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """TFLOP/s in bfloat16 of the device that calls itself so; None where it is not known."""
+    """Peak bfloat16 TFLOP/s of the device of this name; None if unknown."""
     return next((peak for pattern, peak in _PEAK_BFLOAT16 if re.search(pattern, device_name)), None)
 
 
 class Counts(NamedTuple):
-    """Whole numbers of one step; summed over ranks, those of the global batch.
+    """Integer counts of one step; their sum over ranks is the global batch's.
 
     tokens: positions that hold one, image patches included. Floating point operations are those of
     `transfusion.model.flops`: of text tokens and the head, of image tokens and the codec, and of what the mask lets
@@ -64,7 +64,7 @@ class Counts(NamedTuple):
 
     @staticmethod
     def of(batch: Batch, config: ModelConfig, count_flops: bool) -> "Counts":
-        """Those of one batch that is still on the host."""
+        """The counts of one batch, which is still on the host."""
         flops = training_flops(config, batch) if count_flops else None
         image_tokens = batch.image_rows.numel()
         text_tokens = int((batch.token_ids != config.special.pad).sum())
@@ -83,7 +83,7 @@ class Counts(NamedTuple):
 
 
 class LossMeter:
-    """Sums of losses on the device: of the step at hand, and of all good steps since they were last read."""
+    """Sums of losses on the device: of the current step, and of all good steps since the last reading."""
 
     def __init__(self, world: World, bins: int) -> None:
         self._world, self._bins = world, bins
@@ -98,7 +98,7 @@ class LossMeter:
         return torch.zeros(2 + 2 * self._bins, dtype=torch.float64, device=self._world.device)
 
     def add(self, losses: Losses, batch: Batch) -> None:
-        """Takes in one batch of this rank's."""
+        """Adds one batch of this rank."""
         text = losses.text.detach().double() * batch.text_rows.numel()
         targets = torch.full_like(text, batch.text_rows.numel())
         part = (batch.times * self._bins).long()
@@ -122,7 +122,7 @@ class LossMeter:
         return sums
 
     def load_state_dict(self, sums: list[float]) -> None:
-        """Goes on from `sums`. Those of another number of bins cannot be told apart as these are: a warning says so."""
+        """Continues from `sums`; with a warning from zero, if they are of another number of timestep bins."""
         if len(sums) != len(self._interval):
             logger.warning("timestep_bins has changed: the next line of the log is of the steps from here on alone")
             return
@@ -146,7 +146,7 @@ def _mean(total: float, count: float) -> float:
 
 
 class SpeedMeter:
-    """How much was read, and how fast, since the last reading; of all ranks, as seen from this one."""
+    """Tokens, FLOPs and time since the last reading, over all ranks as seen from this one."""
 
     def __init__(self, world: World, peak: float | None) -> None:
         self._device, self._peak = world.device, None if peak is None else peak * 1e12 * world.size
@@ -165,7 +165,7 @@ class SpeedMeter:
         return {"counts": list(self._counts), "steps": self._steps, "waited": self._waited, "seconds": seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`, as if no time had passed since it was taken."""
+        """Continues from `state`, as if no time had passed since."""
         self._counts, self._steps, self._waited = Counts(*state["counts"]), state["steps"], state["waited"]
         self._since = time.monotonic() - state["seconds"]
 
@@ -193,7 +193,7 @@ class SpeedMeter:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: what torch allocated on a GPU at most, elsewhere what the process took of the host at most."""
+    """Bytes: the peak that torch allocated on a GPU, elsewhere the peak resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     kilo = 1 if sys.platform == "darwin" else 1024

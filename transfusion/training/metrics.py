@@ -1,4 +1,4 @@
-"""What a run says of itself: `log.jsonl`, TensorBoard, Weights & Biases, and a progress bar or plain lines."""
+"""Where a run is logged: `log.jsonl`, TensorBoard, Weights & Biases, and a progress bar or plain lines."""
 
 import json
 import logging
@@ -27,11 +27,11 @@ class Sink(Protocol):
         """pixels (height, width, 3) uint8."""
 
     def close(self) -> None:
-        """Nothing comes after this."""
+        """The last call."""
 
 
 class JsonLines:
-    """One line for each call, in `log.jsonl`; lines of steps after `start_step`, which are run again, are dropped."""
+    """One line per call in `log.jsonl`; lines of steps after `start_step` are dropped, for those steps run again."""
 
     def __init__(self, path: Path, start_step: int) -> None:
         kept = [line for line in read_log(path) if line.get("step", 0) <= start_step]
@@ -52,7 +52,7 @@ class JsonLines:
 
 
 class DataErrors:
-    """`data_errors.jsonl`: a line for each sample that could not be used, once, also where the run is begun again."""
+    """`data_errors.jsonl`: one line per sample that could not be used, never twice, also across restarts."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -210,7 +210,7 @@ def open_log(directory: Path, start_step: int, total_steps: int, wandb_project: 
 
 
 def to_json(values: dict[str, Any], indent: int | None = None) -> str:
-    """As every reader takes it: JSON has no NaN and no infinity, so they are null."""
+    """JSON that every reader accepts: NaN and infinity become null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -223,7 +223,7 @@ def to_json(values: dict[str, Any], indent: int | None = None) -> str:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `log.jsonl`, null as NaN; what is no line of one is left out, and named unless a kill cut it."""
+    """The lines of a `log.jsonl`, null as NaN; damaged ones are skipped with a warning, a cut last one without."""
     found, lines = [], path.read_bytes().split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:

@@ -101,7 +101,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices alone (not on norms and biases). Moments are there from the start."""
+    """Fused AdamW; weight decay on matrices alone (not on norms and biases). Moments are allocated at once."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim >= 2]
     vectors = [parameter for parameter in trained if parameter.ndim < 2]
@@ -117,7 +117,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def step_unless(not_finite: Tensor, optimizer: torch.optim.AdamW) -> None:
-    """One step, or none where `not_finite` (0-dim bool): decided on the device, without a host sync.
+    """One step, or none if `not_finite` (0-dim bool): decided on the device, without a host sync.
 
     The fused optimizer's own switch for mixed precision (`found_inf`) leaves weights, moments and step count alone.
     """
@@ -133,6 +133,6 @@ def clip_gradients(model: nn.Module, largest: float) -> Tensor:
 
 @torch.no_grad()
 def average(averages: Sequence[Tensor], weights: Sequence[Tensor], step: int, decay: float) -> None:
-    """average += (1 - d)·(weight - average), d = min(decay, (1 + step) / (10 + step)): young averages forget faster."""
+    """average += (1 - d)·(weight - average), d = min(decay, (1 + step) / (10 + step)): early averages forget faster."""
     amount = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_([local(tensor) for tensor in averages], [local(tensor) for tensor in weights], amount)

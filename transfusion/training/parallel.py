@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 -m transfusion train ...
 
-In a world of one process the model is left whole, and all else in training is the same code.
+With one process the model stays whole; everything else in training is the same code.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Where a step runs, and what it recomputes; none of it changes what is computed beyond rounding.
+    """Where a step runs, and what it recomputes; results change by rounding alone.
 
     Args:
         shard: ranks that share one copy of the weights: 0 is all of them (FSDP); fewer are replicated (HSDP).
@@ -59,8 +59,8 @@ def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
 def distribute(model: Transfusion, config: ParallelConfig, precision: Precision, world: World) -> None:
     """Checkpointing, then compilation, then sharding of each block, in place; the names of parameters stay.
 
-    Weights are kept in float32 and sharded along their first dimension; those that a block computes with are gathered
-    in bfloat16 where `precision` asks for it, and gradients are reduced in float32.
+    Weights are kept in float32 and sharded along their first dimension; a block's weights are gathered in bfloat16 if
+    `precision` asks for it, and gradients are reduced in float32.
     """
     for block in model.transformer.blocks:
         block.forward = checkpointed(block.forward, config.checkpointing)
@@ -79,21 +79,21 @@ def distribute(model: Transfusion, config: ParallelConfig, precision: Precision,
 
 
 def cast(precision: Precision, world: World) -> AbstractContextManager[Any]:
-    """What the forward of a whole model runs under; a sharded one has its precision from `distribute`."""
+    """The autocast context of a whole model's forward; a sharded one has its precision from `distribute`."""
     if world.mesh is None and uses_bfloat16(precision, world.device):
         return torch.autocast(world.device.type, torch.bfloat16)
     return nullcontext()
 
 
 def reduce_gradients(model: nn.Module, last: bool) -> None:
-    """Whether the next backward averages gradients over ranks, or only adds them up on each."""
+    """Whether the next backward averages gradients over ranks, or only accumulates them on each."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         model.set_is_last_backward(last)
 
 
 def zero_of_shared(model: Transfusion) -> Tensor:
-    """0·Σ of all weights outside of blocks: every rank reduces their gradients, also where its batch lacks a modality.
+    """0·Σ of all weights outside of blocks: with it every rank reduces their gradients, whatever its batch lacks.
 
     To be called between forward and backward, when those weights are gathered.
     """
@@ -108,7 +108,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor put together from all ranks, which must all call this."""
+    """The full tensor, gathered from all ranks; every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

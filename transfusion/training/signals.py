@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask a run to stop after the step at hand."""
+"""SIGTERM and SIGINT ask a run to stop after the current step."""
 
 import signal
 import threading
@@ -10,7 +10,8 @@ from contextlib import contextmanager
 def stop_requested(second_interrupts: bool) -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set; a second SIGINT interrupts at once, as ever, where `second_interrupts`.
 
-    A launcher such as torchrun passes on the SIGINT that a terminal has sent to its processes already.
+    Under a launcher such as torchrun it does not: the launcher forwards a SIGINT that the terminal has already sent to
+    its processes.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -6,8 +6,8 @@ What a step minimises is a mean over the whole global batch, however it is cut i
 
 so each batch's means are weighted by its share of the text targets and of the images; ranks may hold different numbers
 of both. A run is a pure function of its config: the data stream is one of the seed, and the model draws nothing. So a
-checkpoint holds weights, average, optimizer, step number, place in the stream and what the log is to tell next, and a
-resumed run continues bitwise (on a CPU, on as many ranks as before).
+checkpoint holds weights, average, optimizer, step number, place in the stream and the log's running sums, and a resumed
+run continues bitwise (on a CPU, on as many ranks as before).
 """
 
 import threading
@@ -44,7 +44,7 @@ CHECKPOINTS = "checkpoints"  # in a run's folder
 
 
 def read_averaged(checkpoint: Path, config: ModelConfig) -> Transfusion:
-    """A whole model on the CPU with the averaged weights of a checkpoint, of however many ranks."""
+    """A whole model on the CPU with the averaged weights of a checkpoint, written by any number of ranks."""
     with torch.device("meta"):
         model = Transfusion(config)
     weights = {name: torch.empty_like(parameter, device="cpu") for name, parameter in model.named_parameters()}
@@ -55,16 +55,16 @@ def read_averaged(checkpoint: Path, config: ModelConfig) -> Transfusion:
 
 
 class BatchSource(Protocol):
-    """What the trainer asks of a loader."""
+    """What the trainer needs from a loader."""
 
     def iterate(self) -> Iterator[Batch]:
-        """Batches without end, from where the state stands."""
+        """Batches without end, from the current state."""
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream continues after the last batch handed out: JSON, the same on every rank."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` says, on any number of ranks."""
+        """Continues where `state` says, on any number of ranks."""
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
@@ -72,7 +72,7 @@ class BatchSource(Protocol):
 
 
 class Trainer:
-    """Trains `model` on `loader`'s batches and keeps everything in `directory`; resumes where it stopped.
+    """Trains `model` on `loader`'s batches and keeps everything in `directory`, from which it resumes.
 
     model: as `parallel.distribute` left it. preview: draws a picture (height, width, 3) uint8 from the averaged model,
     for TensorBoard. All ranks of `world` must do the same with their trainers.
@@ -104,7 +104,7 @@ class Trainer:
     def run(self) -> bool:
         """Trains to the last step. -> False where SIGTERM or SIGINT of any rank ended it early, after a checkpoint.
 
-        Raises `FloatingPointError` where too many steps in a row, all there were, or the last half had to be skipped.
+        Raises `FloatingPointError` if too many steps in a row, all steps, or the last half of them had to be skipped.
         """
         self.resume()
         batches, stopped = self.loader.iterate(), False
@@ -198,7 +198,7 @@ class Trainer:
         )
 
     def draw(self, log: RunLog, preview: Preview) -> None:
-        """A picture from the averaged model. One that fails is told of: it would fail again after every restart."""
+        """A picture from the averaged model. A failure is logged, not raised: it would recur after every restart."""
         model = self.averaged(self.world.device)
         if model is None:
             return
@@ -222,7 +222,7 @@ class Trainer:
         return model.requires_grad_(False).eval()
 
     def save(self) -> Path:
-        """Writes a checkpoint of this step."""
+        """Writes this step's checkpoint."""
         record = {
             "data": self.loader.state_dict(),
             "batches_of_a_step": self.config.accumulation * self.world.size,
@@ -231,7 +231,7 @@ class Trainer:
         return self.checkpoints.save(self.step, self._tensors(), record)
 
     def resume(self) -> None:
-        """Loads the newest checkpoint, if there is one. Raises `ValueError` where it does not fit the model."""
+        """Loads the newest checkpoint, if there is one. Raises `ValueError` if it does not fit the model."""
         record = self.checkpoints.load_last(self._tensors())
         if record is not None:
             self.step = record["step"]
@@ -256,7 +256,7 @@ class Trainer:
         return tensors | {"skipped_steps": self.losses_seen.skipped}
 
     def _record_errors(self) -> int:
-        """Tells rank 0 of samples that any rank could not use. -> how many it knows of."""
+        """Reports samples that any rank could not use to rank 0. -> how many it has recorded."""
         own = self.loader.skipped
         new = own[self.errors_told :]
         self.errors_told = len(own)

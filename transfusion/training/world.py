@@ -1,4 +1,4 @@
-"""The processes that share a step: who this one is among them, and the few numbers that all of them agree on."""
+"""The processes that share a step: this one's rank among them, and the few numbers that they exchange."""
 
 import datetime
 import os
@@ -36,7 +36,7 @@ class World:
         return self.rank == 0
 
     def total(self, numbers: Sequence[int]) -> list[int]:
-        """Sums over ranks, from host to host. Raises `ConnectionError` where another rank has died or hangs."""
+        """Sums over ranks, from host to host. Raises `ConnectionError` if another rank has died or hangs."""
         if self.control is None:
             return list(numbers)
         summed = torch.tensor(numbers, dtype=torch.int64, device="cpu")
@@ -55,7 +55,7 @@ class World:
         return summed
 
     def gather(self, value: T) -> list[T]:
-        """`value` of each rank, in order of rank; anything that pickles."""
+        """Each rank's `value`, in order of rank; anything that pickles."""
         if self.control is None:
             return [value]
         gathered: list[Any] = [None] * self.size
@@ -63,7 +63,7 @@ class World:
         return gathered
 
     def main_first(self, make: Callable[[], T]) -> T:
-        """`make()` on rank 0, then on the others, which find what it has written. Raises on all where rank 0 fails."""
+        """`make()` on rank 0, then on the others, which find what it wrote. Raises on all ranks if rank 0 fails."""
         try:
             made = make() if self.main else None
         except Exception:
