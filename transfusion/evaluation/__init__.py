@@ -1,4 +1,4 @@
-"""What a trained model is worth: held-out losses, the conditioning gap, distances between sets of images, pictures."""
+"""How good a trained model is: held-out losses, the conditioning gap, distances between sets of images, pictures."""
 
 from transfusion.evaluation.distances import image_distances, load_features
 from transfusion.evaluation.metrics import evenly, image_figures, pictures, read_images, text_figures

@@ -1,4 +1,4 @@
-"""Does the model read its captions, and know its text? Held-out losses, and the conditioning gap.
+"""Does the model read its captions, and predict its text? Held-out losses, and the conditioning gap.
 
     gap_i = loss_i(another image's caption) - loss_i(its own caption)      same image, noise and timesteps
 
@@ -113,7 +113,7 @@ def image_figures(model: Transfusion, samples: Samples, draws: int, seed: int) -
     with shuffled captions, and the gap with its standard error; or why there are none to shuffle. Of no
     samples only that there are none.
 
-    Raises `ValueError` for fewer draws than one.
+    Raises `ValueError` for less than one draw.
     """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}; 8 is the usual number")

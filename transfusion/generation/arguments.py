@@ -1,4 +1,4 @@
-"""Checks of what a user gives, each naming the argument, its value and what is wanted."""
+"""Checks of a user's arguments; each error names the argument, its value and what is wanted."""
 
 from collections.abc import Iterable
 from typing import Any

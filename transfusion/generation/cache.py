@@ -1,9 +1,9 @@
-"""Keys and values of B rows, each as far as it has got, and the windows through which new tokens enter.
+"""Keys and values of B rows of different lengths, and the windows through which new tokens enter.
 
-    bytes = 2·layers·B·H_kv·M·D·itemsize      of a call at most twice that, where rows part or meet: they are copied
+    bytes = 2·layers·B·H_kv·M·D·itemsize      at most twice that while a call copies rows, to split or to stack them
 
 A window writes its tokens' keys and values behind each row's length and does not move the length: a denoising step
-overwrites what the step before it wrote. What is to stay is committed by `KVCache.advance`.
+overwrites what the previous step wrote. `KVCache.advance` commits what is to stay.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from transfusion.model import Transfusion
 
 
 class KVCache:
-    """B rows of at most M tokens each, in buffers that never move, so that a captured graph finds them again.
+    """B rows of at most M tokens each, in buffers that never move, as a captured graph needs.
 
     keys, values  (layers, B, H_kv, M, D)   zero where nothing is written yet
     lengths       (B,) int64                committed tokens of each row, on the device
@@ -43,7 +43,7 @@ class KVCache:
 
     @staticmethod
     def of(model: Transfusion, rows: int, capacity: int) -> "KVCache":
-        """An empty cache for `model`: in its dtype, or in autocast's where that is on, on its device."""
+        """An empty cache for `model`: on its device, in its dtype or, if it is on, autocast's."""
         config, weight = model.config, model.embedding.weight
         dtype = autocast_dtype(weight.device) or weight.dtype
         sizes = (config.layers, rows, config.num_kv_heads, capacity, config.head_dim)

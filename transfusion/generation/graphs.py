@@ -1,4 +1,4 @@
-"""A function of tensors as one CUDA graph: where a step takes less time than launching its kernels, launch once."""
+"""A function of tensors as one CUDA graph: if launching a step's kernels takes longer than the step, launch once."""
 
 import threading
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a call of the pipeline is given, row by row, and what it gives back."""
+"""The arguments of a pipeline call, row by row, and its output."""
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -17,7 +17,7 @@ _LARGEST_SEED = 2**62
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """What a call gives, for each of its rows in order.
+    """The output of a call, for each of its rows in order.
 
     images          of all rows, one after the other: PIL images, or for output_type "pt" a tensor (I, 3, H, W) in
                     [0, 1], for "latent" (I, C, h, w)
@@ -36,7 +36,7 @@ class PipelineOutput:
 
 @dataclass(frozen=True)
 class Row:
-    """One document that is asked for: what comes before, and what kind of thing is to follow."""
+    """One requested document: its context, and what is to follow."""
 
     prompt: str | None
     image: Any
@@ -107,7 +107,7 @@ def _check_count(name: str, count: int, rows: int) -> None:
 
 
 class StopStrings:
-    """Where a text ends: at a string, or at the first of several.
+    """The strings at which a text ends.
 
     Raises `ValueError` for an empty one, at which every text would, and `TypeError` for what is no string.
     """

@@ -51,7 +51,7 @@ class _Plan:
 
 
 class _Row:
-    """A request on its way."""
+    """A request in progress."""
 
     def __init__(self, plan: _Plan, request: Request, index: int) -> None:
         self.plan, self.request, self.index = plan, request, index

@@ -41,7 +41,7 @@ Callback = Callable[["TransfusionPipeline", int, Tensor, dict[str, Tensor]], dic
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """What the folder's pipeline.toml says.
+    """The content of the folder's pipeline.toml.
 
     Args:
         latent_shape: (C, h, w) of the images that the model was trained on; of several shapes, the nearest to square.
@@ -126,10 +126,10 @@ class TransfusionPipeline:
     def from_pretrained(
         path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> "TransfusionPipeline":
-        """The pipeline saved in folder `path`, that comes with the package under this name, or OWNER/NAME of the hub.
+        """The pipeline in the folder `path`, the packaged one of that name, or OWNER/NAME on the hub.
 
-        dtype: of the model's weights; None keeps that of the file, but for float16 on a CPU, which becomes float32.
-        Raises `FileNotFoundError` or `ValueError` naming the file at fault.
+        dtype: of the model's weights; None keeps the file's, except that float16 becomes float32 on a CPU. Raises
+        `FileNotFoundError` or `ValueError` naming the file at fault.
         """
         folder = local_folder(path)
         if not (folder / CONFIG).is_file():

@@ -1,8 +1,8 @@
-"""Documents as the rows of one batch, each as far as it has got: the one place where generation runs the network.
+"""Documents as the rows of one batch, each of its own length: the one place where generation runs the network.
 
     start(documents) -> next(token) -> next(token) -> Denoiser(latents, t), many times -> commit(clean latents) -> ...
 
-A token that was evaluated once is not evaluated again: its keys and values are in the cache.
+No committed token is evaluated again: its keys and values are in the cache.
 """
 
 import threading
@@ -29,7 +29,7 @@ _RUNNING: dict[Transfusion, tuple[int, list[tuple[torch.nn.Module, bool]]]] = {}
 def inference(model: Transfusion) -> Iterator[None]:
     """Evaluation mode without gradients; each module's own mode is restored afterwards, after an error too.
 
-    Of calls in several threads the first one in and the last one out see to the mode.
+    With calls in several threads, the first to enter sets the mode and the last to leave restores it.
     """
     with _LOCK:
         count, modes = _RUNNING.get(model, (0, []))
@@ -113,7 +113,7 @@ def logits_of(model: Transfusion, hidden: Tensor) -> Tensor:
 
 
 class Rows:
-    """B documents, each as far as it has got, with the keys and values of all their tokens."""
+    """B documents of different lengths, with the keys and values of all their tokens."""
 
     def __init__(self, model: Transfusion, cache: KVCache, impl: str = "auto") -> None:
         self.model, self.cache, self.impl = model, cache, impl

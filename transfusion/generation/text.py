@@ -21,7 +21,7 @@ class TextSampling:
         top_k: sample from the k likeliest tokens only.
         top_p: sample from the fewest likeliest tokens, of those, whose probabilities add up to top_p or more.
         min_p: and of those, from the tokens at least min_p times as likely as the likeliest (arXiv 2407.01082).
-        stop_tokens: ids that end a document as EOS does; they are its last token. Any iterable of them.
+        stop_tokens: ids that end a document as EOS does; they are its last token. Any iterable.
 
     Raises:
         ValueError: a number out of range.

@@ -5,8 +5,9 @@
     attention     4·area·heads·head_dim·layers, area the visible (query, key) pairs                       × 3.5
     codec         what torch counts of one image, forward and backward, times the images
 
-The backward pass costs twice the forward pass; of attention 2.5 times, for it computes the scores anew, as kernels and
-torch's own count have it. Recomputation by activation checkpointing is not counted: it is no progress of the model.
+The backward pass costs twice the forward pass; of attention 2.5 times, for it recomputes the scores, as the kernels do
+and torch's own count has it. Recomputation by activation checkpointing is not counted: MFU measures progress of the
+model.
 """
 
 import functools
@@ -40,7 +41,7 @@ class FlopCount(NamedTuple):
 
 
 def training_flops(config: ModelConfig, batch: Batch) -> FlopCount:
-    """What forward and backward of `batch` cost where every weight is trained. No host sync: sizes are the host's."""
+    """FLOPs of forward and backward of `batch` with every weight trained. No host sync: sizes are the host's."""
     image_tokens = batch.image_rows.numel()
     text_tokens = batch.token_ids.numel() - image_tokens
     per_token = 3 * 2 * config.layers * block_weights(config)

@@ -1,4 +1,4 @@
-"""token = W·(patch + e(t)): how the patches of a noised image enter the transformer, and leave it.
+"""token = W·(patch + e(t)): how the patches of a noised image enter and leave the transformer.
 
 The paper's linear codec (arXiv 2408.11039, section 3.2): the timestep embedding is added to every patch vector before
 one linear layer; after the transformer another one predicts the patch.

@@ -1,4 +1,4 @@
-"""weight = f(seed, name, shape): every parameter draws from a generator of its own, on the CPU.
+"""weight = f(seed, name, shape): every parameter is drawn from its own generator, on the CPU.
 
 So a parameter's first value depends neither on the device, nor on the order of initialisation, nor on which other
 parameters this process holds: a rank that keeps a shard draws the whole tensor and cuts its part out.
@@ -17,7 +17,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     """The first value of parameter `name`, float32 on the CPU.
 
     Vectors: biases zero, norms one. Matrices: normal of standard deviation 0.02 (GPT-2's; the paper is silent), in the
-    U-Net 1/√fan_in. What closes a residual branch is divided by √(number of branches) on the same path.
+    U-Net 1/√fan_in. The last weight of a residual branch is divided by √(number of branches) on the same path.
     """
     if len(shape) < 2:
         made = torch.zeros if name.endswith("bias") else torch.ones

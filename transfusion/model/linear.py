@@ -62,7 +62,7 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
     """Whether nothing but this product sees the weight."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
-    # quantized, sparse and traced weights know `linear` and little else
+    # quantized, sparse and traced weights support `linear` and little else
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided
     wide = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return plain and wide and weight.device == x.device and x.ndim > 0 and x.shape[-1] == weight.shape[-1]

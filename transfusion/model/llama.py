@@ -3,7 +3,7 @@
     model.layers.0.self_attn.{q,k,v}_proj -> transformer.blocks.0.attention.qkv     (rows of q, then k, then v)
     model.layers.0.mlp.{gate,up}_proj     -> transformer.blocks.0.ffn.gate_up       (rows of gate, then up)
 
-Both turn the halves of a head, so no row changes its place. The weights become float32, as all that is trained here.
+Both rotate the halves of a head, so no row changes its place. The weights become float32, like everything trained here.
 transformers is not needed to read a folder.
 """
 
@@ -62,7 +62,7 @@ def load(source: Any, special: SpecialTokens | None, seed: int, changes: Mapping
 
 
 def model_config(described: Mapping[str, Any], special: SpecialTokens | None = None) -> ModelConfig:
-    """The `ModelConfig` of a Llama's config.json. Raises `ValueError` naming what is not Llama's architecture."""
+    """The `ModelConfig` of a Llama's config.json. Raises `ValueError` naming a field of another architecture."""
     kind = described.get("model_type")
     if kind != "llama":
         raise ValueError(f"model_type {kind!r} is not 'llama'")
@@ -89,7 +89,7 @@ def model_config(described: Mapping[str, Any], special: SpecialTokens | None = N
 
 
 def _special(described: Mapping[str, Any], vocabulary: int) -> SpecialTokens:
-    """Llama's own BOS and EOS, of several EOS the first; PAD, BOI and EOI are new."""
+    """Llama's own BOS and EOS (the first, if it has several); PAD, BOI and EOI are new."""
     ids = {}
     for name, default in (("bos", 1), ("eos", 2)):
         given = described.get(f"{name}_token_id", default)

@@ -1,4 +1,4 @@
-"""Where tokens stand, and how q and k are rotated by it: (q e^{i·a·m})·(k e^{i·a·n}) depends on m - n alone.
+"""The tokens' positions, and how they rotate q and k: (q e^{i·a·m})·(k e^{i·a·n}) depends on m - n alone.
 
 Rotary positions (arXiv 2104.09864), along the document or, for image tokens, on the image's grid.
 """
@@ -44,9 +44,9 @@ def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
 def grid_positions(positions: Tensor, index: Tensor, columns: Tensor | int) -> Tensor:
     """(s + y, s + x) of the image token in row y, column x of an image whose first token stands at s.
 
-    So an image's tokens are rotated by their row and column; text tokens, s + k for both, as ever; and what follows an
-    image keeps its place in the document. These are the two spatial axes of Qwen2-VL's M-RoPE (arXiv 2409.12191,
-    section 2.1), interleaved, without its renumbering of the text after an image.
+    So an image's tokens are rotated by their row and column; text tokens have s + k for both, as usual; and what
+    follows an image keeps its place in the document. These are the two spatial axes of Qwen2-VL's M-RoPE (arXiv
+    2409.12191, section 2.1), interleaved, without its renumbering of the text after an image.
 
     Args:
         positions: (...) int64, s + k of each image token.
@@ -86,7 +86,7 @@ def one_image_on_grid(positions: Tensor, tokens: int, columns: int) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, N, H, D), its halves the real and imaginary parts, rotated by the angle of each position: like x.
 
-    Computed in float32, of float64 in that, and rounded once.
+    Computed in float32 (float64 for float64 inputs) and rounded once.
     """
     # Compiled it is one pass, however it is written; of a Function torch 2.11 takes a wrong gradient.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -98,7 +98,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """A gradient is rotated back: a rotation again, where autograd's of the formula takes twice as many passes."""
+    """The gradient is rotated back, by the same op; autograd's of the formula would take twice as many passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A model is a folder: `config.toml`, `model.safetensors`. What is written is read, or an error says why not.
+"""A model is a folder: `config.toml`, `model.safetensors`. What was saved is read, or an error says why not.
 
 Weights of more than a shard's size are written as Hugging Face writes them: model-00001-of-00003.safetensors, ..., and
 model.safetensors.index.json, which says which tensor is in which file.
@@ -81,8 +81,8 @@ def _write_shards(state: Mapping[str, Tensor], shards: Mapping[str, list[str]], 
 
 
 def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> "Transfusion":
-    """The model that `local_folder` finds, on `device`, its weights in `dtype`; None keeps the file's, but makes
-    float32 of float16 on a CPU, whose own arithmetic that is.
+    """The model that `local_folder` finds, on `device`, its weights in `dtype`; None keeps the file's, except that
+    float16 becomes float32 on a CPU, which computes in that.
 
     Raises `FileNotFoundError` or `ValueError` naming the file at fault, or a device that is not here; `TypeError` for
     another dtype than torch's.
@@ -108,7 +108,7 @@ def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
 
 
 def check_device(given: torch.device | str) -> None:
-    """Raises `ValueError` where torch has no such device here, nor a module for it; "meta" holds no numbers."""
+    """Raises `ValueError` if torch has no such device here, or no module for it; "meta" holds no numbers."""
     try:
         device = torch.device(given)
         module = torch.get_device_module(device)
@@ -148,17 +148,17 @@ def _read_file(path: Path, device: torch.device | str) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path.parent} is not a saved model: it has no {path.name}")
     try:
         weights = load_file(path, device=str(device))
-        # On a CPU these are places in the mapped file, at any address, where products round otherwise than they did for
-        # the model that was saved. Memory of their own also outlives the file.
+        # On a CPU these are views of the mapped file, at any address, where products may round differently than for the
+        # model that was saved. Their own memory also outlives the file.
         return {name: weight.clone() if weight.device.type == "cpu" else weight for name, weight in weights.items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated, or no safetensors file: {error}") from error
 
 
 def local_folder(source: str | Path) -> Path:
-    """The folder `source`, or else what comes with the package under that name.
+    """The folder `source`, or the model that comes with the package under that name.
 
-    For a string OWNER/NAME that is no folder here: the hub's files, fetched into its cache.
+    A string OWNER/NAME that is no local folder is fetched from the hub into its cache.
     """
     if Path(source).exists():
         return Path(source)

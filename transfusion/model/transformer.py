@@ -21,14 +21,14 @@ Attend = Callable[[Tensor, Tensor, Tensor, str], Tensor]
 
 
 class Cache(Protocol):
-    """Keys and values of the tokens before: `transfusion.generation.cache` has it."""
+    """Keys and values of earlier tokens; implemented in `transfusion.generation.cache`."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:
-        """Takes k, v (B, H_kv, N, D) of the new tokens in; q (B, H, N, D) over all that it then holds, like q."""
+        """Stores k, v (B, H_kv, N, D) of the new tokens -> attention of q (B, H, N, D) over all it then holds."""
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm in the dtype of its weight, float32 under autocast too, given back in that of x."""
+    """RMSNorm in the dtype of its weight (float32 under autocast too), returned in that of x."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
@@ -50,7 +50,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: IntervalMask, impl: str, attend: Attend | None = None
     ) -> Tensor:
-        """x (B, N, dim) -> (B, N, dim); `attend` takes the place of attention under `mask`."""
+        """x (B, N, dim) -> (B, N, dim); `attend` replaces attention under `mask`."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         turning, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -94,7 +94,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks and a last norm. Tokens of either modality look the same from in here."""
+    """Blocks and a final norm. It treats tokens of both modalities alike."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """x (B, N, dim), positions (B, N) int64 within each document, or (B, N, 2) -> hidden (B, N, dim).
 
-        With a cache, x are new tokens, and the cache's own mask, over the tokens before them too, takes `mask`'s place.
+        With a cache, x are new tokens, and the cache's own mask, which covers the earlier tokens too, replaces `mask`.
         """
         cos, sin = rotary(positions, self.config)
         if cache is None:  # here, for a compiled block under checkpointing may only read what is kept with the mask

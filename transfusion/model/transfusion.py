@@ -40,7 +40,8 @@ class Losses(NamedTuple):
 class Transfusion(nn.Module):
     """One transformer with next-token loss on text and diffusion loss on images.
 
-    Builds on the meta device too, and under torch's `FakeTensorMode`, where a step tells its memory without numbers.
+    It can be built on the meta device, and under torch's `FakeTensorMode`, where a step's memory is known without
+    computing it.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -54,9 +55,9 @@ class Transfusion(nn.Module):
             self.initialize()
 
     def initialize(self, seed: int | None = None) -> None:
-        """Gives every weight its first value, a function of `seed`, of its name and its shape, and of nothing else.
+        """Gives every weight its initial value, a function of `seed`, its name and its shape alone.
 
-        After `to_empty(device=...)` this makes a model that was built on the meta device. None draws a seed from
+        Call it after `to_empty(device=...)` on a model built on the meta device. With None the seed is drawn from
         torch's default generator.
         """
         if seed is None:
@@ -103,13 +104,13 @@ class Transfusion(nn.Module):
         return functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
     def _check(self, batch: Batch) -> None:
-        """Raises where what the host knows does not fit the model."""
+        """Raises if what the host knows of the batch does not fit the model."""
         if not isinstance(batch, Batch):
             raise TypeError(
                 f"a model reads a Batch, got {type(batch).__name__}; `transfusion.sequence.collate` makes one"
             )
         latents, config, ids = batch.latents, self.config, batch.token_ids
-        # a GPU would have to be waited for; it stops at such a token by an assertion of its own
+        # on a GPU this would wait for the device, which stops at such a token by its own assertion
         if type(ids) is Tensor and ids.device.type == "cpu" and ids.numel() and not is_traced():
             least, most = ids.aminmax()
             if least < 0 or most >= config.vocab_size:
@@ -140,7 +141,7 @@ class Transfusion(nn.Module):
     ) -> Tensor:
         """Images as `encode_images` takes them, in place among the batch's text -> hidden (B, N, dim).
 
-        A cache, empty before, takes the batch's keys and values in.
+        An empty cache, if given, stores the batch's keys and values.
         """
         return self._run(batch, patches, timestep, impl, cache)[0]
 
@@ -187,7 +188,7 @@ class Transfusion(nn.Module):
         return self.codec.decode(hidden, skips)
 
     def freeze_text(self) -> "Transfusion":
-        """Leaves only the codec to be trained: embedding, transformer and head, imported say, stay as they are.
+        """Freezes embedding, transformer and head (imported ones, say): only the codec is trained.
 
         -> the model itself.
         """
@@ -204,9 +205,9 @@ class Transfusion(nn.Module):
     def from_pretrained(
         path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> "Transfusion":
-        """The model saved in folder `path`, that comes with the package under this name, or OWNER/NAME of the hub.
+        """The model in the folder `path`, the packaged model of that name, or OWNER/NAME on the hub.
 
-        dtype: of the weights; None keeps that of the file, but for float16 on a CPU, which becomes float32. Raises
+        dtype: of the weights; None keeps the file's, except that float16 becomes float32 on a CPU. Raises
         `FileNotFoundError` or `ValueError` naming the file at fault.
         """
         return pretrained.load(path, device, dtype)

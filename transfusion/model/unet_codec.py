@@ -28,7 +28,7 @@ class Skips(NamedTuple):
     features: tuple[Tensor, ...]
 
     def repeat(self, times: int) -> "Skips":
-        """Of the same images so many times over."""
+        """For the same images repeated `times` times."""
         features = tuple(each.repeat(times, 1, 1, 1) for each in self.features)
         return Skips(self.timestep.repeat(times, 1), self.sides, features)
 
