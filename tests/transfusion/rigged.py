@@ -137,7 +137,7 @@ def plain_text(model, context, limit, stop=(EOS, BOI)):
         latents = batch.latents.to(model.head.weight.dtype)
         log_p = model.head(hidden(latents, timestep)[0, -1]).log_softmax(-1)
         tokens.append(int(log_p.argmax()))
-        logprobs.append(float(log_p.max()))
+        logprobs.append(log_p.max().item())
     return tokens, logprobs
 
 
