@@ -124,7 +124,8 @@ def _quotients(found: list[Row], speed: Callable[[Row], float]) -> Callable[[Row
     return lambda row: "" if is_ours(row) or key(row) not in ours else f", {ours[key(row)] / speed(row):.2f}×"
 
 
-def _shorter(row: Row) -> float:
+def _rate(row: Row) -> float:
+    """Calls a second."""
     return 1 / float(row["p50"])
 
 
@@ -132,10 +133,8 @@ def _attention(found: list[Row]) -> str:
     prepare = [row for row in found if row["measure"] == "prepare"]
     timed = [row for row in found if row["measure"] != "prepare"]
     starred = any(not row["same_mask"] for row in timed)
-    text = (
-        "TFLOP/s over the area of the mask, median; in brackets the share of the roofline of this run. Last, ours are "
-    )
-    text += "so many times theirs.\n"
+    text = "TFLOP/s over the area of the mask, median; in brackets the share of the roofline of this run. "
+    text += "Last, how many times theirs ours are.\n"
     text += "\\* another mask (causal) of the same shape: a speed of light.\n" if starred else ""
     times = _quotients(timed, lambda row: row["tflops"])
     star = {True: "", False: " *"}
@@ -143,7 +142,7 @@ def _attention(found: list[Row]) -> str:
     if prepare:
         text += "\nMilliseconds to prepare the mask of a new batch, median; in brackets the share of our "
         text += "forward and backward of one layer. Last, × our time.\n\n"
-        longer = _quotients(prepare, _shorter)
+        longer = _quotients(prepare, _rate)
         text += _pivot(prepare, lambda row: f"{row['p50'] * 1e3:.3g}{_share_of_a_layer(row, timed)}{longer(row)}")
     return text
 
@@ -161,7 +160,7 @@ def _share_of_a_layer(row: Row, timed: list[Row]) -> str:
 def _ops(found: list[Row]) -> str:
     text = "GB/s, each input and output counted once, median; in brackets the share of the copy bandwidth of this run. "
     text += "Last, × our time.\n\n"
-    times = _quotients(found, _shorter)
+    times = _quotients(found, _rate)
     return text + _pivot(found, lambda row: f"{row['gigabytes_per_second']:.3g} ({row['share']:.0%}){times(row)}")
 
 
@@ -209,7 +208,7 @@ def _denoise(found: list[Row]) -> str:
 
 
 def _host(found: list[Row]) -> str:
-    times = _quotients(found, _shorter)
+    times = _quotients(found, _rate)
     text = "Microseconds in which the host has queued a call, median. Last, × our time.\n\n"
     return text + _pivot(found, lambda row: f"{row['p50'] * 1e6:.3g}{times(row)}")
 

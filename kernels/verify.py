@@ -228,9 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "transfusion.kernels.verify", *arguments]
         sys.stdout.flush()
-        os.execve(
-            sys.executable, command, environment
-        )  # replaces this process, so that whoever ends it ends the checks
+        # in place of this process, so that whoever ends it ends the checks
+        os.execve(sys.executable, command, environment)
     if options.junit:  # before the checks: they take minutes
         _check_report(parser, Path(options.junit))
     try:

@@ -1,7 +1,7 @@
 """A run is a folder: config.toml, tokenizer.json, checkpoints/, log.jsonl, tensorboard/, and model/ at the end.
 
 Run.start(config, directory, "cuda").train()     starts the run, or resumes the one that is there
-Run.open(directory, "cuda") what evaluation and sampling work on, finished or not
+Run.open(directory, "cuda")                      what evaluation and sampling work on, finished or not
 
 With several processes, give a `World` in place of the device; all of them make the call, and only rank 0 writes.
 """

@@ -1,6 +1,6 @@
 """transfusion demo-ui: a page to talk to a model on: text and images in, text and images out. Needs the extra `ui`.
 
-    page(pipeline).launch() what `main` does, with nothing that leaves the machine
+    page(pipeline).launch()     what `main` does, with nothing that leaves the machine
 
 `answer` computes the reply to a message and knows nothing of the page; `converse` runs it in a thread, shows the text
 as it comes, and stops it when nobody is waiting any more; `page` puts that behind a queue of one, so that users who

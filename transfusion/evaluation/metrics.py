@@ -113,7 +113,7 @@ def image_figures(model: Transfusion, samples: Samples, draws: int, seed: int) -
     with shuffled captions, and the gap with its standard error; or why there are none to shuffle. Of no
     samples only that there are none.
 
-    Raises `ValueError` for less than one draw.
+    Raises `ValueError` for fewer than one draw.
     """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}; 8 is the usual number")

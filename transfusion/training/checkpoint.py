@@ -116,9 +116,8 @@ class Checkpoints:
         try:
             writer = _Writer(aside)
             if self.beside:
-                warnings.filterwarnings(
-                    "ignore", message=_ALONE
-                )  # for the thread that writes, which outlives this call
+                # for the thread that writes, which outlives this call
+                warnings.filterwarnings("ignore", message=_ALONE)
                 group = self.world.background
                 future = state_dict_saver.async_save(tensors, storage_writer=writer, process_group=group, no_dist=alone)
                 assert isinstance(future, Future)
