@@ -31,8 +31,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, *, chun
         chunk: rows whose logits are held at once. Results differ by rounding between chunk sizes.
 
     Returns:
-        () float32, float64 for float64 inputs; sums over the vocabulary and over rows are in that dtype. Differentiable
-        once in hidden and weight. Bitwise deterministic.
+        () float32, float64 for float64 inputs; sums over the vocabulary are in that dtype, the mean over rows is taken
+        in float64. Differentiable once in hidden and weight. Bitwise deterministic.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -87,7 +87,7 @@ def _with_gradients(
         elif for_weight:
             summed += torch.addmm(weight, grad_logits.T, part, beta=0, alpha=1 / rows)  # scaled before it is rounded
         del log_p, grad_logits  # before the next chunk's are made
-    return losses.mean(), grad_hidden, summed.to(weight.dtype)
+    return losses.mean(dtype=torch.float64).to(exact), grad_hidden, summed.to(weight.dtype)
 
 
 @_with_gradients.register_fake

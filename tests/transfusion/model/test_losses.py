@@ -33,11 +33,15 @@ def results(function, hidden, weight, target):
 
 
 def in_several_orders(hidden, weight, target):
-    """The plain formula's results with its rows in other orders: one of them may be exact by luck."""
-    orders = [torch.arange(len(target)), *(torch.randperm(len(target)) for _ in range(7))]
-    for order in orders:
-        loss, grad_hidden, grad_weight = results(plain, hidden[order], weight, target[order])
-        yield loss, grad_hidden[order.argsort()], grad_weight
+    """The plain formula's results with every sum in other orders: one of them may be exact by luck. The loss and the
+    weight's gradient sum over rows, the hidden state's gradient over the vocabulary, the logits over features."""
+    yield results(plain, hidden, weight, target)
+    for _ in range(7):
+        rows, vocabulary, features = (torch.randperm(size) for size in (*hidden.shape[:1], *weight.shape))
+        moved = hidden[rows][:, features], weight[vocabulary][:, features], vocabulary.argsort()[target[rows]]
+        loss, grad_hidden, grad_weight = results(plain, *moved)
+        back = features.argsort()
+        yield loss, grad_hidden[rows.argsort()][:, back], grad_weight[vocabulary.argsort()][:, back]
 
 
 @pytest.mark.parametrize("chunk", [10, 40, 93, 1024])
