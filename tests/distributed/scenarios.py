@@ -180,6 +180,12 @@ def sharded_alone(world: World, folder: Path) -> dict[str, Any]:
     return {name: steps(trainer(one, folder, accumulation=2, **changes)) for name, changes in LOW.items()}
 
 
+def reduced(world: World, folder: Path) -> torch.Tensor:
+    """The gradients of one batch on each rank, computed in bfloat16 and averaged over the ranks."""
+    model = trainer(world, folder, precision="bfloat16").model
+    return gradients(model, world.rank)
+
+
 def initial(world: World, folder: Path) -> torch.Tensor:
     """The weights before the first step, of which each rank holds a part."""
     each = trainer(world, folder)
@@ -306,6 +312,7 @@ PAIR: dict[str, Callable[[World, Path], Any]] = {
     for scenario in (
         matrix,
         variants,
+        reduced,
         initial,
         resumed,
         beside,
@@ -331,9 +338,9 @@ def four(world: World, folder: Path) -> dict[str, Any]:
     return {"step": each.step, "position": each.loader.state_dict(), "read": read, **steps(each)}
 
 
-def gradients(model: Any) -> torch.Tensor:
-    """Of a step's loss, put together from all ranks."""
-    model(tiny.Batches().batch(0)).total.backward()
+def gradients(model: Any, batch: int = 0) -> torch.Tensor:
+    """Of a batch's loss, averaged over all ranks and put together from them."""
+    model(tiny.Batches().batch(batch)).total.backward()
     return torch.cat([whole(parameter.grad).flatten() for parameter in model.parameters()])
 
 

@@ -57,6 +57,15 @@ def test_as_exact_as_the_plain_formula(dtype, chunk):
         assert verdict.passed and verdict.bound < 0.1 * exact.abs().max(), verdict
 
 
+def test_the_mean_over_rows_is_taken_in_float64():
+    hidden, weight, _ = case(torch.float32)
+    targets = torch.randint(len(weight), (20, len(hidden)))  # one mean may be right by luck
+    ours = torch.stack([linear_cross_entropy(hidden, weight, target, chunk=len(hidden)) for target in targets])
+    logits = hidden @ weight.T
+    each = torch.stack([functional.cross_entropy(logits, target, reduction="none") for target in targets])
+    assert torch.equal(ours, each.mean(1, dtype=torch.float64).float())
+
+
 def test_derivatives_that_it_has_not_are_refused():
     hidden, weight, target = case(torch.float32)
     hidden.requires_grad_()
